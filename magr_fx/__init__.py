@@ -1,0 +1,40 @@
+"""magr-fx: shrink every channel's largest weight before torchao quantizes it.
+
+    model = magr_transform(model, calib)                 # then torchao's quantize_
+    model = magr_quantize(model, calib, target)          # both steps
+"""
+
+from magr_fx.api import magr_quantize, magr_transform
+from magr_fx.config import MagRConfig
+from magr_fx.errors import (
+    CalibrationError,
+    ConfigError,
+    HandoverError,
+    MagRError,
+    ModelError,
+    TraceError,
+)
+from magr_fx.passes.magr_pass import MagRPass
+from magr_fx.prox import project_l1_ball, prox_linf
+from magr_fx.report import MagRReport, SiteReport
+from magr_fx.solver import Solution, Status, solve_magr
+
+__all__ = [
+    "CalibrationError",
+    "ConfigError",
+    "HandoverError",
+    "MagRConfig",
+    "MagRError",
+    "MagRPass",
+    "MagRReport",
+    "ModelError",
+    "SiteReport",
+    "Solution",
+    "Status",
+    "TraceError",
+    "magr_quantize",
+    "magr_transform",
+    "project_l1_ball",
+    "prox_linf",
+    "solve_magr",
+]

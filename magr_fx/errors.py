@@ -1,0 +1,27 @@
+"""The errors that magr-fx raises: one base class, one kind for each remedy."""
+
+from __future__ import annotations
+
+
+class MagRError(Exception):
+    """Base of every error that magr-fx raises on purpose."""
+
+
+class ConfigError(MagRError, ValueError):
+    """An option, a target or a filter is wrong; nothing was changed."""
+
+
+class CalibrationError(MagRError, ValueError):
+    """The calibration inputs are empty, of the wrong type, or not finite; nothing was changed."""
+
+
+class ModelError(MagRError, ValueError):
+    """The model cannot be worked on as it is (meta device, NaN weights, already quantized)."""
+
+
+class TraceError(MagRError, RuntimeError):
+    """``torch.export`` refused the model; nothing was changed."""
+
+
+class HandoverError(MagRError, RuntimeError):
+    """torchao left a rewritten weight unquantized; the message lists which."""
