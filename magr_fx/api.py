@@ -1,0 +1,134 @@
+"""magr_transform and magr_quantize: the two calls that most users need."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+from magr_fx.config import MagRConfig
+from magr_fx.passes.calibration import read_calib
+from magr_fx.passes.find_linears import FilterFn, find_linears
+from magr_fx.passes.pipeline import check_model, resolve_config, rewrite_sites
+from magr_fx.passes.to_torchao import hand_over, leave_out_unquantizable, quantizables, try_target
+from magr_fx.passes.trace import calibration_mode, trace_batches, unwrap
+from magr_fx.report import MagRReport
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def magr_transform(
+    model: Model,
+    calib: Any,
+    config: MagRConfig | None = None,
+    *,
+    target: Any = None,
+    filter_fn: FilterFn | None = None,
+    progress: bool | None = None,
+) -> Model:
+    """Shrink every weight's largest magnitudes in place, leaving its outputs on ``calib`` alone.
+
+    For each weight W ``[out, in]`` that meets an input X ``[tokens, in]`` in a matmul, each row
+    w becomes the ŵ that minimises ½(ŵ−w)ᵀG(ŵ−w) + α·λmax(G)·‖ŵ‖∞ with G = XᵀX (Zhang et al.,
+    "MagR", NeurIPS 2024, arXiv 2406.00800, section 3), per group where there are groups.
+
+    Args:
+        model: any module that torch.export can trace, compiled or not.
+        calib: an iterable of model inputs, a DataLoader for instance, read once: a tensor is the
+            first argument, a tuple or list the arguments, a mapping the keyword arguments.
+            Batch sizes and lengths may differ. What ``attention_mask`` marks as padding does
+            not count.
+        config: how to solve; None is the published recipe, at the target's group size.
+        target: the torchao config that will quantize the model: an int weight-only or
+            dynamic-activation int weight config. It only sets the group size here.
+        filter_fn: ``(module, fqn) -> bool``, as in torchao, for the module that owns a weight;
+            None takes every weight but those that an embedding shares.
+        progress: shows progress bars; None shows them on a terminal only.
+
+    Returns:
+        ``model`` itself: same Parameter objects, dtypes, devices, training mode and
+        ``requires_grad``. The :class:`~magr_fx.MagRReport` is at ``model.magr_report``.
+
+    Raises:
+        ConfigError: an option, the target or the filter is wrong, or a group size does not
+            divide a layer's inputs.
+        CalibrationError: ``calib`` is empty, of the wrong type, or leads to NaN or Inf.
+        ModelError: no weight matmul, or weights on the meta device, quantized, NaN or Inf.
+        TraceError: torch.export refused the model.
+        In all of these cases nothing was changed.
+
+    Example:
+        >>> import torch
+        >>> from magr_fx import magr_transform
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU())
+        >>> model = magr_transform(model, [torch.randn(32, 8), torch.randn(5, 8)])
+        >>> [site.name for site in model.magr_report.rewritten]
+        ['0.weight']
+    """
+    _run(model, calib, config, target, filter_fn, progress, quantize=False)
+    return model
+
+
+def magr_quantize(
+    model: Model,
+    calib: Any,
+    target: Any,
+    config: MagRConfig | None = None,
+    *,
+    filter_fn: FilterFn | None = None,
+    progress: bool | None = None,
+) -> Model:
+    """:func:`magr_transform` for ``target``, then torchao's ``quantize_`` with it, then proof.
+
+    A weight that torchao would not quantize (stored transposed, or as a slice of a parameter; one
+    that an embedding shares) is not rewritten either, and reported as skipped with its reason. A
+    linear that no calibration input reaches is quantized by torchao alone.
+
+    Args:
+        model, calib, config, filter_fn, progress: as for :func:`magr_transform`.
+        target: the torchao config: int weight-only or dynamic-activation int weight.
+
+    Returns:
+        ``model`` itself, with every rewritten weight a torchao tensor.
+
+    Raises:
+        HandoverError: torchao left a rewritten weight unquantized; the message lists which. Any
+            other error is raised before anything is changed, as for :func:`magr_transform`.
+    """
+    _run(model, calib, config, target, filter_fn, progress, quantize=True)
+    return model
+
+
+def _run(
+    model: nn.Module,
+    calib: Any,
+    config: MagRConfig | None,
+    target: Any,
+    filter_fn: FilterFn | None,
+    progress: bool | None,
+    *,
+    quantize: bool,
+) -> None:
+    config = resolve_config(config, target, required=quantize)
+    check_model(model)
+    inner = unwrap(model)
+    report = MagRReport(config, str(target) if quantize else "")
+    batches = read_calib(calib, inner)
+    weights = []
+    with calibration_mode(inner):
+        with report.timed("trace"):
+            traced = trace_batches(inner, batches)
+        found = find_linears(dict.fromkeys(b.trace for b in traced), inner, filter_fn)
+        if quantize:
+            found = leave_out_unquantizable(found, target)
+            weights = quantizables(found, config.group_size, filter_fn)
+            try_target(weights, target)
+        try:
+            rewrite_sites(traced, found, config, report, progress=progress)
+        finally:
+            if report.sites:  # also of a run that was cut short: what it has rewritten
+                model.magr_report = report  # type: ignore[assignment]
+    if quantize:
+        with report.timed("quantize"):
+            hand_over(inner, target, weights)
+        report.mark_quantized({weight.name for weight in weights})

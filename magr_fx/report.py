@@ -1,0 +1,242 @@
+"""What was done: a row per site, what was left alone and why, and where the time went."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from os import PathLike
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from magr_fx.config import MagRConfig
+
+Outcome = Literal["rewritten", "skipped", "failed"]
+STAGES = ("trace", "check", "grams", "solve", "rewrite", "quantize")
+_HEADER = (
+    "site", "shape", "calls", "tokens", "max before", "max after", "output error",
+    "rows by status", "steps", "seconds", "MiB",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class SiteReport:
+    """What happened to one site.
+
+    Attributes:
+        name: the parameter's name in the model, with an index where the site is a part of it.
+        shape: ``(out, in)``; of a parameter that is no site, its own shape.
+        outcome: ``"rewritten"``, ``"skipped"`` or ``"failed"`` (its weight is as it was).
+        reason: why it was skipped or failed; of a rewritten one, what is worth knowing.
+        calls: how many matmuls of the traced graphs read the weight.
+        tokens: how many calibration tokens are in its gram (padding does not count).
+        channel_max_before, channel_max_after: each row's largest magnitude, ``[out]`` float32.
+        output_error: ‖X(Ŵ−W)ᵀ‖_F / ‖XWᵀ‖_F on the calibration gram, before any quantization.
+        status: how many rows the solver ended in which way.
+        steps: the most steps that a row took.
+        seconds: time in the solver; sites that share a gram are solved as one problem, and the
+            time is split by their rows.
+        memory: high-water mark when the site was done, in MiB: of the device's allocations on
+            CUDA, of the process's resident memory otherwise.
+        quantized: whether torchao quantized the weight afterwards (``magr_quantize`` only).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    outcome: Outcome
+    reason: str = ""
+    calls: int = 0
+    tokens: int = 0
+    channel_max_before: npt.NDArray[np.float32] | None = None
+    channel_max_after: npt.NDArray[np.float32] | None = None
+    output_error: float = math.nan
+    status: str = ""
+    steps: int = 0
+    seconds: float = 0.0
+    memory: float = math.nan
+    quantized: bool = False
+
+    @property
+    def max_before(self) -> float:
+        """The weight's largest magnitude before."""
+        return _maximum(self.channel_max_before)
+
+    @property
+    def max_after(self) -> float:
+        """The weight's largest magnitude after."""
+        return _maximum(self.channel_max_after)
+
+    def cells(self) -> tuple[str, ...]:
+        """The row of a rewritten site in the report's table."""
+        return (
+            self.name,
+            "x".join(map(str, self.shape)),
+            str(self.calls),
+            str(self.tokens),
+            f"{self.max_before:.4g}",
+            f"{self.max_after:.4g}",
+            f"{self.output_error:.2%}",
+            self.status,
+            str(self.steps),
+            f"{self.seconds:.2f}",
+            f"{self.memory:.0f}",
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the per-channel arrays, as JSON knows it (no NaN)."""
+        names = [f.name for f in fields(self) if not f.name.startswith("channel_max")]
+        values = {name: getattr(self, name) for name in (*names, "max_before", "max_after")}
+        return {
+            name: None if isinstance(value, float) and math.isnan(value) else value
+            for name, value in values.items()
+        }
+
+
+@dataclass(eq=False)
+class MagRReport:
+    """The whole run; ``str(report)`` is a table of the sites and the totals.
+
+    Attributes:
+        sites: one :class:`SiteReport` per site, in the order they were solved, then those that
+            were skipped.
+        config: the options that the sites were solved with.
+        target: the torchao config, as text; empty where there was none.
+        batches: how many calibration batches were run.
+        traces: how many graphs it took to run them.
+        seconds: wall time per stage: trace, check, grams, solve, rewrite, quantize.
+        peak_memory: the highest of the sites' ``memory``, in MiB.
+    """
+
+    config: MagRConfig
+    target: str = ""
+    sites: list[SiteReport] = field(default_factory=list)
+    batches: int = 0
+    traces: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+    @property
+    def rewritten(self) -> list[SiteReport]:
+        return self._with("rewritten")
+
+    @property
+    def skipped(self) -> list[SiteReport]:
+        return self._with("skipped")
+
+    @property
+    def failed(self) -> list[SiteReport]:
+        return self._with("failed")
+
+    @property
+    def peak_memory(self) -> float:
+        return max((s.memory for s in self.sites if not math.isnan(s.memory)), default=math.nan)
+
+    def _with(self, outcome: Outcome) -> list[SiteReport]:
+        return [site for site in self.sites if site.outcome == outcome]
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time spent inside to ``seconds[stage]``."""
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += perf_counter() - start
+
+    def mark_quantized(self, names: set[str]) -> None:
+        """Note that torchao quantized the parameters with these names."""
+        self.sites = [replace(s, quantized=s.name in names) for s in self.sites]
+
+    def __str__(self) -> str:
+        parts = [_table([_HEADER, *(site.cells() for site in self.rewritten)])]
+        for title, sites in (("failed", self.failed), ("skipped", self.skipped)):
+            if sites:
+                rows = [(s.name, "x".join(map(str, s.shape)), s.reason) for s in sites]
+                parts.append(f"{title}:\n{_table(rows)}")
+        notes = [(s.name, s.reason) for s in self.rewritten if s.reason]
+        if notes:
+            parts.append(f"notes:\n{_table(notes)}")
+        return "\n\n".join([*parts, self.totals()])
+
+    def totals(self) -> str:
+        """The run in a few lines: sites, magnitudes, output error, time and memory."""
+        done, all_parameters = self.rewritten, sum(math.prod(s.shape) for s in self.sites)
+        parameters = sum(math.prod(site.shape) for site in done)
+        share = parameters / all_parameters if all_parameters else 0.0
+        lines = [
+            f"{len(done)} rewritten, {len(self.skipped)} skipped, {len(self.failed)} failed; "
+            f"{share:.1%} of {all_parameters:,} matrix parameters rewritten"
+        ]
+        if done:
+            ratio = np.concatenate([_ratio(site) for site in done])
+            error = np.array([site.output_error for site in done])
+            lines.append(
+                f"largest magnitude per channel: median x{np.median(ratio):.2f}; output error "
+                f"before quantization: median {np.median(error):.2%}, worst {error.max():.2%}"
+            )
+        if self.target:
+            quantized = sum(site.quantized for site in self.sites)
+            lines.append(f"{quantized} quantized by torchao: {self.target}")
+        stages = ", ".join(f"{name} {t:.1f}" for name, t in self.seconds.items() if t)
+        lines.append(
+            f"{self.batches} calibration batches, {self.traces} traced graphs; "
+            f"seconds: {stages}; peak memory {self.peak_memory:.0f} MiB"
+        )
+        return "\n".join(lines)
+
+    def to_json(self, path: str | PathLike[str]) -> None:
+        """Write everything but the per-channel arrays to ``path``."""
+        record = {
+            "config": {f.name: getattr(self.config, f.name) for f in fields(self.config)},
+            "target": self.target,
+            "batches": self.batches,
+            "traces": self.traces,
+            "seconds": self.seconds,
+            "sites": [site.as_dict() for site in self.sites],
+        }
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=1, allow_nan=False)
+            file.write("\n")
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draw the paper's Figure 1 (each channel's maximum) and the sites' output errors.
+
+        Raises:
+            ImportError: matplotlib is not installed; the message has the command.
+            ValueError: no site was rewritten.
+        """
+        from magr_fx.plot import plot_report
+
+        plot_report(self, path)
+
+
+def _maximum(channels: npt.NDArray[np.float32] | None) -> float:
+    return math.nan if channels is None or channels.size == 0 else float(channels.max())
+
+
+def _ratio(site: SiteReport) -> npt.NDArray[np.float32]:
+    """after / before for each channel that was not zero."""
+    before, after = site.channel_max_before, site.channel_max_after
+    if before is None or after is None:
+        return np.empty(0, np.float32)
+    return after[before > 0] / before[before > 0]
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    """Rows as aligned columns: text to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    numeric = [
+        all(cell[:1].isdigit() or cell in ("nan", "") for cell in column[1:]) and len(rows) > 1
+        for column in zip(*rows, strict=True)
+    ]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ).rstrip()
+        for row in rows
+    )

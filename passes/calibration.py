@@ -1,0 +1,81 @@
+"""calib → batches: read the calibration iterable once, in one form, on the model's device."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from magr_fx.errors import CalibrationError
+
+_FORMS = "a tensor (first argument), a tuple or list (arguments) or a mapping (keyword arguments)"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The arguments of one forward call, and the batch's place in the calibration."""
+
+    index: int
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def read_calib(calib: Any, model: nn.Module) -> list[Batch]:
+    """Read ``calib`` once and return its batches, their tensors on the model's device.
+
+    The inputs are held until the run ends: each batch is run through the model block by block.
+
+    Raises:
+        CalibrationError: ``calib`` is no iterable of model inputs, is empty, or holds NaN or Inf.
+    """
+    if isinstance(calib, (torch.Tensor, Mapping, str, bytes)) or not isinstance(calib, Iterable):
+        raise CalibrationError(
+            f"calib must be an iterable of model inputs, each {_FORMS}; got "
+            f"{type(calib).__name__}. For a single input pass a list of one: [calib]"
+        )
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    no_cache = "use_cache" in inspect.signature(model.forward).parameters
+    batches = []
+    for index, item in enumerate(calib):
+        args, kwargs = _arguments(item, index)
+        if no_cache:
+            kwargs["use_cache"] = False  # a cache in the outputs is memory that nobody reads
+        _check_finite((args, kwargs), index)
+        args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(device), (args, kwargs))
+        batches.append(Batch(index, args, kwargs))
+    if not batches:
+        raise CalibrationError(
+            "calib is empty: give at least one model input (a generator that was "
+            "iterated before yields nothing; make it a list)"
+        )
+    return batches
+
+
+def _arguments(item: Any, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(item, torch.Tensor):
+        return (item,), {}
+    if isinstance(item, Mapping):
+        # Sorted, so that two batches with the same keys are one input signature.
+        return (), {key: item[key] for key in sorted(item)}
+    if isinstance(item, (tuple, list)):
+        return tuple(item), {}
+    raise CalibrationError(
+        f"calibration batch {index} is a {type(item).__name__}; each must be {_FORMS}"
+    )
+
+
+def _check_finite(inputs: Any, index: int) -> None:
+    for leaf in tree_leaves(inputs):
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+            # An additive attention mask holds -inf on purpose; NaN and +inf never are.
+            bad = torch.isnan(leaf) | torch.isposinf(leaf)
+            if bool(bad.any()):
+                raise CalibrationError(
+                    f"calibration batch {index} holds {int(bad.sum())} NaN or Inf values in an "
+                    f"input of shape {tuple(leaf.shape)}; remove or repair it"
+                )

@@ -1,0 +1,218 @@
+"""Run the traced graphs on the calibration, block by block, and sum each site's gram.
+
+Inputs are shared: q, k and v read one activation, gate and up another. Each distinct activation is
+taken once, where the first matmul is about to read it, and goes into one gram for all its sites.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+from tqdm import tqdm
+
+from magr_fx.errors import CalibrationError
+from magr_fx.gram import add_to_gram
+from magr_fx.passes.blocks import Block, cut_into_blocks, in_step
+from magr_fx.passes.find_linears import Call, Site
+from magr_fx.passes.padding import TokenMask, token_masks
+from magr_fx.passes.trace import Trace, TracedBatch, buffers_kept, is_mutation
+
+Environment = dict[fx.Node, Any]
+
+
+@dataclass(eq=False)
+class SharedGram:
+    """The gram of everything that these sites read: G = XᵀX, ``[in, in]`` float32."""
+
+    sites: list[Site]
+    pending: set[fx.Node] = field(default_factory=set)  # where activations are still to be taken
+    gram: torch.Tensor | None = None
+    tokens: torch.Tensor | int = 0
+    padding_counted: bool = False  # there was padding, but no way to tell it in these activations
+
+    def add(self, tokens: torch.Tensor, keep: torch.Tensor | None) -> None:
+        if self.gram is None:
+            size = self.sites[0].shape[1]
+            device = self.sites[0].parameter.device
+            self.gram = torch.zeros(size, size, dtype=torch.float32, device=device)
+        add_to_gram(self.gram, tokens, keep)
+        self.tokens = self.tokens + (tokens.shape[0] if keep is None else keep.sum())
+
+
+@dataclass(frozen=True, eq=False)
+class _Tap:
+    """One distinct activation, taken just before the first call that reads it."""
+
+    call: Call
+    mask: TokenMask | None
+    grams: list[SharedGram] = field(default_factory=list)
+
+
+Take = Callable[[_Tap, torch.Tensor, torch.Tensor | None], None]
+
+
+class CalibrationRun:
+    """The calibration batches on their way through the traced graphs.
+
+    Args:
+        batches: what to run, each with its trace.
+        sites: whose activations to take.
+    """
+
+    def __init__(self, batches: list[TracedBatch], sites: list[Site]) -> None:
+        self.batches = batches
+        self.grams = _share(sites)
+        self._taps: dict[fx.Node, list[_Tap]] = defaultdict(list)
+        self._blocks: dict[Trace, list[Block]] = {}
+        self._runners: dict[Trace, fx.Interpreter] = {}
+        for trace in dict.fromkeys(batch.trace for batch in batches):
+            calls = [call for site in sites for call in site.calls if call.trace is trace]
+            self._place_taps(trace, calls)
+            self._blocks[trace] = cut_into_blocks(trace, calls)
+            self._runners[trace] = fx.Interpreter(trace.graph_module, garbage_collect_values=False)
+
+    def check(self, *, progress: bool | None = None) -> None:
+        """Run every batch once and look at every activation, before anything is changed.
+
+        Raises:
+            CalibrationError: a counted token of an activation is NaN or Inf; the message names
+                the site and the batch.
+        """
+        batches = tqdm(self.batches, "checking", unit="batch", disable=_disable(progress))
+        with buffers_kept(self._blocks):
+            for batch in batches:
+                names: list[str] = []
+                finite: list[torch.Tensor] = []  # read together: one sync per batch
+                look = partial(_look, names, finite)
+                environment = self._start(batch)
+                for block in self._blocks[batch.trace]:
+                    self._run(block, batch, environment, look)
+                flags = torch.stack([f.to(finite[0].device) for f in finite]).tolist() if finite else []
+                if not all(flags):
+                    name = names[flags.index(False)]
+                    raise CalibrationError(
+                        f"the input of {name} holds NaN or Inf in calibration batch "
+                        f"{batch.index}; nothing was changed. Look for overflow (float16?) or "
+                        "broken values before that layer, or leave the batch out"
+                    )
+
+    def collect(self, *, progress: bool | None = None) -> Iterator[SharedGram]:
+        """Sum the grams block by block; each is yielded as soon as its last activation is in.
+
+        One block's grams and one boundary (the values that later blocks read) per batch are
+        alive at a time. The caller may rewrite the yielded sites' weights at once: every call
+        that reads them has run.
+        """
+        environments = [self._start(batch) for batch in self.batches]
+        steps = list(in_step(self._blocks.values()))
+        waiting = list(self.grams)
+        with buffers_kept(self._blocks):
+            for step in tqdm(steps, "magr", unit="block", disable=_disable(progress)):
+                visited = {node for block in step for node in block.nodes}
+                for block in step:
+                    for batch, environment in zip(self.batches, environments, strict=True):
+                        if batch.trace is block.trace:
+                            self._run(block, batch, environment, _add)
+                for shared in waiting:
+                    shared.pending -= visited
+                for shared in waiting:
+                    if not shared.pending:
+                        yield shared
+                        shared.gram = None
+                waiting = [shared for shared in waiting if shared.pending]
+
+    def _place_taps(self, trace: Trace, calls: list[Call]) -> None:
+        gram_of = {id(call): gram for gram in self.grams for s in gram.sites for call in s.calls}
+        masks = token_masks(trace, (call.input for call in calls))
+        order = {node: at for at, node in enumerate(trace.graph_module.graph.nodes)}
+        taps: dict[tuple[object, ...], _Tap] = {}
+        for call in sorted(calls, key=lambda call: order[call.node]):
+            if call.input_key not in taps:
+                taps[call.input_key] = tap = _Tap(call, masks.get(call.input))
+                self._taps[call.node].append(tap)
+            gram = gram_of[id(call)]
+            gram.pending.add(call.node)
+            if gram not in taps[call.input_key].grams:
+                taps[call.input_key].grams.append(gram)
+
+    def _start(self, batch: TracedBatch) -> Environment:
+        graph = batch.trace.graph_module.graph
+        values = batch.values
+        if any(is_mutation(node) for node in graph.nodes):
+            # The model may work in place on its inputs, which are the caller's tensors.
+            values = tuple(v.clone() if isinstance(v, torch.Tensor) else v for v in values)
+        return dict(zip(graph.find_nodes(op="placeholder"), values, strict=True))
+
+    def _run(self, block: Block, batch: TracedBatch, env: Environment, take: Take) -> None:
+        """Run one block of one batch; ``env`` is left with what later blocks read."""
+        runner = self._runners[block.trace]
+        runner.env = env
+        for node in block.nodes:
+            for tap in self._taps.get(node, ()):
+                keep = None
+                value = env[tap.call.input]
+                if tap.mask is not None:
+                    keep = tap.mask.rows(batch.values, value)
+                    unmatched = keep is None and tap.mask.misses_padding(batch.values, value)
+                    for shared in tap.grams if unmatched else ():
+                        shared.padding_counted = True
+                take(tap, *_tokens(tap.call, value, keep))
+            if node in block.run:
+                env[node] = runner.run_node(node)
+            for dead in block.dead_after.get(node, ()):
+                env.pop(dead, None)
+        for node in [node for node in env if node.op == "get_attr"]:
+            del env[node]
+
+
+def _share(sites: list[Site]) -> list[SharedGram]:
+    """One gram for all sites that read exactly the same activations and are solved alike."""
+    shared: dict[Any, SharedGram] = {}
+    for site in sites:
+        weight = site.parameter
+        key = (frozenset(c.input_key for c in site.calls), weight.dtype, weight.device)
+        shared.setdefault(key, SharedGram([])).sites.append(site)
+    return list(shared.values())
+
+
+def _tokens(
+    call: Call, value: torch.Tensor, keep: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The rows ``[tokens, in]`` that meet the call's matrix, and which of them count."""
+    rows = value[:, None] if call.columns and value.dim() == 1 else value
+    rows = rows.mT if call.columns else rows
+    for axis, index in enumerate(reversed(call.batch)):  # from the innermost batch dimension
+        dim = rows.dim() - 3 - axis
+        if index >= 0 and dim >= 0:
+            place = min(index, rows.shape[dim] - 1)  # a size of 1 is broadcast over the stack
+            rows = rows.narrow(dim, place, 1)
+            keep = None if keep is None else keep.narrow(dim, place, 1)
+    return rows.reshape(-1, rows.shape[-1]), None if keep is None else keep.reshape(-1)
+
+
+def _look(
+    names: list[str],
+    finite: list[torch.Tensor],
+    tap: _Tap,
+    tokens: torch.Tensor,
+    keep: torch.Tensor | None,
+) -> None:
+    good = tokens.isfinite().all(-1)
+    names.append(tap.grams[0].sites[0].name)
+    finite.append((good if keep is None else good | ~keep).all())
+
+
+def _add(tap: _Tap, tokens: torch.Tensor, keep: torch.Tensor | None) -> None:
+    for shared in tap.grams:
+        shared.add(tokens, keep)
+
+
+def _disable(progress: bool | None) -> bool | None:
+    """tqdm's ``disable``: None shows the bar on a terminal only."""
+    return None if progress is None else not progress

@@ -1,0 +1,208 @@
+"""traced batches → rewritten weights: the steps that magr_transform and MagRPass share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from magr_fx.config import MagRConfig
+from magr_fx.errors import ConfigError, MagRError, ModelError
+from magr_fx.gram import damped, output_error
+from magr_fx.memory import high_water_mark
+from magr_fx.passes.collect_grams import CalibrationRun, SharedGram
+from magr_fx.passes.find_linears import Found, Site
+from magr_fx.passes.rewrite_weights import refusal, rewrite_weight
+from magr_fx.passes.to_torchao import is_quantized, target_group_size
+from magr_fx.passes.trace import TracedBatch
+from magr_fx.report import MagRReport, SiteReport
+from magr_fx.solver import Solution, solve_magr
+
+logger = logging.getLogger("magr_fx")
+
+
+def resolve_config(
+    config: MagRConfig | None, target: Any, *, required: bool = False
+) -> MagRConfig:
+    """The options to solve with: the given or the published ones, at the target's group size.
+
+    Raises:
+        ConfigError: ``config`` or ``target`` is of the wrong type, or they disagree.
+    """
+    if not (config is None or isinstance(config, MagRConfig)):
+        raise ConfigError(
+            f"config must be a MagRConfig or None, got {type(config).__name__}; a torchao config "
+            "goes into target"
+        )
+    config = config or MagRConfig.published()
+    if target is None and not required:
+        return config
+    return config.for_groups_of(target_group_size(target))
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that cannot be worked on as it is, naming the parameter and the remedy.
+
+    Raises:
+        ModelError: a parameter is on the meta device, already quantized, NaN or Inf; or
+            ``model`` is no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    finite: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if is_quantized(parameter):
+            raise ModelError(
+                f"{name} is already quantized by torchao ({type(parameter.data).__name__}); "
+                "MagR has to run before quantize_: start from the full-precision model"
+            )
+        if parameter.is_meta:
+            raise ModelError(
+                f"{name} is on the meta device, without values; load the weights first "
+                "(from_pretrained without device_map='meta', or model.to_empty and load_state_dict)"
+            )
+        if parameter.is_floating_point():
+            finite[name] = parameter.detach().isfinite().all()
+    for name, flag in finite.items():
+        if not bool(flag):
+            raise ModelError(f"{name} holds NaN or Inf; repair or reload the model's weights")
+
+
+def check_group_size(sites: Iterable[Site], group_size: int | None) -> None:
+    """Raise :class:`ConfigError` for the first site whose inputs the group size does not divide."""
+    for site in sites:
+        inputs = site.shape[1]
+        if group_size is not None and inputs % group_size:
+            raise ConfigError(
+                f"{site.name} {site.shape} has {inputs} inputs, which groups of {group_size} do "
+                "not divide; choose another group size, or leave the layer out with filter_fn"
+            )
+
+
+def rewrite_sites(
+    traced: list[TracedBatch],
+    found: Found,
+    config: MagRConfig,
+    report: MagRReport,
+    *,
+    progress: bool | None = None,
+) -> None:
+    """Check the calibration, then solve and rewrite every site, block by block, into ``report``.
+
+    Nothing is written before every batch has run once and every activation was finite. Should
+    the work be interrupted after that, ``report`` holds exactly the sites that were rewritten.
+
+    Raises:
+        CalibrationError: an activation is NaN or Inf.
+        ConfigError: the group size does not divide a site's inputs.
+    """
+    check_group_size(found.sites, config.group_size)
+    report.batches = len(traced)
+    report.traces = len({batch.trace for batch in traced})
+    run = CalibrationRun(traced, found.sites)
+    with report.timed("check"):
+        run.check(progress=progress)
+    report.sites.extend(
+        SiteReport(r.name, r.shape, "skipped", r.reason) for r in found.rejections
+    )
+    finished = run.collect(progress=progress)
+    try:
+        while True:
+            with report.timed("grams"):
+                shared = next(finished, None)
+            if shared is None:
+                break
+            report.sites.extend(_solve_and_rewrite(shared, config, report))
+    except BaseException:
+        done = [site.name for site in report.rewritten]
+        logger.error("interrupted after rewriting %d sites: %s", len(done), ", ".join(done))
+        raise
+    order = {"rewritten": 0, "failed": 1, "skipped": 2}
+    report.sites.sort(key=lambda site: order[site.outcome])
+    logger.info("%s", report.totals())
+
+
+def _solve_and_rewrite(
+    shared: SharedGram, config: MagRConfig, report: MagRReport
+) -> list[SiteReport]:
+    """Solve the sites of one gram as one stacked problem: rows are independent."""
+    sites, gram, tokens = shared.sites, shared.gram, int(shared.tokens)
+    if gram is None or tokens == 0:
+        reason = "no calibration token reaches it (every one is padding)"
+        return [SiteReport(s.name, s.shape, "skipped", reason, len(s.calls)) for s in sites]
+    weights = [site.weight for site in sites]
+    before = report.seconds["solve"]
+    try:
+        with report.timed("solve"):
+            solution = solve_magr(
+                torch.cat(weights) if len(weights) > 1 else weights[0],
+                damped(gram, config.damping),
+                alpha=config.penalty,
+                group_size=config.group_size,
+                solver=config.solver,
+                max_steps=config.max_steps,
+                tol=config.tol,
+            )
+            if gram.is_cuda:
+                torch.cuda.synchronize(gram.device)
+    except (MagRError, torch.linalg.LinAlgError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        logger.warning("%s failed: %s", ", ".join(s.name for s in sites), reason)
+        return [SiteReport(s.name, s.shape, "failed", reason, len(s.calls), tokens) for s in sites]
+    seconds = (report.seconds["solve"] - before) / solution.weight.shape[0]  # per row
+    with report.timed("rewrite"):
+        parts = _split(solution, [site.shape[0] for site in sites])
+        return [
+            _write(site, part, gram, shared.padding_counted, tokens, seconds)
+            for site, part in zip(sites, parts, strict=True)
+        ]
+
+
+def _split(solution: Solution, rows: list[int]) -> list[Solution]:
+    """The stacked solution as one per site."""
+    columns = zip(*(getattr(solution, f.name).split(rows) for f in fields(Solution)), strict=True)
+    return [Solution(*column) for column in columns]
+
+
+def _write(
+    site: Site,
+    solution: Solution,
+    gram: torch.Tensor,
+    padding_counted: bool,
+    tokens: int,
+    seconds_per_row: float,
+) -> SiteReport:
+    """Write one site's solution if it may be written, and say what happened."""
+    old = site.weight
+    reason = refusal(solution)
+    if reason is not None:
+        logger.warning("%s failed and keeps its weight: %s", site.name, reason)
+        return SiteReport(site.name, site.shape, "failed", reason, len(site.calls), tokens)
+    note = "padding is counted: the input's shape does not tell which tokens are padding"
+    result = SiteReport(
+        name=site.name,
+        shape=site.shape,
+        outcome="rewritten",
+        reason=note if padding_counted else "",
+        calls=len(site.calls),
+        tokens=tokens,
+        channel_max_before=_channel_max(old),
+        channel_max_after=_channel_max(solution.weight),
+        output_error=output_error(solution.weight.float() - old.float(), old, gram),
+        status=solution.summary,
+        steps=int(solution.steps.max()),
+        seconds=seconds_per_row * site.shape[0],
+        memory=high_water_mark(old.device),
+    )
+    rewrite_weight(site, solution.weight)
+    return result
+
+
+def _channel_max(weight: torch.Tensor) -> npt.NDArray[np.float32]:
+    return weight.abs().amax(-1).float().cpu().numpy()

@@ -1,0 +1,34 @@
+"""solution → weights: a checked write through each site's own view of its parameter."""
+
+from __future__ import annotations
+
+import torch
+
+from magr_fx.passes.find_linears import Site
+from magr_fx.solver import Solution, Status
+
+
+def refusal(solution: Solution) -> str | None:
+    """Why a solution must not be written, or None where it may be.
+
+    It must be finite, and no row's objective may lie above where it started.
+    """
+    failed = int((solution.status == Status.FAILED).sum())
+    if failed:
+        return f"{failed} of {solution.status.numel()} rows: {Status.FAILED.sentence}"
+    if not bool(solution.weight.isfinite().all()):
+        return "the solution is not finite"
+    worse = int((solution.objective > solution.objective_before).sum())
+    if worse:
+        return f"{worse} of {solution.status.numel()} rows have a higher objective than at the start"
+    return None
+
+
+@torch.no_grad()
+def rewrite_weight(site: Site, weight: torch.Tensor) -> None:
+    """Write ``weight`` ``[out, in]`` into the site's elements of its parameter, in place.
+
+    The Parameter object, its dtype, device, strides and ``requires_grad`` stay; a weight that is
+    stored transposed, or as a slice, is written where it is stored.
+    """
+    site.weight.copy_(weight)
