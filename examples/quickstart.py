@@ -1,0 +1,149 @@
+"""Quantize a language model with and without MagR, and compare their perplexity.
+
+    python examples/quickstart.py                                 # SmolLM2-135M, 3 and 4 bits
+    python examples/quickstart.py --model Qwen/Qwen3-0.6B --bits 4 --device cuda --dtype bfloat16
+
+For each bit width the same layers are quantized by torchao alone and by ``magr_quantize`` with each
+of ``RECIPES``. A table of perplexities and the reports go to ``--out``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from language_model import bundled_model, load, perplexity, token_batches
+from torch import Tensor, nn
+from torchao.quantization import IntxWeightOnlyConfig, PerAxis, quantize_
+
+from magr_fx import MagRConfig, magr_quantize
+
+DATA = Path(__file__).parent / "data"
+
+# name -> config; None is the library's default, the published recipe. Add your own here.
+RECIPES: dict[str, MagRConfig | None] = {
+    "published": None,
+    "damping 0.1": MagRConfig(damping=0.1),
+}
+
+CAVEAT = (
+    "SmolLM2's weights come from a Q4_1 GGUF (groups of 32); per-channel figures are meaningful, "
+    "group-32 4-bit ones would not be."
+)
+
+
+def say(text: str) -> None:
+    """Print one line of progress at once, even into a pipe."""
+    print(text, flush=True)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--model", help="a Hub name, a local directory or a .gguf file (default: SmolLM2-135M)")
+    add(
+        "--calib",
+        type=Path,
+        default=DATA / "sotu_calibration.txt",
+        metavar="FILE",
+        help="the text to calibrate on (default: speeches)",
+    )
+    add(
+        "--eval",
+        type=Path,
+        nargs="+",
+        default=[DATA / "sotu_heldout.txt", DATA / "moby_dick.txt"],
+        metavar="FILE",
+        help="the texts to evaluate (default: other speeches, and a novel)",
+    )
+    add("--bits", type=int, nargs="+", choices=range(2, 9), default=[3, 4], help="default: 3 4")
+    add("--tokens", type=int, default=16384, help="to calibrate on (default: %(default)s)")
+    add("--eval-tokens", type=int, default=8192, help="of each text (default: %(default)s)")
+    add("--length", type=int, default=512, help="tokens per window (default: %(default)s)")
+    add("--out", type=Path, default=Path("out"), help="folder to write to (default: %(default)s)")
+    cuda = torch.cuda.is_available()
+    add("--device", default="cuda" if cuda else "cpu", help="default: cuda where there is one")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    return parser.parse_args()
+
+
+def quantizable(module: nn.Module, name: str) -> bool:
+    """Every linear layer but the head, which many models share with their embedding."""
+    return isinstance(module, nn.Linear) and name != "lm_head"
+
+
+def align(rows: list[list[str]]) -> str:
+    """Lay out ``rows``, the header first, as a Markdown table with numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+    rule = " | ".join(["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    return "\n".join(f"| {line} |" for line in [lines[0], rule, *lines[1:]])
+
+
+def main() -> None:
+    args = parse_arguments()
+    started = time.perf_counter()
+    try:
+        name = args.model or bundled_model()
+        say(f"loading {name}")
+        model, tokenizer = load(name, device=args.device, dtype=getattr(torch, args.dtype))
+
+        def batches(file: Path, tokens: int) -> list[Tensor]:
+            return token_batches(
+                tokenizer, file, tokens=tokens, length=args.length, device=args.device
+            )
+
+        calib = batches(args.calib, args.tokens)
+        texts = {file.stem: batches(file, args.eval_tokens) for file in args.eval}
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (ImportError, OSError, ValueError) as error:  # no model, no text, too short a text
+        sys.exit(f"quickstart: {error}")
+
+    rows = [["weights", *(f"perplexity, {text}" for text in texts)]]
+
+    def measure(label: str, candidate: nn.Module) -> None:
+        scores = [f"{perplexity(candidate, text):,.2f}" for text in texts.values()]
+        rows.append([label, *scores])
+        say(f"[{time.perf_counter() - started:5.0f} s] {label}: {', '.join(scores)}")
+
+    measure(f"original, {args.dtype}", model)
+    totals = []
+    for bits in args.bits:
+        target = IntxWeightOnlyConfig(
+            weight_dtype=getattr(torch, f"int{bits}"), granularity=PerAxis(0)
+        )
+        plain = copy.deepcopy(model)
+        quantize_(plain, target, filter_fn=quantizable)
+        measure(f"int{bits}, torchao alone", plain)
+        del plain  # one copy at a time: a model and its copy are the most that is held
+
+        for recipe, config in RECIPES.items():
+            label = f"int{bits}, magr_quantize, {recipe}"
+            rewritten: Any = magr_quantize(
+                copy.deepcopy(model), calib, target, config, filter_fn=quantizable
+            )
+            report = rewritten.magr_report
+            measure(label, rewritten)
+            totals.append(f"{label}\n{report.totals()}")
+            file = f"report_int{bits}_{recipe.replace(' ', '_')}"
+            report.to_json(args.out / f"{file}.json")
+            if importlib.util.find_spec("matplotlib"):
+                report.plot(args.out / f"{file}.png")
+            del rewritten, report
+
+    caveat = [] if args.model else [CAVEAT]
+    summary = "\n\n".join([align(rows), *caveat, *totals])
+    (args.out / "quickstart.txt").write_text(summary + "\n", encoding="utf-8")
+    say(f"\n{summary}\n\nwritten to {args.out}/: quickstart.txt and the reports")
+
+
+if __name__ == "__main__":
+    main()
