@@ -67,12 +67,9 @@ def project_l1_ball(x: Tensor, radius: float | Tensor) -> Tensor:
         tensor([ 1.5000, -0.5000,  0.0000])
     """
     values = _checked_rows(x)
-    amount = _checked_amount("radius", radius, values)
-    magnitude = values.abs()
-    level = threshold(magnitude, amount).unsqueeze(-1)
-    outside = (magnitude.sum(-1) > amount).unsqueeze(-1)
-    soft = values - values.clamp(-level, level)
-    return torch.where(outside, soft, values).to(x.dtype)
+    level = threshold(values.abs(), _checked_amount("radius", radius, values)).unsqueeze(-1)
+    # Soft thresholding. Inside the ball the level is 0, which takes nothing away.
+    return (values - values.clamp(-level, level)).to(x.dtype)
 
 
 def threshold(

@@ -236,11 +236,13 @@ def test_certificate_is_exact_at_the_optimum_and_loose_away_from_it() -> None:
 
 
 def test_gap_is_never_negative_by_rounding() -> None:
-    # One input: 200 steps are the exact optimum, and the gap is nothing but rounding.
-    weight = torch.rand(2000, 1, generator=torch.Generator().manual_seed(0)) + 0.3
-    solution = solve_magr(weight, torch.tensor([[3.0]]), alpha=0.25)
-    assert (solution.dual_gap >= 0).all()
-    assert (solution.dual_gap <= 1e-6 * solution.objective).all()
+    # One input: the optimum is known, and its gap is nothing but rounding.
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.rand(2000, 1, generator=generator, dtype=torch.float64) + 0.3
+    gram = torch.tensor([[3.0]])
+    found = certify(Problem(gram, gram[0, 0], 0.1, 1), weight, weight - 0.1)
+    assert (found.gap >= 0).all()
+    assert (found.gap <= 1e-15).all()
 
 
 def test_certificate_does_not_depend_on_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,6 +263,7 @@ def test_largest_eigenvalue() -> None:
     assert found.dtype == torch.float32
     assert abs(float(found) - exact) <= 1e-6 * exact
     assert float(largest_eigenvalue(torch.zeros(3, 3))) == 0.0
+    assert float(largest_eigenvalue(-torch.eye(3))) == 0.0
 
 
 # --- stopping
