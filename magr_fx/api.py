@@ -9,9 +9,15 @@ from torch import nn
 from magr_fx.config import MagRConfig
 from magr_fx.passes.calibration import read_calib
 from magr_fx.passes.find_linears import FilterFn, find_linears
-from magr_fx.passes.pipeline import check_model, resolve_config, rewrite_sites
-from magr_fx.passes.to_torchao import hand_over, leave_out_unquantizable, quantizables, try_target
-from magr_fx.passes.trace import calibration_mode, trace_batches, unwrap
+from magr_fx.passes.pipeline import check_group_size, check_model, resolve_config, rewrite_sites
+from magr_fx.passes.quantizable import (
+    Quantizable,
+    leave_out_unquantizable,
+    leave_out_unrunnable,
+)
+from magr_fx.passes.read_exported import trace_or_read
+from magr_fx.passes.to_torchao import describe, hand_over, try_target
+from magr_fx.passes.trace import calibration_mode, unwrap
 from magr_fx.report import MagRReport
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -29,11 +35,11 @@ def magr_transform(
     """Shrink every weight's largest magnitudes in place, leaving its outputs on ``calib`` alone.
 
     For each weight W ``[out, in]`` that meets an input X ``[tokens, in]`` in a matmul, each row
-    w becomes the ŵ that minimises ½(ŵ−w)ᵀG(ŵ−w) + α·λmax(G)·‖ŵ‖∞ with G = XᵀX (Zhang et al.,
-    "MagR", NeurIPS 2024, arXiv 2406.00800, section 3), per group where there are groups.
+    w becomes the ŵ that minimises ½(ŵ-w)ᵀG(ŵ-w) + alpha·λmax(G)·‖ŵ‖∞ with G = XᵀX (Zhang et
+    al., "MagR", NeurIPS 2024, arXiv 2406.00800, section 3), per group where there are groups.
 
     Args:
-        model: any module that torch.export can trace, compiled or not.
+        model: any module that torch.export can trace, compiled or not, or its exported graph.
         calib: an iterable of model inputs, a DataLoader for instance, read once: a tensor is the
             first argument, a tuple or list the arguments, a mapping the keyword arguments.
             Batch sizes and lengths may differ. What ``attention_mask`` marks as padding does
@@ -65,7 +71,7 @@ def magr_transform(
         >>> [site.name for site in model.magr_report.rewritten]
         ['0.weight']
     """
-    _run(model, calib, config, target, filter_fn, progress, quantize=False)
+    _run(model, calib, config, target, filter_fn=filter_fn, progress=progress, quantize=False)
     return model
 
 
@@ -80,9 +86,10 @@ def magr_quantize(
 ) -> Model:
     """:func:`magr_transform` for ``target``, then torchao's ``quantize_`` with it, then proof.
 
-    A weight that torchao would not quantize (stored transposed, or as a slice of a parameter; one
-    that an embedding shares) is not rewritten either, and reported as skipped with its reason. A
-    linear that no calibration input reaches is quantized by torchao alone.
+    A weight that torchao cannot quantize (stored transposed, or as a slice of a parameter; in a
+    module that its tensors do not run in, such as nn.MultiheadAttention), or that an embedding
+    shares, is not rewritten either, and reported as skipped with its reason. A linear that no
+    calibration input reaches is quantized by torchao alone.
 
     Args:
         model, calib, config, filter_fn, progress: as for :func:`magr_transform`.
@@ -95,7 +102,7 @@ def magr_quantize(
         HandoverError: torchao left a rewritten weight unquantized; the message lists which. Any
             other error is raised before anything is changed, as for :func:`magr_transform`.
     """
-    _run(model, calib, config, target, filter_fn, progress, quantize=True)
+    _run(model, calib, config, target, filter_fn=filter_fn, progress=progress, quantize=True)
     return model
 
 
@@ -104,29 +111,36 @@ def _run(
     calib: Any,
     config: MagRConfig | None,
     target: Any,
+    *,
     filter_fn: FilterFn | None,
     progress: bool | None,
-    *,
     quantize: bool,
 ) -> None:
     config = resolve_config(config, target, required=quantize)
-    check_model(model)
     inner = unwrap(model)
-    report = MagRReport(config, str(target) if quantize else "")
+    check_model(inner)
+    report = MagRReport(config, describe(target) if quantize else "")
     batches = read_calib(calib, inner)
-    weights = []
+    weights: list[Quantizable] = []
     with calibration_mode(inner):
         with report.timed("trace"):
-            traced = trace_batches(inner, batches)
+            traced = trace_or_read(inner, batches)
         found = find_linears(dict.fromkeys(b.trace for b in traced), inner, filter_fn)
         if quantize:
-            found = leave_out_unquantizable(found, target)
-            weights = quantizables(found, config.group_size, filter_fn)
-            try_target(weights, target)
+            found, weights = leave_out_unquantizable(
+                found, inner, target, group_size=config.group_size, filter_fn=filter_fn
+            )
+        check_group_size(found.sites, config.group_size)
+        if quantize:
+            with report.timed("quantize"):
+                try_target(weights, target)
+                found, weights = leave_out_unrunnable(
+                    found, weights, inner, target, traced=traced, batches=batches
+                )
         try:
             rewrite_sites(traced, found, config, report, progress=progress)
         finally:
-            if report.sites:  # also of a run that was cut short: what it has rewritten
+            if report.sites:  # also of a run that was cut short
                 model.magr_report = report  # type: ignore[assignment]
     if quantize:
         with report.timed("quantize"):

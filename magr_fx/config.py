@@ -59,8 +59,8 @@ class MagRConfig:
         tol: relative dual gap (gap / objective) at which a row counts as converged;
             0 always takes ``max_steps``.
         damping: s in G + s·mean(diag G)·I, the gram that is solved with; 0 solves with the
-            calibration gram itself, as published. 0.1 to 0.3 keeps a small or one-sided
-            calibration set from being fitted too closely. The report's output errors always
+            calibration gram itself, as published. More keeps the weight where it was in the
+            directions that the calibration hardly reaches. The report's output errors always
             use the calibration gram itself.
 
     Raises:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -65,12 +67,14 @@ def output_error(change: Tensor, weight: Tensor, gram: Tensor) -> float:
         gram: ``[in, in]`` float32.
 
     Returns:
-        The relative error (dimensionless); 0 where nothing changed, even if XWᵀ is 0.
+        The relative error (dimensionless): 0 where XΔᵀ is 0, else inf where XWᵀ is 0.
     """
 
     def energy(matrix: Tensor) -> float:
         rows = matrix.to(gram.device, torch.float32)
         return float((rows @ gram).mul_(rows).sum(dtype=torch.float64).clamp(min=0))
 
-    above = energy(change)
-    return (above / energy(weight)) ** 0.5 if above > 0 else 0.0
+    above, below = energy(change), energy(weight)
+    if above == 0:
+        return 0.0
+    return (above / below) ** 0.5 if below > 0 else math.inf

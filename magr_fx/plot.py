@@ -19,35 +19,34 @@ def plot_report(report: MagRReport, path: str | PathLike[str]) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            "plotting needs matplotlib: pip install 'magr-fx[plot]'"
-        ) from error
+        raise ImportError("plotting needs matplotlib: pip install 'magr-fx[plot]'") from error
     sites = report.rewritten
     if not sites:
         raise ValueError("no site was rewritten, so there is nothing to plot")
-    before = np.concatenate([s.channel_max_before for s in sites if s.channel_max_before is not None])
-    after = np.concatenate([s.channel_max_after for s in sites if s.channel_max_after is not None])
-    order = np.argsort(-before, kind="stable")
-    order = order[:: max(1, len(order) // _MAX_POINTS)]
+    before = np.concatenate([site.channel_max_before for site in sites])
+    after = np.concatenate([site.channel_max_after for site in sites])
+    every = -(-len(before) // _MAX_POINTS)
 
     # No pyplot: it would choose a backend and keep the figure alive for the whole process.
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    rank = np.linspace(0, 100, len(order))
-    left.plot(rank, after[order], ".", markersize=1.5, color="tab:orange", label="after MagR")
-    left.plot(rank, before[order], color="tab:blue", linewidth=1.5, label="before")
+    limit = 1.03 * float(before.max()) or 1.0
+    left.plot([0, limit], [0, limit], color="0.6", linewidth=1, label="unchanged")
+    left.plot(before[::every], after[::every], ".", markersize=2, alpha=0.4, label="a channel")
     left.set(
-        title="Largest magnitude of each channel",
-        xlabel="channels of all sites, by their magnitude before (%)",
-        ylabel="max |w|",
-        yscale="log",
+        title=f"Largest magnitude of {len(before):,} channels",
+        xlabel="max |w| before",
+        ylabel="max |w| after",
+        xlim=(0, limit),
+        ylim=(0, limit),
     )
     left.legend()
-    right.plot([100 * s.output_error for s in sites], ".-", color="tab:green", linewidth=0.6)
+    errors = [100 * site.output_error for site in sites]
+    right.plot(errors, ".-", color="tab:green", linewidth=0.6)
     right.set(
         title="Output error of each site, before quantization",
-        xlabel="site, in the order solved",
+        xlabel="site, in the order of the report",
         ylabel="‖X(Ŵ−W)ᵀ‖ / ‖XWᵀ‖ (%)",
     )
     right.set_ylim(bottom=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike
@@ -22,6 +22,7 @@ _HEADER = (
     "site", "shape", "calls", "tokens", "max before", "max after", "output error",
     "rows by status", "steps", "seconds", "MiB",
 )  # fmt: skip
+_TEXT = (0, 7)  # the columns that hold no numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,7 @@ class SiteReport:
         calls: how many matmuls of the traced graphs read the weight.
         tokens: how many calibration tokens are in its gram (padding does not count).
         channel_max_before, channel_max_after: each row's largest magnitude, ``[out]`` float32.
-        output_error: ‖X(Ŵ−W)ᵀ‖_F / ‖XWᵀ‖_F on the calibration gram, before any quantization.
+        output_error: ‖X(Ŵ-W)ᵀ‖_F / ‖XWᵀ‖_F on the calibration gram, before any quantization.
         status: how many rows the solver ended in which way.
         steps: the most steps that a row took.
         seconds: time in the solver; sites that share a gram are solved as one problem, and the
@@ -75,7 +76,7 @@ class SiteReport:
         """The row of a rewritten site in the report's table."""
         return (
             self.name,
-            "x".join(map(str, self.shape)),
+            _shape(self.shape),
             str(self.calls),
             str(self.tokens),
             f"{self.max_before:.4g}",
@@ -88,11 +89,11 @@ class SiteReport:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the per-channel arrays, as JSON knows it (no NaN)."""
+        """Everything but the per-channel arrays, as JSON knows it (no NaN, no Inf)."""
         names = [f.name for f in fields(self) if not f.name.startswith("channel_max")]
         values = {name: getattr(self, name) for name in (*names, "max_before", "max_after")}
         return {
-            name: None if isinstance(value, float) and math.isnan(value) else value
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
 
@@ -105,7 +106,7 @@ class MagRReport:
         sites: one :class:`SiteReport` per site, in the order they were solved, then those that
             were skipped.
         config: the options that the sites were solved with.
-        target: the torchao config, as text; empty where there was none.
+        target: the torchao config that quantized the model, in brief; empty where none did.
         batches: how many calibration batches were run.
         traces: how many graphs it took to run them.
         seconds: wall time per stage: trace, check, grams, solve, rewrite, quantize.
@@ -152,14 +153,13 @@ class MagRReport:
         self.sites = [replace(s, quantized=s.name in names) for s in self.sites]
 
     def __str__(self) -> str:
-        parts = [_table([_HEADER, *(site.cells() for site in self.rewritten)])]
-        for title, sites in (("failed", self.failed), ("skipped", self.skipped)):
+        done = [site.cells() for site in self.rewritten]
+        notes = [site for site in self.rewritten if site.reason]
+        parts = [_table([_HEADER, *done], _TEXT)] if done else []
+        for title, sites in (("failed", self.failed), ("skipped", self.skipped), ("notes", notes)):
             if sites:
-                rows = [(s.name, "x".join(map(str, s.shape)), s.reason) for s in sites]
-                parts.append(f"{title}:\n{_table(rows)}")
-        notes = [(s.name, s.reason) for s in self.rewritten if s.reason]
-        if notes:
-            parts.append(f"notes:\n{_table(notes)}")
+                rows = [(s.name, _shape(s.shape), s.reason) for s in sites]
+                parts.append(f"{title}:\n{_table(rows, (0, 2))}")
         return "\n\n".join([*parts, self.totals()])
 
     def totals(self) -> str:
@@ -182,10 +182,11 @@ class MagRReport:
             quantized = sum(site.quantized for site in self.sites)
             lines.append(f"{quantized} quantized by torchao: {self.target}")
         stages = ", ".join(f"{name} {t:.1f}" for name, t in self.seconds.items() if t)
-        lines.append(
+        lines += [
             f"{self.batches} calibration batches, {self.traces} traced graphs; "
-            f"seconds: {stages}; peak memory {self.peak_memory:.0f} MiB"
-        )
+            f"peak memory {self.peak_memory:.0f} MiB",
+            f"seconds: {stages}",
+        ]
         return "\n".join(lines)
 
     def to_json(self, path: str | PathLike[str]) -> None:
@@ -219,24 +220,24 @@ def _maximum(channels: npt.NDArray[np.float32] | None) -> float:
 
 
 def _ratio(site: SiteReport) -> npt.NDArray[np.float32]:
-    """after / before for each channel that was not zero."""
+    """after / before for each channel of a rewritten site; 1 for one that is zero."""
     before, after = site.channel_max_before, site.channel_max_after
     if before is None or after is None:
         return np.empty(0, np.float32)
-    return after[before > 0] / before[before > 0]
+    return np.divide(after, before, out=np.ones_like(after), where=before > 0)
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
-    """Rows as aligned columns: text to the left, numbers to the right."""
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _table(rows: Sequence[tuple[str, ...]], text: tuple[int, ...]) -> str:
+    """Rows as aligned columns: those in ``text`` to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    numeric = [
-        all(cell[:1].isdigit() or cell in ("nan", "") for cell in column[1:]) and len(rows) > 1
-        for column in zip(*rows, strict=True)
-    ]
     return "\n".join(
         "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
+            cell.ljust(width) if column in text else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     )

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from magr_fx.passes.find_linears import Call
 from magr_fx.passes.trace import Trace, is_mutation
+from magr_fx.passes.weight_uses import Call
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +31,9 @@ class Block:
 def cut_into_blocks(trace: Trace, calls: Sequence[Call]) -> list[Block]:
     """The part of the graph that the inputs of the calls depend on, in running order.
 
-    A block starts where the module path enters another layer (``model.layers.3``); what lies between two layers belongs to the one before it. What no call
-    depends on, such as the logits of a tied head, is not run at all.
+    A block starts where the module path enters another layer (``model.layers.3``); what lies
+    between two layers belongs to the one before it. What no call depends on, such as the logits
+    of a tied head, is not run at all.
     """
     visited = {call.node for call in calls}
     run = _ancestors(trace, visited, {call.input for call in calls})
@@ -49,7 +50,10 @@ def cut_into_blocks(trace: Trace, calls: Sequence[Call]) -> list[Block]:
     pieces = [(name, nodes) for name, nodes in pieces if nodes]
 
     last_reader = {
-        value: node for _, nodes in pieces for node in nodes for value in (node, *node.all_input_nodes)
+        value: node
+        for _, nodes in pieces
+        for node in nodes
+        for value in (node, *node.all_input_nodes)
     }
     dead_after: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for value, reader in last_reader.items():
@@ -62,7 +66,7 @@ def cut_into_blocks(trace: Trace, calls: Sequence[Call]) -> list[Block]:
             value for node in nodes for value in node.all_input_nodes if value.op == "get_attr"
         )
         blocks.append(
-            Block(trace, (name, times[name]), (*stored, *nodes), run | set(stored), dead_after)
+            Block(trace, (name, times[name]), (*stored, *nodes), run.union(stored), dead_after)
         )
     return blocks
 
@@ -82,7 +86,7 @@ def in_step(blocks_of_traces: Iterable[Sequence[Block]]) -> Iterator[list[Block]
         queues = [queue for queue in queues if queue]
 
 
-def _ancestors(trace: Trace, calls: set[fx.Node], inputs: Iterable[fx.Node]) -> set[fx.Node]:
+def _ancestors(trace: Trace, calls: set[fx.Node], inputs: Iterable[fx.Node]) -> frozenset[fx.Node]:
     """Everything that has to run so that the inputs of the calls are right."""
     order = {node: at for at, node in enumerate(trace.graph_module.graph.nodes)}
     last = max(map(order.__getitem__, calls), default=-1)
@@ -94,7 +98,7 @@ def _ancestors(trace: Trace, calls: set[fx.Node], inputs: Iterable[fx.Node]) -> 
         if node not in found:
             found.add(node)
             pending.extend(node.all_input_nodes)
-    return found
+    return frozenset(found)
 
 
 def _numbered(node: fx.Node) -> list[tuple[str, str]]:

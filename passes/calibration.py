@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from magr_fx.errors import CalibrationError
@@ -39,14 +39,17 @@ def read_calib(calib: Any, model: nn.Module) -> list[Batch]:
             f"{type(calib).__name__}. For a single input pass a list of one: [calib]"
         )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    no_cache = "use_cache" in inspect.signature(model.forward).parameters
+    switch = _position_of_use_cache(model)
     batches = []
     for index, item in enumerate(calib):
         args, kwargs = _arguments(item, index)
-        if no_cache:
+        if switch is not None and len(args) <= switch:
             kwargs["use_cache"] = False  # a cache in the outputs is memory that nobody reads
         _check_finite((args, kwargs), index)
-        args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(device), (args, kwargs))
+        # In one memory layout, which a trace depends on, whatever slice of what the caller gives.
+        args, kwargs = tree_map_only(
+            torch.Tensor, lambda t: t.to(device).contiguous(), (args, kwargs)
+        )
         batches.append(Batch(index, args, kwargs))
     if not batches:
         raise CalibrationError(
@@ -54,6 +57,14 @@ def read_calib(calib: Any, model: nn.Module) -> list[Batch]:
             "iterated before yields nothing; make it a list)"
         )
     return batches
+
+
+def _position_of_use_cache(model: nn.Module) -> int | None:
+    """Where ``forward`` takes ``use_cache``; None where it does not, or not any more."""
+    if isinstance(model, fx.GraphModule):  # a value that the graph was made with
+        return None
+    names = list(inspect.signature(model.forward).parameters)
+    return names.index("use_cache") if "use_cache" in names else None
 
 
 def _arguments(item: Any, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -7,7 +7,7 @@ taken once, where the first matmul is about to read it, and goes into one gram f
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,9 +19,10 @@ from tqdm import tqdm
 from magr_fx.errors import CalibrationError
 from magr_fx.gram import add_to_gram
 from magr_fx.passes.blocks import Block, cut_into_blocks, in_step
-from magr_fx.passes.find_linears import Call, Site
+from magr_fx.passes.find_linears import Site
 from magr_fx.passes.padding import TokenMask, token_masks
 from magr_fx.passes.trace import Trace, TracedBatch, buffers_kept, is_mutation
+from magr_fx.passes.weight_uses import Call
 
 Environment = dict[fx.Node, Any]
 
@@ -93,7 +94,9 @@ class CalibrationRun:
                 environment = self._start(batch)
                 for block in self._blocks[batch.trace]:
                     self._run(block, batch, environment, look)
-                flags = torch.stack([f.to(finite[0].device) for f in finite]).tolist() if finite else []
+                flags = (
+                    torch.stack([f.to(finite[0].device) for f in finite]).tolist() if finite else []
+                )
                 if not all(flags):
                     name = names[flags.index(False)]
                     raise CalibrationError(
@@ -102,7 +105,7 @@ class CalibrationRun:
                         "broken values before that layer, or leave the batch out"
                     )
 
-    def collect(self, *, progress: bool | None = None) -> Iterator[SharedGram]:
+    def collect(self, *, progress: bool | None = None) -> Generator[SharedGram, None, None]:
         """Sum the grams block by block; each is yielded as soon as its last activation is in.
 
         One block's grams and one boundary (the values that later blocks read) per batch are
@@ -129,12 +132,12 @@ class CalibrationRun:
 
     def _place_taps(self, trace: Trace, calls: list[Call]) -> None:
         gram_of = {id(call): gram for gram in self.grams for s in gram.sites for call in s.calls}
-        masks = token_masks(trace, (call.input for call in calls))
+        masks = token_masks(trace, calls)
         order = {node: at for at, node in enumerate(trace.graph_module.graph.nodes)}
         taps: dict[tuple[object, ...], _Tap] = {}
         for call in sorted(calls, key=lambda call: order[call.node]):
             if call.input_key not in taps:
-                taps[call.input_key] = tap = _Tap(call, masks.get(call.input))
+                taps[call.input_key] = tap = _Tap(call, masks.get(call))
                 self._taps[call.node].append(tap)
             gram = gram_of[id(call)]
             gram.pending.add(call.node)
@@ -155,14 +158,7 @@ class CalibrationRun:
         runner.env = env
         for node in block.nodes:
             for tap in self._taps.get(node, ()):
-                keep = None
-                value = env[tap.call.input]
-                if tap.mask is not None:
-                    keep = tap.mask.rows(batch.values, value)
-                    unmatched = keep is None and tap.mask.misses_padding(batch.values, value)
-                    for shared in tap.grams if unmatched else ():
-                        shared.padding_counted = True
-                take(tap, *_tokens(tap.call, value, keep))
+                take(tap, *_tokens(tap, env[tap.call.input], batch))
             if node in block.run:
                 env[node] = runner.run_node(node)
             for dead in block.dead_after.get(node, ()):
@@ -182,11 +178,20 @@ def _share(sites: list[Site]) -> list[SharedGram]:
 
 
 def _tokens(
-    call: Call, value: torch.Tensor, keep: torch.Tensor | None
+    tap: _Tap, value: torch.Tensor, batch: TracedBatch
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The rows ``[tokens, in]`` that meet the call's matrix, and which of them count."""
+    call = tap.call
     rows = value[:, None] if call.columns and value.dim() == 1 else value
     rows = rows.mT if call.columns else rows
+    keep = None
+    if tap.mask is not None:
+        keep = tap.mask.keep(batch.values)
+        if keep is not None:
+            keep = keep.to(rows.device).reshape(rows.shape[:-1])
+        elif tap.mask.misses_padding(batch.values, rows[..., 0].numel()):
+            for shared in tap.grams:
+                shared.padding_counted = True
     for axis, index in enumerate(reversed(call.batch)):  # from the innermost batch dimension
         dim = rows.dim() - 3 - axis
         if index >= 0 and dim >= 0:

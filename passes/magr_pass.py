@@ -4,26 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
-from torch.utils._pytree import tree_flatten
 
 from magr_fx.config import MagRConfig
-from magr_fx.errors import CalibrationError
-from magr_fx.passes.calibration import Batch, read_calib
+from magr_fx.passes.calibration import read_calib
 from magr_fx.passes.find_linears import FilterFn, find_linears
-from magr_fx.passes.pipeline import check_model, resolve_config, rewrite_sites
-from magr_fx.passes.trace import (
-    GUARDS,
-    Trace,
-    TracedBatch,
-    bind,
-    calibration_mode,
-    fits,
-    input_names,
-    trace_batches,
-)
+from magr_fx.passes.pipeline import check_group_size, check_model, resolve_config, rewrite_sites
+from magr_fx.passes.read_exported import trace_or_read
+from magr_fx.passes.trace import calibration_mode
 from magr_fx.report import MagRReport
 
 
@@ -66,7 +55,6 @@ class MagRPass(PassBase):
     ) -> None:
         self.calib = calib
         self.config = resolve_config(config, target)
-        self.target = target
         self.filter_fn = filter_fn
         self.progress = progress
 
@@ -77,42 +65,15 @@ class MagRPass(PassBase):
         batches = read_calib(self.calib, graph_module)
         with calibration_mode(graph_module):
             with report.timed("trace"):
-                if _is_exported(graph_module):
-                    traced = _as_traced(graph_module, batches)
-                else:
-                    traced = trace_batches(graph_module, batches)
+                traced = trace_or_read(graph_module, batches)
             found = find_linears(
                 dict.fromkeys(b.trace for b in traced), graph_module, self.filter_fn
             )
-            graph_module.meta["magr"] = report
-            rewrite_sites(traced, found, self.config, report, progress=self.progress)
+            check_group_size(found.sites, self.config.group_size)
+            try:
+                rewrite_sites(traced, found, self.config, report, progress=self.progress)
+            finally:
+                if report.sites:  # also of a run that was cut short
+                    graph_module.meta["magr"] = report
         graph_module.graph.lint()
         return PassResult(graph_module, modified=bool(report.rewritten))
-
-
-def _is_exported(graph_module: fx.GraphModule) -> bool:
-    """Whether every op is an aten op: what torch.export makes and the finder reads."""
-    return all(
-        isinstance(node.target, torch._ops.OperatorBase) or node.target.__module__ == "_operator"
-        if node.op == "call_function"
-        else node.op not in ("call_module", "call_method") or node.target == GUARDS
-        for node in graph_module.graph.nodes
-    )
-
-
-def _as_traced(graph_module: fx.GraphModule, batches: list[Batch]) -> list[TracedBatch]:
-    """The batches as placeholder values of the one graph there is."""
-    trace = None
-    traced = []
-    for batch in batches:
-        arguments = bind(graph_module, batch)
-        values = tuple(tree_flatten(arguments)[0])
-        if not fits(graph_module, values):
-            raise CalibrationError(
-                f"calibration batch {batch.index} does not fit the graph, which was exported for "
-                "other shapes, dtypes or constants; export it with dynamic_shapes, or pass the "
-                "model itself to magr_transform"
-            )
-        trace = trace or Trace(graph_module, input_names(graph_module, arguments))
-        traced.append(TracedBatch(batch.index, trace, values))
-    return traced

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import fields
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+from torch.nn.parameter import UninitializedParameter
 
 from magr_fx.config import MagRConfig
 from magr_fx.errors import ConfigError, MagRError, ModelError
@@ -21,15 +24,13 @@ from magr_fx.passes.find_linears import Found, Site
 from magr_fx.passes.rewrite_weights import refusal, rewrite_weight
 from magr_fx.passes.to_torchao import is_quantized, target_group_size
 from magr_fx.passes.trace import TracedBatch
-from magr_fx.report import MagRReport, SiteReport
+from magr_fx.report import MagRReport, Outcome, SiteReport
 from magr_fx.solver import Solution, solve_magr
 
 logger = logging.getLogger("magr_fx")
 
 
-def resolve_config(
-    config: MagRConfig | None, target: Any, *, required: bool = False
-) -> MagRConfig:
+def resolve_config(config: MagRConfig | None, target: Any, *, required: bool = False) -> MagRConfig:
     """The options to solve with: the given or the published ones, at the target's group size.
 
     Raises:
@@ -57,6 +58,8 @@ def check_model(model: nn.Module) -> None:
         raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     finite: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ModelError(f"{name} is not initialized; run the model on one input first")
         if is_quantized(parameter):
             raise ModelError(
                 f"{name} is already quantized by torchao ({type(parameter.data).__name__}); "
@@ -100,43 +103,39 @@ def rewrite_sites(
 
     Raises:
         CalibrationError: an activation is NaN or Inf.
-        ConfigError: the group size does not divide a site's inputs.
     """
-    check_group_size(found.sites, config.group_size)
     report.batches = len(traced)
     report.traces = len({batch.trace for batch in traced})
     run = CalibrationRun(traced, found.sites)
     with report.timed("check"):
         run.check(progress=progress)
-    report.sites.extend(
-        SiteReport(r.name, r.shape, "skipped", r.reason) for r in found.rejections
-    )
     finished = run.collect(progress=progress)
     try:
-        while True:
-            with report.timed("grams"):
-                shared = next(finished, None)
-            if shared is None:
-                break
-            report.sites.extend(_solve_and_rewrite(shared, config, report))
+        with closing(finished):  # gives the model its buffers back, whatever happens here
+            while True:
+                with report.timed("grams"):
+                    shared = next(finished, None)
+                if shared is None:
+                    break
+                _solve_and_rewrite(shared, config, report)
     except BaseException:
         done = [site.name for site in report.rewritten]
         logger.error("interrupted after rewriting %d sites: %s", len(done), ", ".join(done))
         raise
-    order = {"rewritten": 0, "failed": 1, "skipped": 2}
-    report.sites.sort(key=lambda site: order[site.outcome])
+    finally:
+        skipped = [SiteReport(r.name, r.shape, "skipped", r.reason) for r in found.rejections]
+        report.sites = [*report.rewritten, *report.failed, *report.skipped, *skipped]
     logger.info("%s", report.totals())
 
 
-def _solve_and_rewrite(
-    shared: SharedGram, config: MagRConfig, report: MagRReport
-) -> list[SiteReport]:
+def _solve_and_rewrite(shared: SharedGram, config: MagRConfig, report: MagRReport) -> None:
     """Solve the sites of one gram as one stacked problem: rows are independent."""
-    sites, gram, tokens = shared.sites, shared.gram, int(shared.tokens)
+    gram, tokens = shared.gram, int(shared.tokens)
     if gram is None or tokens == 0:
         reason = "no calibration token reaches it (every one is padding)"
-        return [SiteReport(s.name, s.shape, "skipped", reason, len(s.calls)) for s in sites]
-    weights = [site.weight for site in sites]
+        report.sites += [_untouched(site, "skipped", reason) for site in shared.sites]
+        return
+    weights = [site.weight for site in shared.sites]
     before = report.seconds["solve"]
     try:
         with report.timed("solve"):
@@ -151,17 +150,26 @@ def _solve_and_rewrite(
             )
             if gram.is_cuda:
                 torch.cuda.synchronize(gram.device)
-    except (MagRError, torch.linalg.LinAlgError) as error:
+    except (MagRError, LinAlgError) as error:
         reason = f"{type(error).__name__}: {error}"
-        logger.warning("%s failed: %s", ", ".join(s.name for s in sites), reason)
-        return [SiteReport(s.name, s.shape, "failed", reason, len(s.calls), tokens) for s in sites]
+        logger.warning("%s failed: %s", ", ".join(s.name for s in shared.sites), reason)
+        report.sites += [_untouched(site, "failed", reason, tokens) for site in shared.sites]
+        return
     seconds = (report.seconds["solve"] - before) / solution.weight.shape[0]  # per row
     with report.timed("rewrite"):
-        parts = _split(solution, [site.shape[0] for site in sites])
-        return [
-            _write(site, part, gram, shared.padding_counted, tokens, seconds)
-            for site, part in zip(sites, parts, strict=True)
-        ]
+        parts = _split(solution, [site.shape[0] for site in shared.sites])
+        for site, part in zip(shared.sites, parts, strict=True):
+            # Into the report one by one: an interruption may come between two writes.
+            report.sites.append(
+                _write(
+                    site,
+                    part,
+                    gram,
+                    tokens=tokens,
+                    padding_counted=shared.padding_counted,
+                    seconds=seconds * site.shape[0],
+                )
+            )
 
 
 def _split(solution: Solution, rows: list[int]) -> list[Solution]:
@@ -170,20 +178,25 @@ def _split(solution: Solution, rows: list[int]) -> list[Solution]:
     return [Solution(*column) for column in columns]
 
 
+def _untouched(site: Site, outcome: Outcome, reason: str, tokens: int = 0) -> SiteReport:
+    return SiteReport(site.name, site.shape, outcome, reason, len(site.calls), tokens)
+
+
 def _write(
     site: Site,
     solution: Solution,
     gram: torch.Tensor,
-    padding_counted: bool,
+    *,
     tokens: int,
-    seconds_per_row: float,
+    padding_counted: bool,
+    seconds: float,
 ) -> SiteReport:
     """Write one site's solution if it may be written, and say what happened."""
-    old = site.weight
     reason = refusal(solution)
     if reason is not None:
         logger.warning("%s failed and keeps its weight: %s", site.name, reason)
-        return SiteReport(site.name, site.shape, "failed", reason, len(site.calls), tokens)
+        return _untouched(site, "failed", reason, tokens)
+    old, new = site.weight, solution.weight
     note = "padding is counted: the input's shape does not tell which tokens are padding"
     result = SiteReport(
         name=site.name,
@@ -193,14 +206,14 @@ def _write(
         calls=len(site.calls),
         tokens=tokens,
         channel_max_before=_channel_max(old),
-        channel_max_after=_channel_max(solution.weight),
-        output_error=output_error(solution.weight.float() - old.float(), old, gram),
+        channel_max_after=_channel_max(new),
+        output_error=output_error(new.float() - old.float(), old, gram),
         status=solution.summary,
         steps=int(solution.steps.max()),
-        seconds=seconds_per_row * site.shape[0],
+        seconds=seconds,
         memory=high_water_mark(old.device),
     )
-    rewrite_weight(site, solution.weight)
+    rewrite_weight(site, new)
     return result
 
 

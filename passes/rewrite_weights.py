@@ -20,7 +20,7 @@ def refusal(solution: Solution) -> str | None:
         return "the solution is not finite"
     worse = int((solution.objective > solution.objective_before).sum())
     if worse:
-        return f"{worse} of {solution.status.numel()} rows have a higher objective than at the start"
+        return f"{worse} of {solution.status.numel()} rows have a higher objective than before"
     return None
 
 

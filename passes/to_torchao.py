@@ -1,27 +1,19 @@
-"""rewritten model → torchao: the target's group size, what it can take, and proof that it took.
-
-``quantize_`` skips in silence what it does not know: weights that are not an nn.Linear's, and,
-with some configs, sizes that the group does not divide. Here a site that would be skipped is
-either an error before anything is changed, or a reported skip that is not rewritten either.
-"""
+"""rewritten model → torchao: the target's group size, a trial of it, and proof that it took."""
 
 from __future__ import annotations
 
-import inspect
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import NamedTuple
+from enum import Enum
 
-import torch
 from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup, PerRow, PerTensor
-from torchao.quantization.transform_module import _QUANTIZE_CONFIG_HANDLER
 from torchao.utils import TorchAOBaseTensor
 
 from magr_fx.errors import ConfigError, HandoverError
-from magr_fx.passes.find_linears import UNREACHED, FilterFn, Found, Site, is_linear_weight
+from magr_fx.passes.quantizable import Quantizable, quantized_copy
 
 # The field that holds the weight's granularity, by the name of the config: names, because some of
 # these classes are torchao prototypes that cost an import, or are gone in another release.
@@ -36,97 +28,53 @@ _GRANULARITY_FIELD = {
     "Int8DynamicActivationInt4WeightConfig": "group_size",
     "Int8DynamicActivationUIntxWeightConfig": "group_size",
 }
+# One step for each row of a weight [out, in], or one for all of them.
+_WHOLE_ROWS = (None, PerAxis(0), PerRow(-1), PerRow(1), PerTensor())
 
 
 def target_group_size(target: AOBaseConfig) -> int | None:
     """Inputs per quantization group of a torchao config; None where it quantizes whole rows.
 
     Raises:
-        ConfigError: ``target`` is no int weight-only or dynamic-activation int weight config.
+        ConfigError: ``target`` is no int weight-only or dynamic-activation int weight config, or
+            quantizes something else than rows or groups of inputs.
     """
-    name = _GRANULARITY_FIELD.get(type(target).__name__)
+    kind = type(target).__name__
+    name = _GRANULARITY_FIELD.get(kind)
     if name is None or not isinstance(target, AOBaseConfig):
         raise ConfigError(
             f"target must be a torchao config that quantizes weights to integers "
-            f"({', '.join(_GRANULARITY_FIELD)}), got {target!r}. For several configs run "
-            "magr_transform once with a filter_fn for each, then torchao's quantize_"
+            f"({', '.join(_GRANULARITY_FIELD)}), got "
+            f"{kind if isinstance(target, AOBaseConfig) else repr(target)}. For several configs "
+            "run magr_transform once with a filter_fn for each, then torchao's quantize_"
         )
     granularity = getattr(target, name)
     if isinstance(granularity, (list, tuple)):  # (activation, weight)
         granularity = granularity[1]
-    if isinstance(granularity, PerGroup):
-        granularity = granularity.group_size
-    if granularity is None or isinstance(granularity, (PerAxis, PerRow, PerTensor)):
+    if granularity in _WHOLE_ROWS:
         return None
-    if isinstance(granularity, int):
-        return granularity
-    raise ConfigError(f"target has a weight granularity that MagR does not know: {granularity!r}")
+    group_size = granularity.group_size if isinstance(granularity, PerGroup) else granularity
+    if isinstance(group_size, int):
+        return group_size
+    raise ConfigError(
+        f"target must quantize rows, or groups of inputs, as MagR does, got {describe(target)}"
+    )
 
 
-def is_quantized(tensor: torch.Tensor) -> bool:
+def describe(target: AOBaseConfig) -> str:
+    """A config of the table in brief: its class and the fields that differ from the defaults."""
+    usual = vars(type(target)())
+    changed = [
+        f"{name}={value if isinstance(value, Enum) else repr(value)}"
+        for name, value in vars(target).items()
+        if value != usual.get(name)
+    ]
+    return f"{type(target).__name__}({', '.join(changed)})"
+
+
+def is_quantized(tensor: object) -> bool:
     """Whether this is one of torchao's quantized tensors."""
     return isinstance(tensor, TorchAOBaseTensor)
-
-
-def leave_out_unquantizable(found: Found, target: AOBaseConfig) -> Found:
-    """Move the sites that ``target`` cannot quantize to the rejections, each with its reason."""
-    rejections = list(found.rejections)
-    sites = []
-    for site in found.sites:
-        reason = _cannot_quantize(site, target)
-        if reason is None:
-            sites.append(site)
-        else:
-            rejections.append(site.rejected(reason))
-    if not sites:
-        first = rejections[len(found.rejections)]
-        raise ConfigError(
-            f"torchao would quantize none of the {len(found.sites)} weights that were found; the "
-            f"first, {first.name}, was {first.reason}. magr_transform still rewrites them"
-        )
-    return Found(sites, rejections)
-
-
-def _cannot_quantize(site: Site, target: AOBaseConfig) -> str | None:
-    if not site.view.covers(site.parameter):
-        return "not rewritten: torchao quantizes whole weights stored [out, in], and this is not one"
-    if not all(call.direct for call in site.calls):
-        return (
-            "not rewritten: torchao's tensors run in F.linear only, and this weight is also "
-            f"read by {site.calls[0].node.target}"
-        )
-    if not site.is_linear_weight and not _takes_parameter_names(target):
-        return (
-            "not rewritten: it belongs to no nn.Linear, and "
-            f"{type(target).__name__} quantizes nothing else"
-        )
-    return None
-
-
-def _takes_parameter_names(target: AOBaseConfig) -> bool:
-    handler = _QUANTIZE_CONFIG_HANDLER[type(target)]
-    return "parameter_name" in inspect.signature(handler).parameters
-
-
-class Quantizable(NamedTuple):
-    """A whole parameter that torchao is to quantize."""
-
-    name: str
-    parameter: nn.Parameter
-    of_linear: bool
-
-
-def quantizables(found: Found, group_size: int | None, filter_fn: FilterFn | None) -> list[Quantizable]:
-    """The sites, and the linears that calibration never reached, which torchao quantizes alone."""
-    unreached = [
-        Quantizable(r.name, r.parameter, True)
-        for r in found.rejections
-        if r.reason == UNREACHED
-        and is_linear_weight(r.owner, r.parameter)
-        and r.parameter.shape[1] % (group_size or 1) == 0
-        and (filter_fn is None or filter_fn(r.owner, r.name.rpartition(".")[0]))
-    ]
-    return [Quantizable(s.name, s.parameter, s.is_linear_weight) for s in found.sites] + unreached
 
 
 def try_target(weights: Iterable[Quantizable], target: AOBaseConfig) -> None:
@@ -141,24 +89,22 @@ def try_target(weights: Iterable[Quantizable], target: AOBaseConfig) -> None:
         if key in tried:
             continue
         tried.add(key)
-        what = f"{name} {tuple(weight.shape)} ({weight.dtype}, {weight.device}) with {target}"
-        probe = nn.Linear(1, 1, bias=False, device="meta")
-        probe.out_features, probe.in_features = weight.shape
-        probe.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        what = f"{name} {tuple(weight.shape)} ({weight.dtype}, {weight.device})"
         try:
-            quantize_(probe, target)
+            quantized = quantized_copy(weight, target)
         except Exception as error:  # whatever a kernel or a config of torchao raises
             raise ConfigError(
-                f"torchao cannot quantize {what}: {type(error).__name__}: {error}"
+                f"torchao cannot quantize {what} with {describe(target)}: "
+                f"{type(error).__name__}: {error}"
             ) from error
-        if not is_quantized(probe.weight):
+        if not is_quantized(quantized):
             raise ConfigError(
-                f"torchao would silently leave {name} as it is: {what}. Leave the layer out with "
-                f"filter_fn, or choose a group size that divides {weight.shape[1]}"
+                f"torchao would silently leave {what} as it is with {describe(target)}. Leave the "
+                f"layer out with filter_fn, or choose a group size that divides {weight.shape[1]}"
             )
 
 
-def hand_over(model: nn.Module, target: AOBaseConfig, weights: list[Quantizable]) -> None:
+def hand_over(model: nn.Module, target: AOBaseConfig, weights: Iterable[Quantizable]) -> None:
     """Quantize the weights with torchao's ``quantize_``, and prove that it did.
 
     The weight of an nn.Linear goes by its module, as ``quantize_`` does by default; any other
@@ -167,20 +113,20 @@ def hand_over(model: nn.Module, target: AOBaseConfig, weights: list[Quantizable]
     Raises:
         HandoverError: a weight is no torchao tensor afterwards; the message lists which.
     """
-    linears = {id(w.parameter) for w in weights if w.of_linear}
+    places = [place for weight in weights for place in weight.places]
+
+    def is_open(module: nn.Module, key: str) -> bool:
+        return not is_quantized(getattr(module, key))
+
+    linears = {id(place.module) for place in places if place.is_linear}
     if linears:
-        quantize_(model, target, lambda module, _: id(getattr(module, "weight", None)) in linears)
-    others = OrderedDict((w.name, target) for w in weights if not w.of_linear)
-    if others:
-        quantize_(model, FqnToConfig(others), filter_fn=None)
-    # ``weights`` keeps the old parameters alive, so their ids are still theirs alone.
-    old = {id(w.parameter) for w in weights}
-    names = {w.name for w in weights}
-    left = [
-        name
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if id(parameter) in old or (name in names and not is_quantized(parameter))
-    ]
+        # A module that the model holds twice is asked about twice: hence is_open.
+        quantize_(model, target, lambda m, _: id(m) in linears and is_open(m, "weight"))
+    for module, key, _ in (place for place in places if not place.is_linear):
+        if is_open(module, key):
+            quantize_(module, FqnToConfig(OrderedDict({key: target})), filter_fn=None)
+
+    left = [place.name for place in places if is_open(place.module, place.key)]
     if left:
         raise HandoverError(
             f"torchao left {len(left)} rewritten weights unquantized: {', '.join(left[:5])}. "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import inspect
 import logging
 from collections.abc import Iterable, Iterator
@@ -13,10 +14,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
 from magr_fx.errors import CalibrationError, TraceError
 from magr_fx.passes.calibration import Batch
+from magr_fx.passes.export import export
 from magr_fx.passes.weight_views import VIEWS
 
 logger = logging.getLogger("magr_fx")
@@ -67,19 +69,19 @@ def unwrap(model: nn.Module) -> nn.Module:
 def calibration_mode(model: nn.Module) -> Iterator[None]:
     """Inference as calibration needs it; every state is restored, also after an error.
 
-    Evaluation mode, no gradients, no key-value caches, no random numbers drawn from the
-    caller's generators, and MultiheadAttention's fast path off (it hides its linears).
+    Evaluation mode, no gradients, no key-value caches, no buffers but those that there are, no
+    random numbers drawn from the caller's generators, and MultiheadAttention's fast path off (it
+    hides its linears).
     """
     training = {module: module.training for module in model.modules()}
-    caching = [
-        config
-        for module in model.modules()
-        if getattr(config := getattr(module, "config", None), "use_cache", False) is True
-    ]
+    registered = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    caching = [config for config in configs if getattr(config, "use_cache", False) is True]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     cuda = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     try:
-        model.eval()
+        with contextlib.suppress(NotImplementedError):  # an exported graph: its mode is baked in
+            model.eval()
         torch.backends.mha.set_fastpath_enabled(False)
         for config in caching:
             config.use_cache = False
@@ -88,6 +90,9 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
+        for buffers, saved in registered:  # what forward registers while traced is fake
+            buffers.clear()
+            buffers.update(saved)
         torch.backends.mha.set_fastpath_enabled(fastpath)
         for config in caching:
             config.use_cache = True
@@ -96,21 +101,31 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def buffers_kept(traces: Iterable[Trace]) -> Iterator[None]:
     """Restore, at the end, what running the traces changes in place: counters, running means."""
-    changed = {}
+    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for trace in traces:
         for node in trace.graph_module.graph.nodes:
+            # Every buffer, as not every op that writes to one says so (batch_norm does not). A
+            # parameter, which is large, only where an op that writes reads it.
+            buffer = attribute(trace, node)
+            tensors = [] if isinstance(buffer, nn.Parameter) else [buffer]
             if is_mutation(node):
-                source = node
-                while (source.target in VIEWS or is_mutation(source)) and source.args:
-                    source = source.args[0]
-                tensor = attribute(trace, source)
-                if tensor is not None:
-                    changed[id(tensor)] = (tensor, tensor.clone())
+                tensors.extend(_stored(trace, source) for source in node.all_input_nodes)
+            for tensor in tensors:
+                if tensor is not None and id(tensor) not in kept:
+                    kept[id(tensor)] = (tensor, tensor.detach().clone())
     try:
         yield
     finally:
-        for tensor, saved in changed.values():
-            tensor.copy_(saved)
+        with torch.no_grad():
+            for tensor, saved in kept.values():
+                tensor.copy_(saved)
+
+
+def _stored(trace: Trace, node: Any) -> torch.Tensor | None:
+    """The parameter or buffer that the node's value is a view of, or None."""
+    while isinstance(node, fx.Node) and (node.target in VIEWS or is_mutation(node)) and node.args:
+        node = node.args[0]
+    return attribute(trace, node)
 
 
 def trace_batches(model: nn.Module, batches: list[Batch]) -> list[TracedBatch]:
@@ -127,13 +142,22 @@ def trace_batches(model: nn.Module, batches: list[Batch]) -> list[TracedBatch]:
     known: dict[Any, list[Trace]] = {}
     traced = []
     for batch in batches:
-        leaves, spec = tree_flatten(bind(model, batch))
+        arguments = bind(model, batch)
+        leaves, spec = tree_flatten(arguments)
         values = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
         traces = known.setdefault(_signature(leaves, spec), [])
         trace = next((trace for trace in traces if fits(trace.graph_module, values)), None)
         if trace is None:
-            trace = _export(model, batch.index, leaves, spec)
+            graph_module = export(model, batch.index, leaves, spec)
+            if not fits(graph_module, values):
+                raise TraceError(
+                    f"torch.export's graph of {type(model).__name__} refuses the very input that "
+                    f"it was traced with (calibration batch {batch.index})"
+                )
+            names = zip(input_names(model, arguments), leaves, strict=True)
+            trace = Trace(graph_module, tuple(n for n, x in names if isinstance(x, torch.Tensor)))
             traces.append(trace)
+            logger.debug("traced %s for calibration batch %d", type(model).__name__, batch.index)
         traced.append(TracedBatch(batch.index, trace, values))
     return traced
 
@@ -143,22 +167,10 @@ def fits(graph_module: fx.GraphModule, values: tuple[Any, ...]) -> bool:
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     if len(placeholders) != len(values):
         return False
-    sizes: dict[Any, int] = {}
-    for node, value in zip(placeholders, values, strict=True):
-        traced = node.meta.get("val")
-        if not isinstance(traced, torch.Tensor):
-            continue
-        if not isinstance(value, torch.Tensor) or traced.dtype != value.dtype:
-            return False
-        if traced.dim() != value.dim():
-            return False
-        for size, given in zip(traced.shape, value.shape, strict=True):
-            # A symbolic size was traced as "2 or more": a 1 would broadcast or squeeze another way.
-            expected = sizes.setdefault(size.node.expr, given) if _symbolic(size) else size
-            if expected != given or (
-                _symbolic(size) and given < 2 and statically_known_true(size >= 2)
-            ):
-                return False
+    sizes: dict[Any, int] = {}  # what each symbol stands for
+    pairs = zip(placeholders, values, strict=True)
+    if not all(_fits(node.meta.get("val"), value, sizes) for node, value in pairs):
+        return False
     guards = getattr(graph_module, GUARDS, None)
     try:
         if guards is not None:
@@ -168,8 +180,24 @@ def fits(graph_module: fx.GraphModule, values: tuple[Any, ...]) -> bool:
     return True
 
 
-def _symbolic(size: Any) -> bool:
-    return isinstance(size, torch.SymInt)
+def _fits(traced: Any, value: Any, sizes: dict[Any, int]) -> bool:
+    """Whether a value has the traced tensor's dtype and its sizes, or sizes for its symbols."""
+    if not isinstance(traced, torch.Tensor):
+        return True
+    if not isinstance(value, torch.Tensor):
+        return False
+    if (traced.dtype, traced.dim()) != (value.dtype, value.dim()):
+        return False
+    for size, given in zip(traced.shape, value.shape, strict=True):
+        expected: int = size
+        if isinstance(size, torch.SymInt):
+            expected = sizes.setdefault(size.node.expr, given)
+            # It was traced as "2 or more": a 1 would broadcast or squeeze another way.
+            if given < 2 and statically_known_true(size >= 2):
+                return False
+        if expected != given:
+            return False
+    return True
 
 
 def bind(model: nn.Module, batch: Batch) -> dict[str, Any]:
@@ -199,84 +227,22 @@ def input_names(model: nn.Module, arguments: dict[str, Any]) -> tuple[str, ...]:
     return tuple(names)
 
 
+# Constants that are told apart by what they print. Others are, safely, by which object they are:
+# a NumPy array, say, prints only a part of itself.
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
+
+
 def _signature(leaves: list[Any], spec: TreeSpec) -> Any:
-    """What one trace freezes: structure, dtypes, ranks, and the value of whatever is no tensor."""
-    return repr(spec), *(
-        (leaf.dtype, leaf.dim(), str(leaf.device)) if isinstance(leaf, torch.Tensor) else repr(leaf)
-        for leaf in leaves
-    )
+    """What one trace freezes: structure, dtypes, ranks, and the value of whatever is no tensor.
 
-
-class _TensorsOnly(nn.Module):
-    """``model`` as a function of its input tensors alone, everything else frozen.
-
-    Export then sees one flat list of tensors: names, nesting, ``**kwargs`` and constants of the
-    model's signature make no difference, nor does the type that the model returns.
+    Also which arguments are one and the same tensor: self-attention, for one, asks that.
     """
-
-    def __init__(self, model: nn.Module, leaves: list[Any], spec: TreeSpec) -> None:
-        super().__init__()
-        self.model = model
-        self.signature = inspect.signature(model.forward)
-        self.spec = spec
-        self.constants = [None if isinstance(x, torch.Tensor) else x for x in leaves]
-        self.is_tensor = [isinstance(x, torch.Tensor) for x in leaves]
-
-    def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        given = iter(tensors)
-        leaves = [
-            next(given) if is_tensor else constant
-            for is_tensor, constant in zip(self.is_tensor, self.constants, strict=True)
-        ]
-        bound = inspect.BoundArguments(self.signature, tree_unflatten(leaves, self.spec))
-        output = self.model(*bound.args, **bound.kwargs)
-        return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-
-
-def _export(model: nn.Module, index: int, leaves: list[Any], spec: TreeSpec) -> Trace:
-    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-    # A dimension of 1 (or 0) is always specialised by export: asking for it only logs a warning.
-    shapes = tuple(
-        {dim: torch.export.Dim.AUTO for dim, size in enumerate(t.shape) if size > 1}
-        for t in tensors
-    )
-    wrapper = _TensorsOnly(model, leaves, spec)
-    wrapper.eval()
-    try:
-        exported = torch.export.export(
-            wrapper, tensors, strict=False, dynamic_shapes=(shapes,) if tensors else None
-        )
-        graph_module = exported.module()
-    except Exception as error:  # export lets through whatever the model's own code raises
-        message = next((line for line in str(error).splitlines() if line.strip()), "no message")
-        raise TraceError(
-            f"torch.export cannot trace {type(model).__name__} with calibration batch {index}: "
-            f"{type(error).__name__}: {message.strip()} — check that the model itself runs on "
-            "this batch; control flow that depends on tensor values cannot be exported"
-        ) from error
-    _strip_wrapper(graph_module)
-    logger.debug(
-        "traced %s for calibration batch %d: %d nodes",
-        type(model).__name__,
-        index,
-        len(graph_module.graph.nodes),
-    )
-    if not fits(graph_module, tensors):
-        raise TraceError(
-            f"torch.export's graph of {type(model).__name__} refuses the very input that it was "
-            f"traced with (calibration batch {index})"
-        )
-    arguments = tree_unflatten(leaves, spec)
-    names = zip(input_names(model, arguments), leaves, strict=True)
-    return Trace(graph_module, tuple(name for name, x in names if isinstance(x, torch.Tensor)))
-
-
-def _strip_wrapper(graph_module: fx.GraphModule) -> None:
-    """Take the wrapper's own name off the module paths that name the blocks."""
-    for node in graph_module.graph.nodes:
-        stack = node.meta.get("nn_module_stack")
-        if stack:
-            node.meta["nn_module_stack"] = {
-                key: (path.removeprefix("model").removeprefix("."), kind)
-                for key, (path, kind) in stack.items()
-            }
+    first: dict[int, int] = {}
+    signature: list[Any] = [repr(spec)]
+    for at, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor):
+            same = first.setdefault(id(leaf), at)
+            signature.append((leaf.dtype, leaf.dim(), str(leaf.device), same))
+        else:
+            signature.append(repr(leaf) if isinstance(leaf, _PLAIN) else id(leaf))
+    return tuple(signature)

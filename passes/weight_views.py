@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
 
@@ -71,6 +71,12 @@ COPIES = frozenset(
 )
 
 
+# Views whose sizes may be those of the input: a batch that the weight is repeated over.
+_RESIZES = frozenset(
+    {aten.expand.default, aten.reshape.default, aten.view.default, aten._unsafe_view.default}
+)
+
+
 @dataclass(frozen=True)
 class WeightView:
     """``out`` × ``in`` elements of a parameter's storage, as strides and an offset.
@@ -92,7 +98,7 @@ class WeightView:
     def of(cls, matrix: torch.Tensor) -> WeightView:
         return cls(
             matrix.untyped_storage().data_ptr(),
-            matrix.storage_offset(),
+            int(matrix.storage_offset()),
             (matrix.shape[0], matrix.shape[1]),
             (matrix.stride(0), matrix.stride(1)),
         )
@@ -109,7 +115,7 @@ class WeightView:
         """Which part of the parameter this is, as an index: ``""`` for all of it, ``[64:128]``."""
         if parameter.numel() == self.shape[0] * self.shape[1]:
             return ""
-        start = parameter.storage_offset()
+        start = int(parameter.storage_offset())
         first, final = (_index(at - start, parameter) for at in (self.offset, self.last))
         parts = [
             str(a) if a == b and n > 1 else ":" if (a, b) == (0, n - 1) else f"{a}:{b + 1}"
@@ -123,9 +129,10 @@ class WeightView:
 def _index(offset: int, parameter: torch.Tensor) -> list[int]:
     """The index of the element at ``offset`` in a parameter that is stored without gaps."""
     index = [0] * parameter.dim()
-    for dim in sorted(range(parameter.dim()), key=lambda d: -parameter.stride(d)):
-        if parameter.shape[dim] > 1:
-            index[dim], offset = divmod(offset, parameter.stride(dim))
+    strides = parameter.stride()
+    for dim in sorted(range(parameter.dim()), key=strides.__getitem__, reverse=True):
+        if parameter.shape[dim] > 1 and strides[dim] > 0:
+            index[dim], offset = divmod(offset, strides[dim])
     return index
 
 
@@ -133,33 +140,45 @@ def overlap(first: WeightView, second: WeightView) -> bool:
     """Whether two different views share an element."""
     if first.storage != second.storage:
         return False
+    start, end = min(first.offset, second.offset), max(first.last, second.last)
     if max(first.offset, second.offset) > min(first.last, second.last):
         return False
-    marks = torch.zeros(max(first.last, second.last) + 1, dtype=torch.bool)
-    marks.as_strided(first.shape, first.stride, first.offset).fill_(True)
-    return bool(marks.as_strided(second.shape, second.stride, second.offset).any())
+    marks = torch.zeros(end - start + 1, dtype=torch.bool)
+    marks.as_strided(first.shape, first.stride, first.offset - start).fill_(True)
+    return bool(marks.as_strided(second.shape, second.stride, second.offset - start).any())
 
 
 def replay(parameter: torch.Tensor, chain: tuple[fx.Node, ...]) -> torch.Tensor | None:
     """The chain's result as a view of the parameter, or None where it is no view of it.
 
-    Copies are left out. A symbolic size can only be a batch that the weight is expanded over:
-    it is taken as 1.
+    Copies are left out. The sizes of a batch that the weight is expanded over are taken as 1.
     """
     value: Any = parameter.detach()
     for node in chain:
-        if node.op == "call_function" and node.target in COPIES:
+        if node.target in COPIES:
             continue
-        args = tree_map(lambda a: 1 if isinstance(a, fx.Node) else a, list(node.args[1:]))
-        kwargs = tree_map(lambda a: 1 if isinstance(a, fx.Node) else a, dict(node.kwargs))
+        inputs = (node.args[1:], node.kwargs)
+        if node.target not in _RESIZES and any(isinstance(a, fx.Node) for a in tree_leaves(inputs)):
+            return None  # which elements it reads depends on the input's shape
+        args, kwargs = tree_map_only(fx.Node, lambda _: 1, inputs)
         try:
             value = node.target(value, *args, **kwargs)  # type: ignore[operator]
         except (RuntimeError, IndexError, ValueError):
             return None
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, torch.Tensor) or value.dtype != parameter.dtype:
         return None
     shared = value.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
-    return value if shared and value.dtype == parameter.dtype else None
+    return value if shared and _has_traced_shape(value, chain) else None
+
+
+def _has_traced_shape(value: torch.Tensor, chain: tuple[fx.Node, ...]) -> bool:
+    """Whether only batch sizes were taken as 1: the matrix itself is as large as in the graph."""
+    traced = chain[-1].meta.get("val") if chain else None
+    if not isinstance(traced, torch.Tensor):
+        return True
+    sizes = [1 if isinstance(size, torch.SymInt) else size for size in traced.shape]
+    fixed = all(isinstance(size, int) for size in traced.shape[-2:])
+    return fixed and sizes == list(value.shape)
 
 
 def matrices(weight: torch.Tensor) -> list[tuple[tuple[int, ...], WeightView]]:

@@ -1,0 +1,204 @@
+"""sites → what torchao can quantize: whole parameters that still run as torchao's tensors.
+
+``quantize_`` skips in silence what it does not know, and some of what it takes does not run
+afterwards. Here such a site becomes a reported skip: it is neither quantized nor rewritten.
+"""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections import defaultdict
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.utils._pytree import tree_map_only
+from torchao.core.config import AOBaseConfig
+from torchao.quantization import quantize_
+from torchao.quantization.transform_module import _QUANTIZE_CONFIG_HANDLER
+
+from magr_fx.errors import ConfigError
+from magr_fx.passes.calibration import Batch
+from magr_fx.passes.find_linears import UNREACHED, FilterFn, Found, Site
+from magr_fx.passes.trace import TracedBatch
+from magr_fx.passes.weight_views import WeightView
+
+
+class Place(NamedTuple):
+    """Where the model holds a weight; a tied one has several places."""
+
+    module: nn.Module
+    key: str
+    name: str
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether ``quantize_`` takes it by default."""
+        return (
+            self.key == "weight"
+            and isinstance(self.module, nn.Linear)
+            # The class that nn.MultiheadAttention gives its out_proj to keep quantizers away.
+            and not isinstance(self.module, NonDynamicallyQuantizableLinear)
+        )
+
+
+class Quantizable(NamedTuple):
+    """A whole parameter that torchao is to quantize, and every place that holds it."""
+
+    name: str
+    parameter: nn.Parameter
+    places: list[Place]
+
+    @property
+    def is_linear(self) -> bool:
+        return all(place.is_linear for place in self.places)
+
+
+def leave_out_unquantizable(
+    found: Found,
+    model: nn.Module,
+    target: AOBaseConfig,
+    *,
+    group_size: int | None,
+    filter_fn: FilterFn | None,
+) -> tuple[Found, list[Quantizable]]:
+    """Move the sites that ``target`` cannot quantize to the rejections, each with its reason.
+
+    Returns:
+        What is left, and what torchao is to quantize: the sites that are left, and the linears
+        that calibration never reached, which it quantizes alone.
+
+    Raises:
+        ConfigError: no site is left.
+    """
+    places = _places(model)
+    reasons: dict[str, str] = {}
+    weights = []
+    for site in found.sites:
+        reason = _cannot_quantize(site, places[site.view], target)
+        if reason is None:
+            weights.append(Quantizable(site.name, site.parameter, places[site.view]))
+        else:
+            reasons[site.name] = reason
+    for unreached in (r for r in found.rejections if r.reason == UNREACHED):
+        parameter = unreached.parameter
+        weight = Quantizable(unreached.name, parameter, places[WeightView.of(parameter)])
+        if (
+            parameter.dim() == 2
+            and weight.is_linear
+            and parameter.shape[1] % (group_size or 1) == 0
+            and (filter_fn is None or filter_fn(unreached.owner, unreached.name.rpartition(".")[0]))
+        ):
+            weights.append(weight)
+    return _without(reasons, found), weights
+
+
+def leave_out_unrunnable(
+    found: Found,
+    weights: list[Quantizable],
+    model: nn.Module,
+    target: AOBaseConfig,
+    *,
+    traced: list[TracedBatch],
+    batches: list[Batch],
+) -> tuple[Found, list[Quantizable]]:
+    """Move the sites whose module cannot work with a quantized weight to the rejections.
+
+    In an nn.Linear torchao's tensors run. A parameter of another module can be read by F.linear,
+    and so be a site, and still be out of their reach, as inside F.multi_head_attention_forward.
+    No graph shows that: the model is run, once for each kind of such a module, with quantized
+    copies in the place of its weights.
+
+    Raises:
+        ConfigError: no site is left.
+    """
+    kinds: dict[tuple[type[nn.Module], str], list[Quantizable]] = defaultdict(list)
+    for weight in weights:
+        for place in weight.places:
+            if not place.is_linear:
+                kinds[type(place.module), place.key].append(weight)
+    sites = {site.name: site for site in found.sites}
+    reasons: dict[str, str] = {}
+    for (owner, key), members in kinds.items():
+        trace = sites[members[0].name].calls[0].trace
+        batch = next(b for b, t in zip(batches, traced, strict=True) if t.trace is trace)
+        error = _error_when_quantized(model, members, target, batch)
+        if error is not None:
+            reason = f"not rewritten: {owner.__name__} does not run with {key} quantized ({error})"
+            reasons.update((member.name, reason) for member in members)
+    return _without(reasons, found), [w for w in weights if w.name not in reasons]
+
+
+def quantized_copy(weight: nn.Parameter, target: AOBaseConfig) -> torch.Tensor:
+    """What torchao's ``quantize_`` makes of a weight of an nn.Linear."""
+    linear = nn.Linear(1, 1, bias=False, device="meta")
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    quantize_(linear, target)
+    return linear.weight
+
+
+def _places(model: nn.Module) -> dict[WeightView, list[Place]]:
+    """Where each matrix of the model is held: by its memory, which tied parameters share."""
+    places: dict[WeightView, list[Place]] = defaultdict(list)
+    for module_name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter.dim() == 2:
+                name = f"{module_name}.{key}" if module_name else key
+                places[WeightView.of(parameter)].append(Place(module, key, name))
+    return places
+
+
+def _cannot_quantize(site: Site, places: list[Place], target: AOBaseConfig) -> str | None:
+    if not site.view.covers(site.parameter):
+        return (
+            "not rewritten: torchao quantizes whole parameters stored [out, in], and this weight "
+            "is stored transposed or is a slice of one"
+        )
+    reader = next((call.node.target for call in site.calls if not call.direct), None)
+    if reader is not None:
+        return f"not rewritten: torchao's tensors run in F.linear only, and {reader} reads it"
+    if not (all(place.is_linear for place in places) or _takes_parameter_names(target)):
+        return (
+            "not rewritten: it is not the weight of an nn.Linear, and "
+            f"{type(target).__name__} quantizes nothing else"
+        )
+    return None
+
+
+def _takes_parameter_names(target: AOBaseConfig) -> bool:
+    handler = _QUANTIZE_CONFIG_HANDLER[type(target)]
+    return "parameter_name" in inspect.signature(handler).parameters
+
+
+def _error_when_quantized(
+    model: nn.Module, weights: list[Quantizable], target: AOBaseConfig, batch: Batch
+) -> str | None:
+    """What the model raises with quantized copies in the place of these weights."""
+    # Copies of buffers and inputs too: the model may work on them in place.
+    stand_ins = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for weight in weights:
+        copy = quantized_copy(weight.parameter, target)
+        stand_ins.update((place.name, copy) for place in weight.places)
+    args, kwargs = tree_map_only(torch.Tensor, torch.clone, (batch.args, batch.kwargs))
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            torch.func.functional_call(model, stand_ins, args, kwargs, tie_weights=False)
+    except Exception as error:  # whatever torchao, or the model itself, raises
+        return textwrap.shorten(f"{type(error).__name__}: {error}", 120, placeholder=" ...")
+    return None
+
+
+def _without(reasons: dict[str, str], found: Found) -> Found:
+    """What was found, with these sites moved to the rejections."""
+    rejected = [site.rejected(reasons[site.name]) for site in found.sites if site.name in reasons]
+    sites = [site for site in found.sites if site.name not in reasons]
+    if not sites:
+        raise ConfigError(
+            f"torchao would quantize none of the {len(found.sites)} weights that were found; the "
+            f"first, {rejected[0].name}, was {rejected[0].reason}. magr_transform still rewrites "
+            "them"
+        )
+    return Found(sites, [*found.rejections, *rejected])
