@@ -3,8 +3,8 @@
     python examples/quickstart.py                                 # SmolLM2-135M, 3 and 4 bits
     python examples/quickstart.py --model Qwen/Qwen3-0.6B --bits 4 --device cuda --dtype bfloat16
 
-For each bit width the same layers are quantized by torchao alone and by ``magr_quantize`` with each
-of ``RECIPES``. A table of perplexities and the reports go to ``--out``.
+For each bit width the same layers are quantized by torchao alone and by ``magr_quantize``, with the
+published recipe. A table of perplexities and the reports go to ``--out``.
 """
 
 from __future__ import annotations
@@ -22,15 +22,9 @@ from language_model import bundled_model, load, perplexity, token_batches
 from torch import Tensor, nn
 from torchao.quantization import IntxWeightOnlyConfig, PerAxis, quantize_
 
-from magr_fx import MagRConfig, magr_quantize
+from magr_fx import magr_quantize
 
 DATA = Path(__file__).parent / "data"
-
-# name -> config; None is the library's default, the published recipe. Add your own here.
-RECIPES: dict[str, MagRConfig | None] = {
-    "published": None,
-    "damping 0.1": MagRConfig(damping=0.1),
-}
 
 CAVEAT = (
     "SmolLM2's weights come from a Q4_1 GGUF (groups of 32); per-channel figures are meaningful, "
@@ -125,19 +119,14 @@ def main() -> None:
         measure(f"int{bits}, torchao alone", plain)
         del plain  # one copy at a time: a model and its copy are the most that is held
 
-        for recipe, config in RECIPES.items():
-            label = f"int{bits}, magr_quantize, {recipe}"
-            rewritten: Any = magr_quantize(
-                copy.deepcopy(model), calib, target, config, filter_fn=quantizable
-            )
-            report = rewritten.magr_report
-            measure(label, rewritten)
-            totals.append(f"{label}\n{report.totals()}")
-            file = f"report_int{bits}_{recipe.replace(' ', '_')}"
-            report.to_json(args.out / f"{file}.json")
-            if importlib.util.find_spec("matplotlib"):
-                report.plot(args.out / f"{file}.png")
-            del rewritten, report
+        rewritten: Any = magr_quantize(copy.deepcopy(model), calib, target, filter_fn=quantizable)
+        report = rewritten.magr_report
+        measure(f"int{bits}, magr_quantize", rewritten)
+        totals.append(f"int{bits}, magr_quantize\n{report.totals()}")
+        report.to_json(args.out / f"report_int{bits}.json")
+        if importlib.util.find_spec("matplotlib"):
+            report.plot(args.out / f"report_int{bits}.png")
+        del rewritten, report
 
     caveat = [] if args.model else [CAVEAT]
     summary = "\n\n".join([align(rows), *caveat, *totals])
