@@ -1,0 +1,33 @@
+"""What every test runs under: quiet imports, no network, and no global state left changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Before torchao is imported: no attempt to load kernels that were built for other machines.
+os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _no_global_state_changed() -> Iterator[None]:
+    """The library may draw no global random numbers and must restore every global switch."""
+    torch.manual_seed(0)
+    grad, fastpath = torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled()
+    precision = torch.get_float32_matmul_precision()
+    yield
+    assert torch.is_grad_enabled() == grad
+    assert torch.backends.mha.get_fastpath_enabled() == fastpath
+    assert torch.get_float32_matmul_precision() == precision
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each test that takes it runs on the CPU, and on a GPU where there is one."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device(request.param)

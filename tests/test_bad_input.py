@@ -1,0 +1,273 @@
+"""What is refused: with which error, naming what, with which remedy, and with nothing changed."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchao.quantization import (
+    Float8WeightOnlyConfig,
+    FqnToConfig,
+    Int8StaticActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    PerGroup,
+    PerRow,
+    quantize_,
+)
+from toys import INT, WIDTH, Overflows, changed, mlp, report_of, state, vectors
+
+from magr_fx import (
+    CalibrationError,
+    ConfigError,
+    MagRConfig,
+    MagRError,
+    ModelError,
+    TraceError,
+    magr_quantize,
+    magr_transform,
+)
+
+INT4 = IntxWeightOnlyConfig(weight_dtype=INT[4])
+Verb = Callable[..., nn.Module]
+
+
+def transform(model: Any, calib: Any, **options: Any) -> Any:
+    return magr_transform(model, calib, **options)
+
+
+def quantize(model: Any, calib: Any, **options: Any) -> Any:
+    return magr_quantize(model, calib, **{"target": INT4, **options})
+
+
+both = pytest.mark.parametrize("verb", [transform, quantize])
+
+
+def refused(
+    verb: Verb, model: nn.Module, calib: Any, kind: type[MagRError], *parts: str, **options: Any
+) -> None:
+    """The call raises ``kind`` with every part in its message, and leaves no trace."""
+    before, objects = state(model), [id(p) for p in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(kind) as caught:
+        verb(model, calib, **options)
+    message = str(caught.value)
+    assert [part for part in parts if part not in message] == [], message
+    assert changed(model, before) == []
+    assert [id(p) for p in model.parameters()] == objects
+    assert [module.training for module in model.modules()] == modes
+    assert "magr_report" not in vars(model)
+
+
+# calib
+
+
+@both
+@pytest.mark.parametrize("calib", [[], (), iter([])], ids=["list", "tuple", "spent"])
+def test_empty_calibration(verb: Verb, calib: Any) -> None:
+    refused(verb, mlp(), calib, CalibrationError, "calib is empty", "make it a list")
+
+
+@both
+@pytest.mark.parametrize(
+    ("calib", "name"),
+    [(torch.ones(4, WIDTH), "Tensor"), ({"x": 1}, "dict"), ("text", "str"), (3, "int")],
+)
+def test_calibration_that_is_no_iterable_of_inputs(verb: Verb, calib: Any, name: str) -> None:
+    refused(verb, mlp(), calib, CalibrationError, f"got {name}", "[calib]")
+
+
+@both
+def test_batch_of_a_wrong_type(verb: Verb) -> None:
+    calib = [torch.ones(4, WIDTH), 3.0]
+    refused(verb, mlp(), calib, CalibrationError, "batch 1 is a float", "keyword arguments")
+
+
+@both
+def test_batch_that_does_not_fit_forward(verb: Verb) -> None:
+    calib = [*vectors(), {"x": torch.ones(4, WIDTH)}]
+    refused(verb, mlp(), calib, CalibrationError, "batch 2", "Sequential.forward", "'input'")
+
+
+@both
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_calibration_input_that_is_not_finite(verb: Verb, value: float) -> None:
+    calib = vectors(40, 24)
+    calib[1][3, 5] = value
+    refused(verb, mlp(), calib, CalibrationError, "batch 1", "1 NaN or Inf", "(24, 32)")
+
+
+@both
+@pytest.mark.parametrize("layer", ["first", "middle", "last"])
+@pytest.mark.parametrize("batch", [0, 1])
+def test_activations_that_are_not_finite_name_the_layer_and_the_batch(
+    verb: Verb, layer: str, batch: int
+) -> None:
+    calib = vectors(40, 24)
+    calib[batch][7] *= 1e6
+    parts = [f"input of {layer}.weight holds NaN or Inf", f"batch {batch};", "overflow"]
+    refused(verb, Overflows(layer), calib, CalibrationError, *parts)
+
+
+# model
+
+
+@both
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite(verb: Verb, value: float) -> None:
+    model = mlp()
+    with torch.no_grad():
+        model.get_parameter("2.weight")[3, 4] = value
+    refused(verb, model, vectors(), ModelError, "2.weight holds NaN or Inf", "reload")
+
+
+@both
+def test_weights_on_the_meta_device(verb: Verb) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(WIDTH, 4))
+    with pytest.raises(ModelError, match=r"0\.weight is on the meta device.*load the weights"):
+        verb(model, vectors())
+
+
+@both
+def test_weights_that_have_no_shape_yet(verb: Verb) -> None:
+    with pytest.raises(ModelError, match=r"0\.weight is not initialized; run the model on one"):
+        verb(nn.Sequential(nn.LazyLinear(4)), vectors())
+
+
+@both
+def test_weights_that_torchao_has_quantized_already(verb: Verb) -> None:
+    model = mlp()
+    quantize_(model, INT4, lambda module, name: name == "2")
+    quantized = model[2].weight
+    with pytest.raises(ModelError, match=r"2\.weight is already quantized.*full-precision"):
+        verb(model, vectors())
+    assert model[2].weight is quantized
+
+
+@both
+@pytest.mark.parametrize(
+    ("model", "parts"),
+    [
+        (nn.Sequential(nn.ReLU()), ["no parameter of two dimensions"]),
+        (nn.Sequential(nn.LayerNorm(WIDTH)), ["no parameter of two dimensions"]),
+        (nn.Sequential(nn.Unflatten(1, (1, WIDTH)), nn.Conv1d(1, 2, 3)), ["1.weight: read by"]),
+    ],
+    ids=["no parameters", "a norm", "a convolution"],
+)
+def test_model_without_a_weight_matmul(verb: Verb, model: nn.Module, parts: list[str]) -> None:
+    what = "Sequential has no weight matmul that can be rewritten"
+    refused(verb, model, vectors(), ModelError, what, *parts)
+
+
+@both
+@pytest.mark.parametrize("model", [None, "model", nn.Linear, lambda x: x])
+def test_model_that_is_no_module(verb: Verb, model: Any) -> None:
+    with pytest.raises(ModelError, match=r"must be a torch\.nn\.Module, got"):
+        verb(model, vectors())
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.linear(x)
+        return result if result.sum() > 0 else -result
+
+
+@both
+def test_control_flow_that_depends_on_values(verb: Verb) -> None:
+    parts = ["torch.export cannot trace Branches", "batch 0", "depends on tensor values"]
+    refused(verb, Branches().train(), vectors(), TraceError, *parts)
+
+
+# config, target, filter_fn
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1e-3, float("nan"), float("inf")])
+def test_alpha_out_of_range(alpha: float) -> None:
+    with pytest.raises(ConfigError, match="alpha must be a finite number above 0"):
+        MagRConfig(alpha=alpha)
+
+
+@both
+@pytest.mark.parametrize("config", [INT4, {"alpha": 1e-3}, 1e-3, MagRConfig])
+def test_config_of_a_wrong_type(verb: Verb, config: Any) -> None:
+    parts = [f"got {type(config).__name__}", "a torchao config goes into target"]
+    refused(verb, mlp(), vectors(), ConfigError, *parts, config=config)
+
+
+@both
+@pytest.mark.parametrize("inside", ["config", "target"])
+def test_group_size_that_does_not_divide(verb: Verb, inside: str) -> None:
+    target = IntxWeightOnlyConfig(weight_dtype=INT[4], granularity=PerGroup(32))
+    options: dict[str, Any] = {"target": target}
+    if inside == "config":
+        options["config"] = MagRConfig(group_size=32)
+    # 0.weight has 32 inputs, 2.weight has 48.
+    parts = ["2.weight (16, 48) has 48 inputs", "groups of 32", "filter_fn"]
+    refused(verb, mlp(), vectors(), ConfigError, *parts, **options)
+
+
+def test_group_size_that_does_not_divide_without_a_target() -> None:
+    config = MagRConfig(group_size=12)
+    refused(transform, mlp(), vectors(), ConfigError, "0.weight (48, 32)", config=config)
+
+
+@both
+@pytest.mark.parametrize(
+    ("target", "got"),
+    [
+        (Float8WeightOnlyConfig(), "got Float8WeightOnlyConfig."),
+        (Int8StaticActivationInt8WeightConfig(), "got Int8StaticActivationInt8WeightConfig."),
+        (FqnToConfig(OrderedDict({"0": INT4})), "got FqnToConfig."),
+        ("int4", "got 'int4'"),
+        (INT[4], "got torch.int4"),
+        (IntxWeightOnlyConfig, "IntxWeightOnlyConfig'>"),  # the class, not a config
+        (MagRConfig(alpha=1.0), "got MagRConfig(alpha=1.0, "),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_target_that_is_no_int_weight_config(verb: Verb, target: Any, got: str) -> None:
+    parts = ["IntxWeightOnlyConfig", "magr_transform once with a filter_fn for each", got]
+    refused(verb, mlp(), vectors(), ConfigError, *parts, target=target)
+
+
+def test_quantize_without_a_target() -> None:
+    refused(quantize, mlp(), vectors(), ConfigError, "target must be", "got None", target=None)
+
+
+@both
+def test_target_that_quantizes_columns(verb: Verb) -> None:
+    target = Int8WeightOnlyConfig(granularity=PerRow(0))
+    parts = ["rows, or groups of inputs", "granularity=PerRow(dim=0)"]
+    refused(verb, mlp(), vectors(), ConfigError, *parts, target=target)
+
+
+@both
+def test_filter_that_matches_nothing(verb: Verb) -> None:
+    parts = ["filter_fn matches none of the 2 weights", "owned by 0, 2", "called with the module"]
+    refused(
+        verb, mlp(), vectors(), ConfigError, *parts, filter_fn=lambda module, name: "head" in name
+    )
+
+
+# What looks alike and is no error.
+
+
+def test_calibration_that_never_reaches_a_layer_is_reported_and_no_error() -> None:
+    model = mlp()
+    model.register_module("unused", nn.Linear(8, 8))
+    model.forward = lambda x: model[2](model[1](model[0](x)))  # type: ignore[method-assign]
+    before = state(model)
+    magr_transform(model, vectors())
+    assert changed(model, before) == ["0.weight", "2.weight"]
+    assert [(s.name, s.reason) for s in report_of(model).skipped] == [
+        ("unused.weight", "no calibration input reaches it")
+    ]

@@ -1,0 +1,272 @@
+"""MagRReport: the table, the totals, the JSON file, the picture, and the figures in them."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchao.quantization import IntxWeightOnlyConfig
+from toys import INT, WIDTH, Shapes, mlp, report_of, vectors
+
+from magr_fx import CalibrationError, MagRConfig, MagRReport, SiteReport, magr_quantize
+from magr_fx import magr_transform as transform
+from magr_fx.memory import high_water_mark
+from magr_fx.passes import pipeline
+from magr_fx.report import STAGES
+from magr_fx.solver import solve_magr
+
+INT3 = IntxWeightOnlyConfig(weight_dtype=INT[3])
+
+
+@pytest.fixture
+def mixed(monkeypatch: pytest.MonkeyPatch) -> MagRReport:
+    """Two rewritten sites, one that failed, and two that were skipped."""
+
+    def solve(weight: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if len(weight) == 16:
+            raise CalibrationError("no luck")
+        return solve_magr(weight, *args, **options)
+
+    monkeypatch.setattr(pipeline, "solve_magr", solve)
+    model = nn.Sequential(*mlp(), nn.Linear(16, 8), nn.Linear(8, 1000))
+    model.register_parameter("idle", nn.Parameter(torch.ones(2, 3)))
+    transform(model, vectors(), filter_fn=lambda module, name: name != "4")
+    return report_of(model)
+
+
+def sections(report: MagRReport) -> list[list[str]]:
+    return [block.splitlines() for block in str(report).split("\n\n")]
+
+
+def test_every_site_is_in_the_table(mixed: MagRReport) -> None:
+    table, failed, skipped, totals = sections(mixed)
+    assert [line.split()[0] for line in table] == ["site", "0.weight", "3.weight"]
+    assert failed[0] == "failed:"
+    assert failed[1:] == ["2.weight  16x48  CalibrationError: no luck"]
+    assert skipped[0] == "skipped:"
+    assert [line.split()[:2] for line in skipped[1:]] == [["idle", "2x3"], ["4.weight", "1000x8"]]
+    assert "\n".join(totals) == mixed.totals()
+
+
+def test_the_columns_line_up(mixed: MagRReport) -> None:
+    table, _, skipped, _ = sections(mixed)
+    # Two spaces or more part the columns, and no cell has two spaces inside.
+    header, *rows = [[c for c in line.split("  ") if c] for line in table]
+    assert {len(row) for row in rows} == {len(header)} == {11}
+    starts, ends = [], []
+    for line in table:
+        cells = [cell.strip() for cell in line.split("  ") if cell.strip()]
+        at = 0
+        places = []
+        for cell in cells:
+            at = line.index(cell, at)
+            places.append((at, at + len(cell)))
+            at += len(cell)
+        starts.append([start for start, _ in places])
+        ends.append([end for _, end in places])
+    for column, name in enumerate(header):
+        edges = starts if name.strip() in ("site", "rows by status") else ends
+        assert len({edge[column] for edge in edges}) == 1, name
+    assert not any(line != line.rstrip() for line in table)
+    # Names that begin with a digit are names all the same.
+    assert [line[0] for line in skipped] == ["s", "i", "4"]
+
+
+def test_totals_add_up(mixed: MagRReport) -> None:
+    first, magnitudes, run, seconds = mixed.totals().splitlines()
+    done, others = 48 * 32 + 8 * 16, 16 * 48 + 2 * 3 + 1000 * 8
+    share = f"{done / (done + others):.1%} of {done + others:,} matrix parameters rewritten"
+    assert first == f"2 rewritten, 2 skipped, 1 failed; {share}"
+    before, after = (
+        np.concatenate([getattr(site, f"channel_max_{when}") for site in mixed.rewritten])
+        for when in ("before", "after")
+    )
+    errors = [site.output_error for site in mixed.rewritten]
+    assert magnitudes == (
+        f"largest magnitude per channel: median x{np.median(after / before):.2f}; output error "
+        f"before quantization: median {sum(errors) / 2:.2%}, worst {max(errors):.2%}"
+    )
+    memory = f"peak memory {mixed.peak_memory:.0f} MiB"
+    assert run == f"2 calibration batches, 1 traced graphs; {memory}"
+    assert seconds.startswith(f"seconds: trace {mixed.seconds['trace']:.1f}, check ")
+    assert "quantize" not in seconds
+    assert "quantized by torchao" not in mixed.totals()
+
+
+def test_a_quantized_model_names_its_target() -> None:
+    report = report_of(magr_quantize(mlp(), vectors(), INT3))
+    line = "2 quantized by torchao: IntxWeightOnlyConfig(weight_dtype=torch.int3)"
+    assert line in report.totals().splitlines()
+    assert all(len(line) < 120 for line in report.totals().splitlines())
+
+
+def test_lookups_split_the_sites_by_outcome(mixed: MagRReport) -> None:
+    assert [*mixed.rewritten, *mixed.failed, *mixed.skipped] == mixed.sites
+    assert [len(mixed.rewritten), len(mixed.failed), len(mixed.skipped)] == [2, 1, 2]
+
+
+def test_figures_of_a_site() -> None:
+    model = mlp()
+    old = model.get_parameter("2.weight").detach().clone()
+    site = report_of(transform(model, vectors(40, 24))).rewritten[1]
+    new = model.get_parameter("2.weight").detach()
+    assert (site.name, site.shape, site.calls, site.tokens) == ("2.weight", (16, 48), 1, 64)
+    assert (site.max_before, site.max_after) == (float(old.abs().max()), float(new.abs().max()))
+    assert (site.status, site.steps) == ("step limit: 16 rows", 200)
+    assert 0 < site.output_error < 1
+    assert site.seconds > 0
+    assert not site.quantized
+
+
+def test_steps_and_status_are_the_solvers() -> None:
+    config = MagRConfig(tol=10.0, max_steps=30)  # the first look at the gap is at step 10
+    (first, _) = report_of(transform(mlp(), vectors(), config)).rewritten
+    assert (first.steps, first.status) == (10, "converged: 48 rows")
+
+
+def test_stages_take_no_longer_than_the_whole_run() -> None:
+    started = time.perf_counter()
+    report = report_of(magr_quantize(mlp(), vectors(), INT3))
+    wall = time.perf_counter() - started
+    assert tuple(report.seconds) == STAGES
+    assert all(seconds > 0 for seconds in report.seconds.values())
+    assert sum(report.seconds.values()) <= wall
+    assert sum(site.seconds for site in report.sites) == pytest.approx(report.seconds["solve"])
+
+
+def test_memory_is_the_high_water_mark() -> None:
+    start = high_water_mark(torch.device("cpu"))
+    report = report_of(transform(mlp(), vectors()))
+    end = high_water_mark(torch.device("cpu"))
+    assert 10 < start <= report.rewritten[0].memory <= report.peak_memory <= end
+    assert math.isnan(MagRReport(MagRConfig()).peak_memory)
+
+
+def test_memory_is_unknown_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert math.isnan(high_water_mark(torch.device("cpu")))
+    report = report_of(transform(mlp(), vectors()))
+    assert "peak memory nan MiB" in report.totals()
+    assert sections(report)[0][1].endswith(" nan")
+
+
+def test_json_holds_every_figure(mixed: MagRReport, tmp_path: Path) -> None:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    path = tmp_path / "report.json"
+    mixed.to_json(path)
+    record = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    assert record.keys() == {"config", "target", "batches", "traces", "seconds", "sites"}
+    assert record["config"] == {
+        "alpha": None,
+        "group_size": None,
+        "solver": "pgd",
+        "max_steps": 200,
+        "tol": 0.0,
+        "damping": 0.0,
+    }
+    assert (record["batches"], record["traces"]) == (2, 1)
+    assert record["seconds"] == mixed.seconds
+    assert len(record["sites"]) == len(mixed.sites)
+    fields = {f for f in SiteReport.__dataclass_fields__ if not f.startswith("channel_max")}
+    for site, entry in zip(mixed.sites, record["sites"], strict=True):
+        assert entry.keys() == fields | {"max_before", "max_after"}
+        for name, value in entry.items():
+            kept = getattr(site, name)
+            if value is None:
+                assert math.isnan(kept), name
+            else:
+                assert value == (list(kept) if isinstance(kept, tuple) else kept), name
+    assert record["sites"][0]["output_error"] > 0
+    assert record["sites"][-1]["output_error"] is None
+
+
+def test_json_knows_no_infinity() -> None:
+    site = SiteReport("w", (1, 1), "rewritten", output_error=math.inf)
+    assert site.as_dict()["output_error"] is None
+
+
+def test_an_empty_report_has_totals_and_no_table() -> None:
+    report = MagRReport(MagRConfig())
+    assert str(report) == report.totals()
+    assert report.totals().startswith("0 rewritten, 0 skipped, 0 failed; 0.0% of 0 matrix")
+
+
+def test_notes_are_listed(tmp_path: Path) -> None:
+    site = SiteReport(
+        "w", (1, 2), "rewritten", "padding is counted", output_error=0.0,
+        channel_max_before=np.ones(1, np.float32), channel_max_after=np.ones(1, np.float32),
+    )  # fmt: skip
+    report = MagRReport(MagRConfig(), sites=[site])
+    assert sections(report)[1] == ["notes:", "w  1x2  padding is counted"]
+
+
+# The picture
+
+
+def zeroed() -> nn.Module:
+    model = nn.Sequential(nn.Linear(WIDTH, 4))
+    nn.init.zeros_(model.get_parameter("0.weight"))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "config"),
+    [(Shapes, MagRConfig()), (zeroed, MagRConfig()), (mlp, MagRConfig(alpha=1e6))],
+    ids=["usual", "a weight of zeros", "all shrunk to zero"],
+)
+def test_plot_draws_every_channel_and_every_site(
+    build: Any, config: MagRConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn = []
+    save = Figure.savefig
+
+    def spy(self: Figure, *args: Any, **options: Any) -> None:
+        drawn.append([[np.size(line.get_ydata()) for line in axes.lines] for axes in self.axes])
+        save(self, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", spy)
+    report = report_of(transform(build(), vectors(), config))
+    path = tmp_path / "report.png"
+    report.plot(path)
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    channels = sum(site.shape[0] for site in report.rewritten)
+    ((left, right),) = drawn
+    assert channels in left
+    assert right == [len(report.rewritten)]
+    assert report.totals()  # no warning about channels without a magnitude
+
+
+def test_plot_leaves_pyplot_alone(tmp_path: Path) -> None:
+    report_of(transform(mlp(), vectors())).plot(tmp_path / "report.svg")
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    assert pyplot is None or pyplot.get_fignums() == []
+
+
+def test_plot_without_matplotlib_says_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("matplotlib")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    report = report_of(transform(mlp(), vectors()))
+    with pytest.raises(ImportError, match=r"pip install 'magr-fx\[plot\]'"):
+        report.plot(tmp_path / "report.png")
+
+
+def test_plot_with_nothing_rewritten(tmp_path: Path) -> None:
+    report = MagRReport(MagRConfig(), sites=[SiteReport("w", (1, 1), "skipped", "why not")])
+    with pytest.raises(ValueError, match="nothing to plot"):
+        report.plot(tmp_path / "report.png")
+    assert list(tmp_path.iterdir()) == []
