@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from magr_fx.errors import ConfigError, ModelError
 from magr_fx.passes.trace import Trace
@@ -89,8 +89,10 @@ def find_linears(
     """
     owners = _owners(model)
     uses: defaultdict[int, Uses] = defaultdict(Uses)
+    order: dict[fx.Node, int] = {}
     for trace in traces:
         Reader(trace, uses).read()
+        order.update((node, len(order)) for node in trace.graph_module.graph.nodes)
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             uses[id(module.weight)].embedding = True
@@ -108,6 +110,7 @@ def find_linears(
         elif parameter.dim() >= 2:
             rejections.append(Rejection(name, tuple(parameter.shape), reason, parameter, owner))
     sites = _disjoint(candidates, rejections)
+    sites.sort(key=lambda site: order[site.calls[0].node])  # as the model runs, however it is named
     if not sites:
         raise ModelError(_nothing_found(model, rejections))
     return Found(_filtered(sites, filter_fn, rejections), rejections)
