@@ -1,7 +1,7 @@
 """magr-fx: shrink every channel's largest weight before torchao quantizes it.
 
-    model = magr_transform(model, calib)                 # then torchao's quantize_
-    model = magr_quantize(model, calib, target)          # both steps
+model = magr_transform(model, calib)                 # then torchao's quantize_
+model = magr_quantize(model, calib, target)          # both steps
 """
 
 from magr_fx.api import magr_quantize, magr_transform

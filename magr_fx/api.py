@@ -8,8 +8,9 @@ from torch import nn
 
 from magr_fx.config import MagRConfig
 from magr_fx.passes.calibration import read_calib
-from magr_fx.passes.find_linears import FilterFn, find_linears
-from magr_fx.passes.pipeline import check_group_size, check_model, resolve_config, rewrite_sites
+from magr_fx.passes.check_model import check_group_size, check_model
+from magr_fx.passes.find_linears import FilterFn, check_filter, find_linears
+from magr_fx.passes.pipeline import resolve_config, rewrite_sites
 from magr_fx.passes.quantizable import (
     Quantizable,
     leave_out_unquantizable,
@@ -116,6 +117,7 @@ def _run(
     progress: bool | None,
     quantize: bool,
 ) -> None:
+    check_filter(filter_fn)
     config = resolve_config(config, target, required=quantize)
     inner = unwrap(model)
     check_model(inner)

@@ -182,9 +182,9 @@ class MagRReport:
             quantized = sum(site.quantized for site in self.sites)
             lines.append(f"{quantized} quantized by torchao: {self.target}")
         stages = ", ".join(f"{name} {t:.1f}" for name, t in self.seconds.items() if t)
+        memory = "" if math.isnan(self.peak_memory) else f"; peak memory {self.peak_memory:.0f} MiB"
         lines += [
-            f"{self.batches} calibration batches, {self.traces} traced graphs; "
-            f"peak memory {self.peak_memory:.0f} MiB",
+            f"{self.batches} calibration batches, {self.traces} traced graphs{memory}",
             f"seconds: {stages}",
         ]
         return "\n".join(lines)

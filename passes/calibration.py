@@ -34,9 +34,12 @@ def read_calib(calib: Any, model: nn.Module) -> list[Batch]:
         CalibrationError: ``calib`` is no iterable of model inputs, is empty, or holds NaN or Inf.
     """
     if isinstance(calib, (torch.Tensor, Mapping, str, bytes)) or not isinstance(calib, Iterable):
+        remedy = "For a single input pass a list of one: [calib]"
+        if isinstance(calib, torch.utils.data.Dataset):
+            remedy = "Wrap a dataset in a torch DataLoader"
         raise CalibrationError(
             f"calib must be an iterable of model inputs, each {_FORMS}; got "
-            f"{type(calib).__name__}. For a single input pass a list of one: [calib]"
+            f"{type(calib).__name__}. {remedy}"
         )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     switch = _position_of_use_cache(model)
@@ -45,7 +48,8 @@ def read_calib(calib: Any, model: nn.Module) -> list[Batch]:
         args, kwargs = _arguments(item, index)
         if switch is not None and len(args) <= switch:
             kwargs["use_cache"] = False  # a cache in the outputs is memory that nobody reads
-        _check_finite((args, kwargs), index)
+        args, kwargs = _plain((args, kwargs))
+        _check_values((args, kwargs), index)
         # In one memory layout, which a trace depends on, whatever slice of what the caller gives.
         args, kwargs = tree_map_only(
             torch.Tensor, lambda t: t.to(device).contiguous(), (args, kwargs)
@@ -80,9 +84,26 @@ def _arguments(item: Any, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def _check_finite(inputs: Any, index: int) -> None:
+def _plain(value: Any) -> Any:
+    """``value`` with dicts for other mappings (a BatchEncoding), which hide their tensors."""
+    if isinstance(value, Mapping) and (type(value) is dict or not isinstance(value, dict)):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_plain(inner) for inner in value)
+    return value
+
+
+def _check_values(inputs: Any, index: int) -> None:
     for leaf in tree_leaves(inputs):
-        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        if leaf.is_meta or leaf.layout is not torch.strided:
+            kind = "is on the meta device" if leaf.is_meta else f"has the layout {leaf.layout}"
+            raise CalibrationError(
+                f"calibration batch {index} holds a tensor of shape {tuple(leaf.shape)} that "
+                f"{kind}; give ordinary tensors with values"
+            )
+        if leaf.is_floating_point():
             # An additive attention mask holds -inf on purpose; NaN and +inf never are.
             bad = torch.isnan(leaf) | torch.isposinf(leaf)
             if bool(bad.any()):

@@ -160,11 +160,26 @@ class CalibrationRun:
             for tap in self._taps.get(node, ()):
                 take(tap, *_tokens(tap, env[tap.call.input], batch))
             if node in block.run:
-                env[node] = runner.run_node(node)
+                env[node] = _run_node(runner, node, batch)
             for dead in block.dead_after.get(node, ()):
                 env.pop(dead, None)
         for node in [node for node in env if node.op == "get_attr"]:
             del env[node]
+
+
+def _run_node(runner: fx.Interpreter, node: fx.Node, batch: TracedBatch) -> Any:
+    """The node's value; what it raises names the layer and the batch."""
+    try:
+        return runner.run_node(node)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever an op raises on real values
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        where = (stack[-1][0] if stack else "") or "the model"
+        raise CalibrationError(
+            f"calibration batch {batch.index} fails in {where}, at {node.target}: "
+            f"{type(error).__name__}: {error}. Check that the model itself runs on this batch"
+        ) from error
 
 
 def _share(sites: list[Site]) -> list[SharedGram]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import enum
 import inspect
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +15,9 @@ from torch import fx, nn
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from magr_fx.errors import TraceError
+
+# Constants that cannot change, and that print all that they are (a NumPy array does neither).
+PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
 
 
 def export(model: nn.Module, index: int, leaves: list[Any], spec: TreeSpec) -> fx.GraphModule:
@@ -30,25 +37,46 @@ def export(model: nn.Module, index: int, leaves: list[Any], spec: TreeSpec) -> f
         {dim: torch.export.Dim.AUTO for dim, size in enumerate(t.shape) if size > 1}
         for t in tensors
     )
-    wrapper = _TensorsOnly(model, leaves, spec)
-    wrapper.eval()
+    parameters = [id(parameter) for parameter in model.parameters()]
     try:
-        with warnings.catch_warnings():
+        with _registrations_kept(model), warnings.catch_warnings():
+            wrapper = _TensorsOnly(model, leaves, spec)
+            wrapper.training = False  # as the model is already
             # That forward assigned a tensor to an attribute, which export then puts back.
             warnings.filterwarnings("ignore", "The tensor attribute")
             exported = torch.export.export(
                 wrapper, tensors, strict=False, dynamic_shapes=(shapes,) if tensors else None
             )
+            if [id(parameter) for parameter in model.parameters()] != parameters:
+                raise RuntimeError("forward creates parameters; run the model on one input first")
         graph_module = exported.module()
     except Exception as error:  # export lets through whatever the model's own code raises
         message = next((line for line in str(error).splitlines() if line.strip()), "no message")
+        values = "data-dependent" in str(error).lower()
         raise TraceError(
             f"torch.export cannot trace {type(model).__name__} with calibration batch {index}: "
-            f"{type(error).__name__}: {message.strip()} — check that the model itself runs on "
-            "this batch; control flow that depends on tensor values cannot be exported"
+            f"{type(error).__name__}: {message.strip()} — "
+            + ("control flow depends on tensor values" if values else "does the model itself run?")
         ) from error
     _strip_wrapper(graph_module)
     return graph_module
+
+
+@contextlib.contextmanager
+def _registrations_kept(model: nn.Module) -> Iterator[None]:
+    """Take away what forward registers while it is traced: it is made of fake tensors."""
+    registries: list[dict[str, Any]] = [
+        registry
+        for module in model.modules()
+        for registry in (module._parameters, module._buffers, module._modules)
+    ]
+    saved = [dict(registry) for registry in registries]
+    try:
+        yield
+    finally:
+        for registry, before in zip(registries, saved, strict=True):
+            registry.clear()
+            registry.update(before)
 
 
 class _TensorsOnly(nn.Module):
@@ -63,8 +91,12 @@ class _TensorsOnly(nn.Module):
         self.model = model
         self.signature = inspect.signature(model.forward)
         self.spec = spec
-        self.constants = [None if isinstance(x, torch.Tensor) else x for x in leaves]
         self.is_tensor = [isinstance(x, torch.Tensor) for x in leaves]
+        # Copies of whatever forward could change: a cache would keep the tracer's fake tensors.
+        self.constants = [
+            None if tensor else x if isinstance(x, PLAIN) else copy.deepcopy(x)
+            for x, tensor in zip(leaves, self.is_tensor, strict=True)
+        ]
 
     def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         given = iter(tensors)

@@ -6,6 +6,7 @@ others compute. So is one that shares its memory with such a weight.
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,12 +15,25 @@ import torch
 from torch import fx, nn
 
 from magr_fx.errors import ConfigError, ModelError
-from magr_fx.passes.trace import Trace
+from magr_fx.passes.trace import Trace, attribute
 from magr_fx.passes.weight_uses import Call, Reader, Uses
 from magr_fx.passes.weight_views import WeightView, overlap
 
 FilterFn = Callable[[nn.Module, str], bool]
 UNREACHED = "no calibration input reaches it"
+
+
+def check_filter(filter_fn: FilterFn | None) -> None:
+    """Raise :class:`ConfigError` unless ``filter_fn`` is None or can be called as torchao's is."""
+    if filter_fn is None:
+        return
+    try:
+        inspect.signature(filter_fn).bind(nn.Identity(), "name")
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"filter_fn must be a function (module, fqn) -> bool, as in torchao's quantize_; got "
+            f"{filter_fn!r}: {error}"
+        ) from error
 
 
 def is_linear_weight(owner: nn.Module, parameter: nn.Parameter) -> bool:
@@ -89,6 +103,7 @@ def find_linears(
     """
     owners = _owners(model)
     uses: defaultdict[int, Uses] = defaultdict(Uses)
+    traces = list(traces)
     order: dict[fx.Node, int] = {}
     for trace in traces:
         Reader(trace, uses).read()
@@ -97,12 +112,19 @@ def find_linears(
         if isinstance(module, nn.Embedding):
             uses[id(module.weight)].embedding = True
 
+    # Rewriting a weight would change these too, whoever reads them, in the graph or outside.
+    fixed = {"buffer " + name: buffer for name, buffer in model.named_buffers()}
+    for trace in traces:
+        fixed.update(_constants(trace))
     candidates: list[Site] = []
     rejections: list[Rejection] = []
     for parameter, sharing in _sharing_memory(owners).items():
         owner, owner_name, name = owners[parameter]
         use = uses[id(parameter)]
         reason = _why_not(use, [uses[id(other)] for other in sharing])
+        held = next((what for what, tensor in fixed.items() if _share(parameter, tensor)), None)
+        if reason is None and held is not None:
+            reason = f"shares its memory with the {held}, which would change"
         if reason is None:
             for view, calls in use.calls.items():
                 site_name = name + view.name(parameter)
@@ -131,25 +153,40 @@ def _sharing_memory(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, li
     by_storage: dict[int, list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
         by_storage[parameter.untyped_storage().data_ptr()].append(parameter)
-
-    def bytes_of(parameter: nn.Parameter) -> range:
-        steps = zip(parameter.shape, parameter.stride(), strict=True)
-        last = parameter.storage_offset() + sum((n - 1) * step for n, step in steps)
-        size = parameter.element_size()
-        return range(parameter.storage_offset() * size, (last + 1) * size)
-
-    def share(first: nn.Parameter, second: nn.Parameter) -> bool:
-        one, two = bytes_of(first), bytes_of(second)
-        return first is second or max(one.start, two.start) < min(one.stop, two.stop)
-
     return {
         parameter: [
             other
             for other in by_storage[parameter.untyped_storage().data_ptr()]
-            if share(parameter, other)
+            if other is parameter or _share(parameter, other)
         ]
         for parameter in parameters
     }
+
+
+def _share(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors may have an element in common: their memory, from first to last."""
+    if first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
+        return False
+    one, two = _bytes(first), _bytes(second)
+    return max(one.start, two.start) < min(one.stop, two.stop)
+
+
+def _bytes(tensor: torch.Tensor) -> range:
+    """Where in its storage a tensor lies."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = int(tensor.storage_offset()) + sum((n - 1) * step for n, step in steps)
+    size = tensor.element_size()
+    return range(int(tensor.storage_offset()) * size, (last + 1) * size)
+
+
+def _constants(trace: Trace) -> dict[str, torch.Tensor]:
+    """What the graph reads that is neither an input nor a parameter."""
+    constants = {}
+    for node in trace.graph_module.graph.find_nodes(op="get_attr"):
+        tensor = attribute(trace, node)
+        if tensor is not None and not isinstance(tensor, nn.Parameter):
+            constants[f"constant {node.target}"] = tensor
+    return constants
 
 
 def _why_not(use: Uses, sharing: list[Uses]) -> str | None:

@@ -8,9 +8,11 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from magr_fx.config import MagRConfig
+from magr_fx.errors import ModelError
 from magr_fx.passes.calibration import read_calib
-from magr_fx.passes.find_linears import FilterFn, find_linears
-from magr_fx.passes.pipeline import check_group_size, check_model, resolve_config, rewrite_sites
+from magr_fx.passes.check_model import check_group_size, check_model
+from magr_fx.passes.find_linears import FilterFn, check_filter, find_linears
+from magr_fx.passes.pipeline import resolve_config, rewrite_sites
 from magr_fx.passes.read_exported import trace_or_read
 from magr_fx.passes.trace import calibration_mode
 from magr_fx.report import MagRReport
@@ -25,7 +27,8 @@ class MagRPass(PassBase):
     ``graph_module.meta["magr"]``.
 
     Args:
-        calib, config, target, filter_fn, progress: as for :func:`magr_fx.magr_transform`. In an
+        calib, config, target, filter_fn, progress: as for :func:`magr_fx.magr_transform`; a
+            ``calib`` that can be iterated only once serves only one call of the pass. In an
             exported graph the modules are bare containers: ``filter_fn`` should go by the name.
 
     Raises:
@@ -54,12 +57,18 @@ class MagRPass(PassBase):
         progress: bool | None = None,
     ) -> None:
         self.calib = calib
+        check_filter(filter_fn)
         self.config = resolve_config(config, target)
         self.filter_fn = filter_fn
         self.progress = progress
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph's weights; ``modified`` says whether there were any."""
+        if not isinstance(graph_module, fx.GraphModule):
+            raise ModelError(
+                f"MagRPass takes a torch.fx GraphModule, got {type(graph_module).__name__}; "
+                "for a module that is not traced use magr_transform"
+            )
         check_model(graph_module)
         report = MagRReport(self.config)
         batches = read_calib(self.calib, graph_module)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import fields
 from typing import Any
@@ -11,18 +10,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
-from torch.nn.parameter import UninitializedParameter
 
 from magr_fx.config import MagRConfig
-from magr_fx.errors import ConfigError, MagRError, ModelError
+from magr_fx.errors import ConfigError, MagRError
 from magr_fx.gram import damped, output_error
 from magr_fx.memory import high_water_mark
 from magr_fx.passes.collect_grams import CalibrationRun, SharedGram
 from magr_fx.passes.find_linears import Found, Site
 from magr_fx.passes.rewrite_weights import refusal, rewrite_weight
-from magr_fx.passes.to_torchao import is_quantized, target_group_size
+from magr_fx.passes.to_torchao import target_group_size
 from magr_fx.passes.trace import TracedBatch
 from magr_fx.report import MagRReport, Outcome, SiteReport
 from magr_fx.solver import Solution, solve_magr
@@ -45,47 +42,6 @@ def resolve_config(config: MagRConfig | None, target: Any, *, required: bool = F
     if target is None and not required:
         return config
     return config.for_groups_of(target_group_size(target))
-
-
-def check_model(model: nn.Module) -> None:
-    """Refuse a model that cannot be worked on as it is, naming the parameter and the remedy.
-
-    Raises:
-        ModelError: a parameter is on the meta device, already quantized, NaN or Inf; or
-            ``model`` is no nn.Module.
-    """
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    finite: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedParameter):
-            raise ModelError(f"{name} is not initialized; run the model on one input first")
-        if is_quantized(parameter):
-            raise ModelError(
-                f"{name} is already quantized by torchao ({type(parameter.data).__name__}); "
-                "MagR has to run before quantize_: start from the full-precision model"
-            )
-        if parameter.is_meta:
-            raise ModelError(
-                f"{name} is on the meta device, without values; load the weights first "
-                "(from_pretrained without device_map='meta', or model.to_empty and load_state_dict)"
-            )
-        if parameter.is_floating_point():
-            finite[name] = parameter.detach().isfinite().all()
-    for name, flag in finite.items():
-        if not bool(flag):
-            raise ModelError(f"{name} holds NaN or Inf; repair or reload the model's weights")
-
-
-def check_group_size(sites: Iterable[Site], group_size: int | None) -> None:
-    """Raise :class:`ConfigError` for the first site whose inputs the group size does not divide."""
-    for site in sites:
-        inputs = site.shape[1]
-        if group_size is not None and inputs % group_size:
-            raise ConfigError(
-                f"{site.name} {site.shape} has {inputs} inputs, which groups of {group_size} do "
-                "not divide; choose another group size, or leave the layer out with filter_fn"
-            )
 
 
 def rewrite_sites(
@@ -117,7 +73,9 @@ def rewrite_sites(
                     shared = next(finished, None)
                 if shared is None:
                     break
-                _solve_and_rewrite(shared, config, report)
+                device = shared.sites[0].parameter.device.type
+                with torch.autocast(device, enabled=False):  # the caller's is for the forward
+                    _solve_and_rewrite(shared, config, report)
     except BaseException:
         done = [site.name for site in report.rewritten]
         logger.error("interrupted after rewriting %d sites: %s", len(done), ", ".join(done))
@@ -132,7 +90,7 @@ def _solve_and_rewrite(shared: SharedGram, config: MagRConfig, report: MagRRepor
     """Solve the sites of one gram as one stacked problem: rows are independent."""
     gram, tokens = shared.gram, int(shared.tokens)
     if gram is None or tokens == 0:
-        reason = "no calibration token reaches it (every one is padding)"
+        reason = "no calibration token reaches it: there are none, or all are padding"
         report.sites += [_untouched(site, "skipped", reason) for site in shared.sites]
         return
     weights = [site.weight for site in shared.sites]

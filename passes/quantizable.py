@@ -159,7 +159,9 @@ def _cannot_quantize(site: Site, places: list[Place], target: AOBaseConfig) -> s
         )
     reader = next((call.node.target for call in site.calls if not call.direct), None)
     if reader is not None:
-        return f"not rewritten: torchao's tensors run in F.linear only, and {reader} reads it"
+        linear = reader is torch.ops.aten.linear.default
+        how = "a cast or a view comes between" if linear else f"{reader} reads it"
+        return f"not rewritten: torchao's tensors run in F.linear only, and {how}"
     if not (all(place.is_linear for place in places) or _takes_parameter_names(target)):
         return (
             "not rewritten: it is not the weight of an nn.Linear, and "

@@ -67,7 +67,7 @@ def _read(graph_module: fx.GraphModule, batches: list[Batch]) -> list[TracedBatc
                 "other shapes, dtypes or constants; export it with dynamic_shapes, or pass the "
                 "model itself to magr_transform"
             )
-        trace = trace or Trace(graph_module, input_names(graph_module, arguments))
+        trace = trace or Trace(graph_module, input_names(arguments))
         traced.append(TracedBatch(batch.index, trace, values))
     return traced
 

@@ -45,8 +45,9 @@ def target_group_size(target: AOBaseConfig) -> int | None:
         raise ConfigError(
             f"target must be a torchao config that quantizes weights to integers "
             f"({', '.join(_GRANULARITY_FIELD)}), got "
-            f"{kind if isinstance(target, AOBaseConfig) else repr(target)}. For several configs "
-            "run magr_transform once with a filter_fn for each, then torchao's quantize_"
+            f"{kind if isinstance(target, AOBaseConfig) else repr(target)}. Give an instance, such "
+            "as IntxWeightOnlyConfig(weight_dtype=torch.int4); for several configs run "
+            "magr_transform once with a filter_fn for each, then torchao's quantize_"
         )
     granularity = getattr(target, name)
     if isinstance(granularity, (list, tuple)):  # (activation, weight)
@@ -95,7 +96,8 @@ def try_target(weights: Iterable[Quantizable], target: AOBaseConfig) -> None:
         except Exception as error:  # whatever a kernel or a config of torchao raises
             raise ConfigError(
                 f"torchao cannot quantize {what} with {describe(target)}: "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {error}. Leave the layer out with filter_fn, or choose "
+                "another config"
             ) from error
         if not is_quantized(quantized):
             raise ConfigError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import inspect
 import logging
 from collections.abc import Iterable, Iterator
@@ -14,11 +13,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
+from torch.utils._pytree import MappingKey, TreeSpec, tree_flatten, tree_flatten_with_path
 
 from magr_fx.errors import CalibrationError, TraceError
 from magr_fx.passes.calibration import Batch
-from magr_fx.passes.export import export
+from magr_fx.passes.export import PLAIN, export
 from magr_fx.passes.weight_views import VIEWS
 
 logger = logging.getLogger("magr_fx")
@@ -69,33 +68,25 @@ def unwrap(model: nn.Module) -> nn.Module:
 def calibration_mode(model: nn.Module) -> Iterator[None]:
     """Inference as calibration needs it; every state is restored, also after an error.
 
-    Evaluation mode, no gradients, no key-value caches, no buffers but those that there are, no
-    random numbers drawn from the caller's generators, and MultiheadAttention's fast path off (it
-    hides its linears).
+    Evaluation mode, no gradients, no key-value caches, no random numbers drawn from the caller's
+    generators, and MultiheadAttention's fast path off (it hides its linears).
     """
-    training = {module: module.training for module in model.modules()}
-    registered = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    caching = [config for config in configs if getattr(config, "use_cache", False) is True]
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-    try:
+    with contextlib.ExitStack() as restored:
+        for module in model.modules():
+            restored.callback(setattr, module, "training", module.training)
+            config: Any = getattr(module, "config", None)
+            if getattr(config, "use_cache", False) is True:
+                restored.callback(setattr, config, "use_cache", True)
+                config.use_cache = False
         with contextlib.suppress(NotImplementedError):  # an exported graph: its mode is baked in
             model.eval()
-        torch.backends.mha.set_fastpath_enabled(False)
-        for config in caching:
-            config.use_cache = False
-        with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+        mha = torch.backends.mha
+        restored.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+        mha.set_fastpath_enabled(False)
+        cuda = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+        restored.enter_context(torch.random.fork_rng(devices=cuda))
+        with torch.no_grad():
             yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        for buffers, saved in registered:  # what forward registers while traced is fake
-            buffers.clear()
-            buffers.update(saved)
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        for config in caching:
-            config.use_cache = True
 
 
 @contextlib.contextmanager
@@ -118,7 +109,15 @@ def buffers_kept(traces: Iterable[Trace]) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for tensor, saved in kept.values():
-                tensor.copy_(saved)
+                if not _equal(tensor, saved):  # also: some that never change cannot be written
+                    tensor.copy_(saved)
+
+
+def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors of one shape hold the same values, NaN being one."""
+    return torch.equal(first, second) or bool(
+        ((first == second) | (first.isnan() & second.isnan())).all()
+    )
 
 
 def _stored(trace: Trace, node: Any) -> torch.Tensor | None:
@@ -154,7 +153,7 @@ def trace_batches(model: nn.Module, batches: list[Batch]) -> list[TracedBatch]:
                     f"torch.export's graph of {type(model).__name__} refuses the very input that "
                     f"it was traced with (calibration batch {batch.index})"
                 )
-            names = zip(input_names(model, arguments), leaves, strict=True)
+            names = zip(input_names(arguments), leaves, strict=True)
             trace = Trace(graph_module, tuple(n for n, x in names if isinstance(x, torch.Tensor)))
             traces.append(trace)
             logger.debug("traced %s for calibration batch %d", type(model).__name__, batch.index)
@@ -213,23 +212,17 @@ def bind(model: nn.Module, batch: Batch) -> dict[str, Any]:
         ) from error
 
 
-def input_names(model: nn.Module, arguments: dict[str, Any]) -> tuple[str, ...]:
+def input_names(arguments: dict[str, Any]) -> tuple[str, ...]:
     """The forward argument that each leaf of the bound arguments belongs to, in order.
 
-    What goes through ``**kwargs`` has a name of its own.
+    What lies in a mapping, that of ``**kwargs`` included, goes by its own key there.
     """
-    parameters = inspect.signature(model.forward).parameters
     names: list[str] = []
-    for name, value in arguments.items():
-        extra = parameters[name].kind is inspect.Parameter.VAR_KEYWORD
-        for inner, part in value.items() if extra else [(name, value)]:
-            names.extend([inner] * len(tree_leaves(part)))
+    for argument, value in arguments.items():
+        for path, _ in tree_flatten_with_path(value)[0]:
+            keys = [str(key.key) for key in path if isinstance(key, MappingKey)]
+            names.append(keys[-1] if keys else argument)
     return tuple(names)
-
-
-# Constants that are told apart by what they print. Others are, safely, by which object they are:
-# a NumPy array, say, prints only a part of itself.
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
 
 
 def _signature(leaves: list[Any], spec: TreeSpec) -> Any:
@@ -244,5 +237,6 @@ def _signature(leaves: list[Any], spec: TreeSpec) -> Any:
             same = first.setdefault(id(leaf), at)
             signature.append((leaf.dtype, leaf.dim(), str(leaf.device), same))
         else:
-            signature.append(repr(leaf) if isinstance(leaf, _PLAIN) else id(leaf))
+            # By what it prints if that is all of it, else, safely, by which object it is.
+            signature.append(repr(leaf) if isinstance(leaf, PLAIN) else id(leaf))
     return tuple(signature)

@@ -191,6 +191,8 @@ def _is_tensor(node: fx.Node) -> bool:
 def _name(node: fx.Node) -> str:
     if node.op == "call_module":
         return f"the module {node.target}"
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return f"the sub-graph of {node.target}"
     if isinstance(node.target, torch._ops.OperatorBase):
         return str(node.target).removesuffix(".default")
     return getattr(node.target, "__name__", str(node.target))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from tiny_models import VOCABULARY, tiny_llama, token_ids
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torchao.quantization import (
     Float8WeightOnlyConfig,
     FqnToConfig,
@@ -26,6 +29,7 @@ from magr_fx import (
     ConfigError,
     MagRConfig,
     MagRError,
+    MagRPass,
     ModelError,
     TraceError,
     magr_quantize,
@@ -271,3 +275,87 @@ def test_calibration_that_never_reaches_a_layer_is_reported_and_no_error() -> No
     assert [(s.name, s.reason) for s in report_of(model).skipped] == [
         ("unused.weight", "no calibration input reaches it")
     ]
+
+
+# ---- models of other kinds, and what only shows when the graph runs on real values
+
+
+def test_a_model_made_in_inference_mode_is_refused_outside_it() -> None:
+    with torch.inference_mode():
+        model = mlp().requires_grad_(False)
+    refused(transform, model, vectors(), ModelError, "0.weight", "inference_mode")
+    with torch.inference_mode():
+        magr_transform(model, vectors())
+    assert len(report_of(model).rewritten) == 2
+
+
+def test_torchscript_is_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = torch.jit.script(mlp())
+    refused(transform, model, vectors(), ModelError, "TorchScript", "eager")
+
+
+def test_modules_that_torch_quantized_are_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch's own quantization is on its way out
+        dynamic: Any = torch.ao.quantization.quantize_dynamic
+        model = dynamic(mlp(), {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(ModelError, match=r"^0 is already quantized .*full-precision"):
+        magr_transform(model, vectors())
+
+
+def test_a_wrapped_weight_is_refused() -> None:
+    model, two_tensor = mlp(), cast(Any, TwoTensor)
+    weight = model.get_parameter("0.weight").detach()
+    model.get_submodule("0").weight = nn.Parameter(two_tensor(weight, weight))
+    with pytest.raises(ModelError, match=r"0\.weight is a TwoTensor"):
+        magr_transform(model, vectors())
+
+
+@pytest.mark.parametrize("filter_fn", ["0", lambda module: True])
+@both
+def test_a_filter_of_another_form_is_refused(verb: Verb, filter_fn: Any) -> None:
+    refused(verb, mlp(), vectors(), ConfigError, "filter_fn", "(module, fqn)", filter_fn=filter_fn)
+
+
+def test_a_pass_takes_a_graph_only() -> None:
+    model = mlp()
+    before = state(model)
+    with pytest.raises(ModelError, match=r"GraphModule, got Sequential.*magr_transform"):
+        MagRPass(vectors())(model)  # type: ignore[arg-type]
+    assert changed(model, before) == []
+
+
+def test_an_op_that_fails_on_real_values_names_layer_and_batch() -> None:
+    model = tiny_llama()
+    calib = [token_ids(2, 6), torch.full((2, 6), VOCABULARY + 3)]
+    parts = ("calibration batch 1", "model.embed_tokens", "aten.embedding", "runs on this batch")
+    refused(transform, model, calib, CalibrationError, *parts)
+
+
+@pytest.mark.parametrize("form", [Tensor.to_sparse, lambda t: t.to("meta")])
+def test_calibration_tensors_without_ordinary_values_are_refused(form: Any) -> None:
+    calib = [vectors(8)[0], form(vectors(8)[0])]
+    refused(transform, mlp(), calib, CalibrationError, "batch 1", "(8, 32)", "ordinary tensors")
+
+
+def test_a_dataset_is_sent_to_a_dataloader() -> None:
+    class Rows(torch.utils.data.Dataset[Tensor]):
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> Tensor:
+            return vectors(4)[0]
+
+    refused(transform, mlp(), Rows(), CalibrationError, "Rows", "DataLoader")
+
+
+def test_batches_without_a_token_are_reported() -> None:
+    model = mlp()
+    before = state(model)
+    magr_transform(model, [torch.empty(0, WIDTH)])
+    reasons = {site.reason for site in report_of(model).skipped}
+    assert reasons == {"no calibration token reaches it: there are none, or all are padding"}
+    assert changed(model, before) == []
+    assert "nan" not in str(report_of(model))

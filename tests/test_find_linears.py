@@ -507,7 +507,7 @@ def test_a_linear_in_an_autocast_region_is_reported() -> None:
 
     analysis = analyse(Formula(function, a=linear(), b=linear(OUT, OUT)), TOKENS)
     assert analysis.shapes == {"b.weight": (OUT, OUT)}
-    assert "read by wrap_with_autocast" in analysis.reasons["a.weight"]
+    assert "read by the sub-graph of wrap_with_autocast" in analysis.reasons["a.weight"]
 
 
 def test_an_operand_that_is_a_buffer_is_an_input() -> None:
@@ -594,3 +594,37 @@ def test_a_filter_that_matches_nothing() -> None:
 def test_a_model_without_a_site(model: nn.Module, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         analyse(model, [activations(2, 5, IN)])
+
+
+# ---- memory that is not a parameter's
+
+
+class Shared(nn.Module):
+    """A linear whose weight lies in the memory of another tensor, too."""
+
+    flat: Tensor
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.linear, self.other = nn.Linear(IN, OUT), nn.Linear(IN, OUT)
+        self.how = how
+        if how == "buffer":
+            self.register_buffer("initial", self.linear.weight.data)
+        elif how == "slice of a buffer":
+            self.register_buffer("flat", torch.randn(2 * IN * OUT))
+            self.linear.weight = nn.Parameter(self.flat[: IN * OUT].view(OUT, IN))
+        else:
+            self.plain = self.linear.weight.data.T
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x) + self.other(x)
+        return y + x @ self.plain if self.how == "plain attribute" else y
+
+
+@pytest.mark.parametrize("how", ["buffer", "slice of a buffer", "plain attribute"])
+def test_a_weight_in_the_memory_of_a_fixed_tensor_is_left_alone(how: str) -> None:
+    found = analyse(Shared(how), [activations(3, IN)]).found
+    assert [site.name for site in found.sites] == ["other.weight"]
+    (reason,) = (r.reason for r in found.rejections if r.name == "linear.weight")
+    assert "shares its memory with the " in reason
+    assert ("constant" if how == "plain attribute" else "buffer") in reason

@@ -19,7 +19,7 @@ from graph_helpers import (
 from tiny_models import VOCABULARY, activations, tiny_bert, tiny_llama, tiny_t5, token_ids
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+from transformers import BatchEncoding, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from magr_fx.passes.padding import token_masks
@@ -455,3 +455,25 @@ def test_each_trace_has_its_own_mask() -> None:
     seen += [token_ids(2, 5).ravel(), token_ids(1, 3).ravel()]
     with torch.no_grad():
         assert_gram(shared.gram, gram_of(model.table(torch.cat(seen))))
+
+
+class Nested(nn.Module):
+    """Takes its inputs in one mapping, as sentence encoders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny_bert()
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        inner: Tensor = self.model(
+            input_ids=features["input_ids"], attention_mask=features["attention_mask"]
+        ).last_hidden_state
+        return inner
+
+
+@pytest.mark.parametrize("wrap", [dict, BatchEncoding])
+def test_a_mask_inside_a_mapping_counts(wrap: Callable[[Any], Any]) -> None:
+    grams = collect(analyse(Nested(), [(wrap(text(3, 5)),)]))
+    shared = grams["model.encoder.layer.0.attention.self.query.weight"]
+    assert int(shared.tokens) == 3 + 5
+    assert not shared.padding_counted

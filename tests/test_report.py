@@ -154,7 +154,7 @@ def test_memory_is_unknown_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "resource", None)
     assert math.isnan(high_water_mark(torch.device("cpu")))
     report = report_of(transform(mlp(), vectors()))
-    assert "peak memory nan MiB" in report.totals()
+    assert "MiB" not in report.totals()
     assert sections(report)[0][1].endswith(" nan")
 
 

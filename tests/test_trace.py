@@ -14,7 +14,9 @@ from graph_helpers import Analysis, Formula, architecture, call, trace, weight
 from tiny_models import ARCHITECTURES, activations, text_calib, tiny_llama, tiny_t5
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from toys import report_of
 
+from magr_fx import magr_transform
 from magr_fx.errors import CalibrationError, TraceError
 from magr_fx.passes.calibration import read_calib
 from magr_fx.passes.collect_grams import CalibrationRun
@@ -269,7 +271,7 @@ def test_keyword_signatures() -> None:
     assert traced[0].trace.input_names == ("x", "shift", "aaa", "bias")
     assert_runs_rightly(model, calib, traced)
     arguments = {"x": x(1), "more": {"aaa": [x(1), x(1)], "bias": 3}}
-    assert input_names(model, arguments) == ("x", "aaa", "aaa", "bias")
+    assert input_names(arguments) == ("x", "aaa", "aaa", "bias")
 
 
 def test_variable_arguments_and_outputs_without_a_tensor() -> None:
@@ -391,7 +393,6 @@ def test_calibration_mode_restores_every_state(fails: bool, fastpath: bool) -> N
         assert not inside["fast path"]
         assert not inside["gradients"]
         torch.rand(3)
-        model[0].register_buffer("late", torch.zeros(1))
         if fails:
             raise KeyboardInterrupt
     assert state(model) == before
@@ -520,3 +521,80 @@ def test_the_model_is_traced_in_evaluation_mode() -> None:
     assert model.training
     model.eval()
     assert_runs_rightly(model, calib, traced)
+
+
+# ---- what tracing must not leave behind
+
+
+class Unwritable(nn.Module):
+    """Reads a buffer whose elements share one place in memory, and one that holds a NaN."""
+
+    repeated: Tensor
+    gap: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("repeated", torch.zeros(1).expand(8))
+        self.register_buffer("gap", torch.tensor([1.0, float("nan")]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x + self.repeated.sum() + self.gap[0])
+        return y
+
+
+def test_buffers_that_cannot_be_written_are_no_obstacle() -> None:
+    model = Unwritable()
+    before = model.linear.weight.detach().clone()
+    magr_transform(model, [activations(8, 4)])
+    assert not torch.equal(model.linear.weight, before)
+    assert model.get_buffer("gap").isnan().tolist() == [False, True]
+
+
+class Lazy(nn.Module):
+    """Makes a layer when it is first called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.second is None:
+            self.second = nn.Linear(4, 4)
+        y: Tensor = self.second(self.first(x))
+        return y
+
+
+def test_parameters_made_while_tracing_are_refused_and_taken_away() -> None:
+    model = Lazy()
+    with pytest.raises(TraceError, match="forward creates parameters; run the model on one input"):
+        magr_transform(model, [activations(8, 4)])
+    assert [name for name, _ in model.named_parameters()] == ["first.weight", "first.bias"]
+    model = Lazy()
+    model(activations(8, 4))
+    magr_transform(model, [activations(8, 4)])
+    assert len(report_of(model).rewritten) == 2
+
+
+class Notes:
+    """An argument that is no tensor, and that forward writes to."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+
+
+def test_the_callers_objects_are_not_written_to() -> None:
+    class Writing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, notes: Notes) -> Tensor:
+            notes.kept.append(x)
+            y: Tensor = self.linear(x)
+            return y
+
+    notes = Notes()
+    magr_transform(Writing(), [(activations(8, 4), notes)])
+    assert notes.kept == []

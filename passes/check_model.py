@@ -1,0 +1,80 @@
+"""What a model must be like before any work on it starts; each refusal names the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from magr_fx.errors import ConfigError, ModelError
+from magr_fx.passes.find_linears import Site
+from magr_fx.passes.to_torchao import is_quantized
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that cannot be worked on as it is, naming the parameter and the remedy.
+
+    Raises:
+        ModelError: a parameter is on the meta device, already quantized, NaN or Inf; or
+            ``model`` is no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        _check_module(name or type(module).__name__, module)
+    finite: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        _check_parameter(name, parameter)
+        if parameter.is_floating_point():
+            finite[name] = parameter.detach().isfinite().all()
+    for name, flag in finite.items():
+        if not bool(flag):
+            raise ModelError(f"{name} holds NaN or Inf; repair or reload the model's weights")
+
+
+def check_group_size(sites: Iterable[Site], group_size: int | None) -> None:
+    """Raise :class:`ConfigError` for the first site whose inputs the group size does not divide."""
+    for site in sites:
+        inputs = site.shape[1]
+        if group_size is not None and inputs % group_size:
+            raise ConfigError(
+                f"{site.name} {site.shape} has {inputs} inputs, which groups of {group_size} do "
+                "not divide; choose another group size, or leave the layer out with filter_fn"
+            )
+
+
+def _check_module(name: str, module: nn.Module) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ModelError(f"{name} is TorchScript; start from the eager model")
+    kind = f"{type(module).__module__}.{type(module).__name__}"
+    if kind.startswith("torch.ao.nn.quantized"):
+        raise ModelError(
+            f"{name} is already quantized ({kind}); start from the full-precision model"
+        )
+
+
+def _check_parameter(name: str, parameter: nn.Parameter) -> None:
+    if isinstance(parameter, UninitializedParameter):
+        raise ModelError(f"{name} is not initialized; run the model on one input first")
+    if is_quantized(parameter):
+        raise ModelError(
+            f"{name} is already quantized by torchao ({type(parameter.data).__name__}); "
+            "MagR has to run before quantize_: start from the full-precision model"
+        )
+    if type(parameter.data) is not torch.Tensor:
+        raise ModelError(
+            f"{name} is a {type(parameter.data).__name__}, which cannot be rewritten in place; "
+            "run MagR before the weights are sharded or wrapped"
+        )
+    if parameter.is_inference() and not torch.is_inference_mode_enabled():
+        raise ModelError(
+            f"{name} was made under torch.inference_mode, which forbids writing to it outside; "
+            "load the model without it, or call MagR inside it"
+        )
+    if parameter.is_meta:
+        raise ModelError(
+            f"{name} is on the meta device, without values; load the weights first "
+            "(from_pretrained without device_map='meta', or model.to_empty and load_state_dict)"
+        )
