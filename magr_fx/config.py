@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 
 from magr_fx.errors import ConfigError
 
@@ -16,11 +17,20 @@ PUBLISHED_ALPHA_PER_GROUP = 1e-4
 PUBLISHED_STEPS = 200
 
 
+def _is_number(value: object) -> bool:
+    """Whether this is a finite number: Python's or NumPy's, but no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def check_group_size(group_size: int | None) -> None:
     """Raise :class:`ConfigError` unless ``group_size`` is None or a positive int."""
     if group_size is None:
         return
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size <= 0:
+    if not _is_whole(group_size) or group_size <= 0:
         raise ConfigError(
             f"group_size must be a positive int, or None for whole rows, got {group_size!r}"
         )
@@ -30,7 +40,7 @@ def check_solver_options(
     alpha: float, group_size: int | None, solver: str, max_steps: int, tol: float
 ) -> None:
     """Raise :class:`ConfigError` naming the first option of the solver that is out of range."""
-    if not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha > 0):
+    if not (_is_number(alpha) and alpha > 0):
         raise ConfigError(
             f"alpha must be a finite number above 0, got {alpha!r}; "
             f"the paper uses {PUBLISHED_ALPHA_PER_CHANNEL} per channel "
@@ -39,9 +49,9 @@ def check_solver_options(
     check_group_size(group_size)
     if solver not in SOLVERS:
         raise ConfigError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
+    if not _is_whole(max_steps) or max_steps < 1:
         raise ConfigError(f"max_steps must be an int of at least 1, got {max_steps!r}")
-    if not (isinstance(tol, (int, float)) and math.isfinite(tol) and tol >= 0):
+    if not (_is_number(tol) and tol >= 0):
         raise ConfigError(f"tol must be a finite number of at least 0, got {tol!r}")
 
 
@@ -76,11 +86,7 @@ class MagRConfig:
 
     def __post_init__(self) -> None:
         check_solver_options(self.penalty, self.group_size, self.solver, self.max_steps, self.tol)
-        if not (
-            isinstance(self.damping, (int, float))
-            and math.isfinite(self.damping)
-            and self.damping >= 0
-        ):
+        if not (_is_number(self.damping) and self.damping >= 0):
             raise ConfigError(f"damping must be a finite number of at least 0, got {self.damping}")
 
     @classmethod

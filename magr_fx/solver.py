@@ -146,7 +146,7 @@ def solve_magr(
         return _untouched(weight)  # no data reached the site: ŵ = w costs nothing
     # Waiting for the host is free on a CPU; elsewhere it would leave the device idle every step.
     passes = None if weight.device.type == "cpu" else FIXED_PASSES
-    problem = Problem(gram, peak, alpha, group_size)
+    problem = Problem(gram, peak, float(alpha), group_size)
     iterate = _descend(problem, weight, max_steps=max_steps, tol=tol, passes=passes)
     return _assess(problem, weight, iterate)
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from magr_fx.config import MagRConfig
 from magr_fx.errors import ConfigError, MagRError
+from magr_fx.solver import solve_magr
 
 
 def test_defaults_are_the_published_per_channel_recipe() -> None:
@@ -109,3 +112,13 @@ def test_bad_options_are_refused_by_name_and_value(option: str, value: Any, mess
 )
 def test_the_smallest_good_values_are_accepted(option: str, value: int) -> None:
     assert getattr(MagRConfig(**{option: value}), option) == value  # type: ignore[arg-type]
+
+
+def test_numpy_numbers_are_numbers_and_bools_are_not() -> None:
+    config = MagRConfig(alpha=np.float32(0.5), max_steps=np.int64(3))  # type: ignore[arg-type]
+    weight, gram = torch.eye(2), torch.eye(2)
+    got = solve_magr(weight, gram, alpha=config.penalty, max_steps=config.max_steps)
+    assert torch.equal(got.weight, solve_magr(weight, gram, alpha=0.5, max_steps=3).weight)
+    for name in ("alpha", "max_steps", "tol", "damping", "group_size"):
+        with pytest.raises(ConfigError, match=name):
+            MagRConfig(**{name: True})  # type: ignore[arg-type]
