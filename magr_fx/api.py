@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, TypeVar
 
 from torch import nn
@@ -21,6 +22,7 @@ from magr_fx.passes.to_torchao import describe, hand_over, try_target
 from magr_fx.passes.trace import calibration_mode, unwrap
 from magr_fx.report import MagRReport
 
+logger = logging.getLogger("magr_fx")
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -148,3 +150,4 @@ def _run(
         with report.timed("quantize"):
             hand_over(inner, target, weights)
         report.mark_quantized({weight.name for weight in weights})
+    logger.info("%s", report.totals())

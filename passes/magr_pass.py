@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import fx
@@ -16,6 +17,8 @@ from magr_fx.passes.pipeline import resolve_config, rewrite_sites
 from magr_fx.passes.read_exported import trace_or_read
 from magr_fx.passes.trace import calibration_mode
 from magr_fx.report import MagRReport
+
+logger = logging.getLogger("magr_fx")
 
 
 class MagRPass(PassBase):
@@ -84,5 +87,6 @@ class MagRPass(PassBase):
             finally:
                 if report.sites:  # also of a run that was cut short
                     graph_module.meta["magr"] = report
+        logger.info("%s", report.totals())
         graph_module.graph.lint()
         return PassResult(graph_module, modified=bool(report.rewritten))

@@ -83,7 +83,6 @@ def rewrite_sites(
     finally:
         skipped = [SiteReport(r.name, r.shape, "skipped", r.reason) for r in found.rejections]
         report.sites = [*report.rewritten, *report.failed, *report.skipped, *skipped]
-    logger.info("%s", report.totals())
 
 
 def _solve_and_rewrite(shared: SharedGram, config: MagRConfig, report: MagRReport) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -540,3 +541,12 @@ def test_a_hand_over_that_did_not_take_is_an_error_that_lists_what_is_left(
     report = report_of(instance)
     assert [site.name for site in report.rewritten] == left
     assert not any(site.quantized for site in report.sites)
+
+
+def test_the_log_tells_the_whole_run(caplog: pytest.LogCaptureFixture) -> None:
+    model = mlp()
+    with caplog.at_level(logging.INFO, "magr_fx"):
+        magr_quantize(model, vectors(), IntxWeightOnlyConfig(weight_dtype=INT[4]))
+    (record,) = (r for r in caplog.records if r.name == "magr_fx" and r.levelno == logging.INFO)
+    assert record.getMessage() == report_of(model).totals()
+    assert "2 quantized by torchao: IntxWeightOnlyConfig(weight_dtype=torch.int4)" in caplog.text
