@@ -52,11 +52,12 @@ def export(model: nn.Module, index: int, leaves: list[Any], spec: TreeSpec) -> f
         graph_module = exported.module()
     except Exception as error:  # export lets through whatever the model's own code raises
         message = next((line for line in str(error).splitlines() if line.strip()), "no message")
-        values = "data-dependent" in str(error).lower()
+        remedy = "check that the model itself runs on this batch"
+        if "data-dependent" in str(error).lower():
+            remedy = "control flow that depends on tensor values cannot be exported"
         raise TraceError(
             f"torch.export cannot trace {type(model).__name__} with calibration batch {index}: "
-            f"{type(error).__name__}: {message.strip()} — "
-            + ("control flow depends on tensor values" if values else "does the model itself run?")
+            f"{type(error).__name__}: {message.strip()} — {remedy}"
         ) from error
     _strip_wrapper(graph_module)
     return graph_module
