@@ -31,12 +31,14 @@ def plot_report(report: MagRReport, path: str | PathLike[str]) -> None:
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    limit = 1.03 * float(before.max()) or 1.0
+    # Not the maximum: one channel of ten times the others would leave those in a corner.
+    limit = 1.05 * float(np.quantile(before, 0.999, method="lower")) or 1.0
+    beyond = int((before > limit).sum())
     left.plot([0, limit], [0, limit], color="0.6", linewidth=1, label="unchanged")
     left.plot(before[::every], after[::every], ".", markersize=2, alpha=0.4, label="a channel")
     left.set(
         title=f"Largest magnitude of {len(before):,} channels",
-        xlabel="max |w| before",
+        xlabel="max |w| before" + (f" ({beyond:,} lie beyond)" if beyond else ""),
         ylabel="max |w| after",
         xlim=(0, limit),
         ylim=(0, limit),
