@@ -112,17 +112,15 @@ def find_linears(
         if isinstance(module, nn.Embedding):
             uses[id(module.weight)].embedding = True
 
-    # Rewriting a weight would change these too, whoever reads them, in the graph or outside.
-    fixed = {"buffer " + name: buffer for name, buffer in model.named_buffers()}
-    for trace in traces:
-        fixed.update(_constants(trace))
+    fixed = _fixed_tensors(traces, model)
     candidates: list[Site] = []
     rejections: list[Rejection] = []
     for parameter, sharing in _sharing_memory(owners).items():
         owner, owner_name, name = owners[parameter]
         use = uses[id(parameter)]
         reason = _why_not(use, [uses[id(other)] for other in sharing])
-        held = next((what for what, tensor in fixed.items() if _share(parameter, tensor)), None)
+        near = fixed.get(parameter.untyped_storage().data_ptr(), ())
+        held = next((what for what, tensor in near if _share(parameter, tensor)), None)
         if reason is None and held is not None:
             reason = f"shares its memory with the {held}, which would change"
         if reason is None:
@@ -179,14 +177,24 @@ def _bytes(tensor: torch.Tensor) -> range:
     return range(int(tensor.storage_offset()) * size, (last + 1) * size)
 
 
-def _constants(trace: Trace) -> dict[str, torch.Tensor]:
-    """What the graph reads that is neither an input nor a parameter."""
-    constants = {}
-    for node in trace.graph_module.graph.find_nodes(op="get_attr"):
-        tensor = attribute(trace, node)
-        if tensor is not None and not isinstance(tensor, nn.Parameter):
-            constants[f"constant {node.target}"] = tensor
-    return constants
+def _fixed_tensors(
+    traces: Iterable[Trace], model: nn.Module
+) -> dict[int, list[tuple[str, torch.Tensor]]]:
+    """storage → the buffers and constants in it, which rewriting a weight there would change.
+
+    Whoever reads them, in the graph or outside.
+    """
+    tensors = [(f"buffer {name}", buffer) for name, buffer in model.named_buffers()]
+    for trace in traces:
+        for node in trace.graph_module.graph.find_nodes(op="get_attr"):
+            tensor = attribute(trace, node)
+            if tensor is not None and not isinstance(tensor, nn.Parameter):
+                tensors.append((f"constant {node.target}", tensor))
+    by_storage: dict[int, list[tuple[str, torch.Tensor]]] = defaultdict(list)
+    for what, tensor in tensors:
+        if tensor.layout is torch.strided:  # a sparse tensor has no such memory to share
+            by_storage[tensor.untyped_storage().data_ptr()].append((what, tensor))
+    return by_storage
 
 
 def _why_not(use: Uses, sharing: list[Uses]) -> str | None:

@@ -628,3 +628,10 @@ def test_a_weight_in_the_memory_of_a_fixed_tensor_is_left_alone(how: str) -> Non
     (reason,) = (r.reason for r in found.rejections if r.name == "linear.weight")
     assert "shares its memory with the " in reason
     assert ("constant" if how == "plain attribute" else "buffer") in reason
+
+
+def test_a_sparse_buffer_shares_no_memory() -> None:
+    model = nn.Sequential(nn.Linear(IN, OUT))
+    model.register_buffer("graph", torch.eye(4).to_sparse())
+    found = analyse(model, [activations(3, IN)]).found
+    assert [site.name for site in found.sites] == ["0.weight"]
