@@ -17,7 +17,8 @@ from magr_fx.errors import (
 from magr_fx.passes.magr_pass import MagRPass
 from magr_fx.prox import project_l1_ball, prox_linf
 from magr_fx.report import MagRReport, SiteReport
-from magr_fx.solver import Solution, Status, solve_magr
+from magr_fx.solution import Solution, Status
+from magr_fx.solver import solve_magr, solve_magr_path
 
 __all__ = [
     "CalibrationError",
@@ -37,4 +38,5 @@ __all__ = [
     "project_l1_ball",
     "prox_linf",
     "solve_magr",
+    "solve_magr_path",
 ]

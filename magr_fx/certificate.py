@@ -12,10 +12,13 @@ BLOCK = 2048
 
 
 class Problem(NamedTuple):
-    """½(ŵ - w)ᵀG(ŵ - w) + alpha λmax Σ‖ŵ_group‖∞, but for the rows w."""
+    """½(ŵ - w)ᵀG(ŵ - w) + alpha λmax Σ‖ŵ_group‖∞, but for the rows w.
 
-    gram: Tensor  # [in, in], float32, symmetric positive semidefinite
-    peak: Tensor  # 0-dim, float32: λmax(gram) > 0
+    A batch of problems, one for each gram, has a dimension in front in ``gram`` and ``peak``.
+    """
+
+    gram: Tensor  # [..., in, in], symmetric positive semidefinite, in the dtype to compute in
+    peak: Tensor  # [...], the same dtype: λmax(gram) > 0
     alpha: float  # relative to λmax
     group_size: int  # `in` for whole rows
 
@@ -23,57 +26,82 @@ class Problem(NamedTuple):
 class Certificate(NamedTuple):
     """Per row, float64, in units where λmax(G) = 1; multiply by λmax for the given gram's."""
 
-    before: Tensor  # [out]: the objective of the original row
-    objective: Tensor  # [out]: the objective of the candidate
-    gap: Tensor  # [out]: primal - dual ≥ 0, bounds objective - optimum from above
+    before: Tensor  # [..., out]: the objective of the original row
+    objective: Tensor  # [..., out]: the objective of the candidate
+    bound: Tensor  # [..., out]: at most the optimum, hence objective - bound bounds the excess
 
 
 def certify(problem: Problem, weight: Tensor, candidate: Tensor) -> Certificate:
-    """Objective and dual gap of each row of ``candidate`` in the place of ``weight``'s.
+    """Objective of each row of ``candidate`` in the place of ``weight``'s, and a lower bound.
 
-    Both are ``[out, in]``, of any floating dtype.
-
-    With d = ŵ - w, g = Gd, b = dᵀg and a = gᵀw, positive semidefiniteness gives for any multiple
-    sd of the direction ½zᵀGz ≥ s·gᵀz - ½s²b. Adding the penalty and minimising over z leaves
-    -s·a - ½s²b, a lower bound of the optimum, as long as s·‖g‖₁ ≤ alpha λmax in every group. No
-    inverse of G appears, so a rank-deficient gram is no special case. The bound is zero at the
-    optimum, where s = 1 is feasible and best.
+    Both are ``[..., out, in]``, of any floating dtype. The bound is :func:`dual_value` in the
+    direction ŵ - w; at the optimum it equals the objective.
     """
-    # d is long exactly where G is almost singular: that is how MagR works. There dᵀGd is a small
-    # remainder of products of size λmax‖d‖², and float32 would lose it, so everything here is
-    # float64: one product, against the many that the iteration takes in float32.
-    parts = [
-        _certify_block(
-            problem,
-            weight[i : i + BLOCK].to(torch.float64),
-            candidate[i : i + BLOCK].to(torch.float64),
-        )
-        for i in range(0, len(weight), BLOCK)
-    ]
-    return Certificate(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    # ŵ - w is long exactly where G is almost singular: that is how MagR works. There dᵀGd is a
+    # small remainder of products of size λmax‖d‖², and float32 would lose it, so everything here
+    # is float64: one product, against the many that the iteration takes in float32.
+    parts: list[Certificate] = []
+    for rows in _blocks(weight.shape[-2]):
+        original = weight[..., rows, :].to(torch.float64)
+        chosen = candidate[..., rows, :].to(torch.float64)
+        moved = chosen - original
+        slope = _slope(problem, moved)
+        objective = 0.5 * (moved * slope).sum(-1) + penalty(problem, chosen)
+        bound = dual_value(problem, original, moved, slope)
+        parts.append(Certificate(penalty(problem, original), objective, bound))
+    return Certificate(*(torch.cat(column, -1) for column in zip(*parts, strict=True)))
 
 
-def _certify_block(problem: Problem, weight: Tensor, candidate: Tensor) -> Certificate:
-    gram, peak, alpha, group_size = problem
-    moved = candidate - weight
-    slope = torch.empty_like(moved)
-    for i in range(0, len(gram), BLOCK):
-        columns = slice(i, i + BLOCK)
-        slope[:, columns] = moved @ gram[:, columns].to(torch.float64)
-    slope /= peak
+def lower_bound(problem: Problem, weight: Tensor, moved: Tensor) -> Tensor:
+    """:func:`dual_value` of each row in the direction ``moved``, in float64.
+
+    Both are ``[..., out, in]``, of any floating dtype; the result is ``[..., out]``.
+    """
+    parts: list[Tensor] = []
+    for rows in _blocks(weight.shape[-2]):
+        direction = moved[..., rows, :].to(torch.float64)
+        original = weight[..., rows, :].to(torch.float64)
+        parts.append(dual_value(problem, original, direction, _slope(problem, direction)))
+    return torch.cat(parts, -1)
+
+
+def dual_value(problem: Problem, weight: Tensor, moved: Tensor, slope: Tensor) -> Tensor:
+    """A lower bound of each row's optimum, in units where λmax(G) = 1; 0 at the least.
+
+    With any direction d, g = Gd, b = dᵀg and a = gᵀw, positive semidefiniteness gives
+    ½zᵀGz ≥ s·gᵀz - ½s²b for every z and s. Adding the penalty and minimising over z leaves
+    -s·a - ½s²b, as long as s·‖g‖₁ ≤ alpha λmax in every group; s is the best that is allowed. No
+    inverse of G appears, so a rank-deficient gram is no special case.
+
+    Args:
+        problem: for alpha and the groups.
+        weight: w, ``[..., out, in]``.
+        moved: d, ``[..., out, in]``; best is d = ŵ - w for the optimal ŵ.
+        slope: g/λmax = Gd/λmax, ``[..., out, in]``; its accuracy is that of the bound.
+    """
     curvature = (moved * slope).sum(-1)
     linear = (slope * weight).sum(-1)
     # The l1 norm is the dual of ‖·‖∞, and groups separate: the worst group sets the limit.
-    steepest = slope.view(len(slope), -1, group_size).abs().sum(-1).amax(-1)
-    best = torch.minimum(-linear / curvature, alpha / steepest).clamp(min=0)
+    steepest = slope.view(*slope.shape[:-1], -1, problem.group_size).abs().sum(-1).amax(-1)
+    best = torch.minimum(-linear / curvature, problem.alpha / steepest).clamp(min=0)
     # Where Gd = 0 (or rounding of G makes dᵀGd negative) only s = 0 is safe: the bound is 0.
     best = torch.where(curvature > 0, best, 0)
-    dual = -best * linear - 0.5 * best.square() * curvature
-    objective = 0.5 * curvature + _penalty(problem, candidate)
-    return Certificate(_penalty(problem, weight), objective, (objective - dual).clamp(min=0))
+    return (-best * linear - 0.5 * best.square() * curvature).clamp(min=0)
 
 
-def _penalty(problem: Problem, rows: Tensor) -> Tensor:
-    """alpha Σ‖ŵ_group‖∞ for each row."""
-    groups = rows.view(len(rows), -1, problem.group_size)
+def penalty(problem: Problem, rows: Tensor) -> Tensor:
+    """alpha Σ‖ŵ_group‖∞ for each row of ``[..., out, in]``."""
+    groups = rows.view(*rows.shape[:-1], -1, problem.group_size)
     return problem.alpha * groups.abs().amax(-1).sum(-1)
+
+
+def _slope(problem: Problem, moved: Tensor) -> Tensor:
+    """Gd/λmax in float64, without a float64 copy of the whole gram."""
+    slope = torch.empty_like(moved)
+    for columns in _blocks(moved.shape[-1]):
+        slope[..., columns] = moved @ problem.gram[..., columns].to(torch.float64)
+    return slope.div_(problem.peak.to(torch.float64)[..., None, None])
+
+
+def _blocks(size: int) -> list[slice]:
+    return [slice(i, i + BLOCK) for i in range(0, size, BLOCK)]

@@ -6,15 +6,23 @@ import math
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 
+import torch
+
 from magr_fx.errors import ConfigError
 
-SOLVERS = ("pgd",)
+SOLVERS = ("admm", "pgd")
+PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 
 # Section 4.1 of the paper and its code: penalty relative to the gram's largest eigenvalue.
 PUBLISHED_ALPHA_PER_CHANNEL = 1e-3
 PUBLISHED_ALPHA_PER_GROUP = 1e-4
 # The paper says 150; the authors' code runs 200, and the code is what produced its tables.
 PUBLISHED_STEPS = 200
+
+# What the solvers do unless told otherwise. ADMM goes to the optimum: most rows are there after 15
+# to 20 steps, and what a smaller tolerance changes is lost in quantization (benchmarks/solver.md).
+ADMM_STEPS = 100
+ADMM_TOL = 1e-3
 
 
 def _is_number(value: object) -> bool:
@@ -36,23 +44,42 @@ def check_group_size(group_size: int | None) -> None:
         )
 
 
-def check_solver_options(
-    alpha: float, group_size: int | None, solver: str, max_steps: int, tol: float
-) -> None:
-    """Raise :class:`ConfigError` naming the first option of the solver that is out of range."""
+def check_alpha(alpha: float) -> None:
+    """Raise :class:`ConfigError` unless ``alpha`` is a positive number."""
     if not (_is_number(alpha) and alpha > 0):
         raise ConfigError(
             f"alpha must be a finite number above 0, got {alpha!r}; "
             f"the paper uses {PUBLISHED_ALPHA_PER_CHANNEL} per channel "
             f"and {PUBLISHED_ALPHA_PER_GROUP} per group"
         )
-    check_group_size(group_size)
-    if solver not in SOLVERS:
-        raise ConfigError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-    if not _is_whole(max_steps) or max_steps < 1:
-        raise ConfigError(f"max_steps must be an int of at least 1, got {max_steps!r}")
-    if not (_is_number(tol) and tol >= 0):
-        raise ConfigError(f"tol must be a finite number of at least 0, got {tol!r}")
+
+
+class SolverOptions:
+    """How to iterate, checked, with the solver's own defaults in the place of None.
+
+    Raises:
+        ConfigError: names the first option that is out of range.
+    """
+
+    def __init__(
+        self, solver: str, max_steps: int | None, tol: float | None, precision: str
+    ) -> None:
+        if solver not in SOLVERS:
+            raise ConfigError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+        if max_steps is None:
+            max_steps = ADMM_STEPS if solver == "admm" else PUBLISHED_STEPS
+        if not _is_whole(max_steps) or max_steps < 1:
+            raise ConfigError(f"max_steps must be an int of at least 1, got {max_steps!r}")
+        if tol is None:
+            tol = ADMM_TOL if solver == "admm" else 0.0
+        if not (_is_number(tol) and tol >= 0):
+            raise ConfigError(f"tol must be a finite number of at least 0, got {tol!r}")
+        if precision not in PRECISIONS:
+            raise ConfigError(
+                f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}"
+            )
+        self.solver, self.max_steps, self.tol = solver, int(max_steps), float(tol)
+        self.dtype = PRECISIONS[precision]
 
 
 @dataclass(frozen=True)
@@ -64,14 +91,16 @@ class MagRConfig:
             published value, 1e-3 for whole rows and 1e-4 for groups.
         group_size: inputs per quantization group; None takes whole rows, or the groups of the
             ``target`` where one is given. It must divide ``in``.
-        solver: ``"pgd"``, the paper's projected (proximal) gradient descent.
-        max_steps: the most steps the solver takes.
-        tol: relative dual gap (gap / objective) at which a row counts as converged;
-            0 always takes ``max_steps``.
+        solver: ``"admm"``, which goes to the optimum, or ``"pgd"``, the paper's projected
+            (proximal) gradient descent, which is meant to stop before it.
+        max_steps: the most steps the solver takes; None is 100 for admm, 200 for pgd.
+        tol: relative dual gap (gap / objective) at which a row counts as converged; None is 1e-3
+            for admm and 0 for pgd; 0 always takes ``max_steps``.
         damping: s in G + s·mean(diag G)·I, the gram that is solved with; 0 solves with the
             calibration gram itself, as published. More keeps the weight where it was in the
             directions that the calibration hardly reaches. The report's output errors always
             use the calibration gram itself.
+        precision: ``"float32"`` or ``"float64"``, of the solver, whatever the weight's dtype.
 
     Raises:
         ConfigError: an option is out of its range; the message says what is allowed.
@@ -79,20 +108,23 @@ class MagRConfig:
 
     alpha: float | None = None
     group_size: int | None = None
-    solver: str = "pgd"
-    max_steps: int = PUBLISHED_STEPS
-    tol: float = 0.0
+    solver: str = "admm"
+    max_steps: int | None = None
+    tol: float | None = None
     damping: float = 0.0
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
-        check_solver_options(self.penalty, self.group_size, self.solver, self.max_steps, self.tol)
+        check_alpha(self.penalty)
+        check_group_size(self.group_size)
+        SolverOptions(self.solver, self.max_steps, self.tol, self.precision)
         if not (_is_number(self.damping) and self.damping >= 0):
             raise ConfigError(f"damping must be a finite number of at least 0, got {self.damping}")
 
     @classmethod
     def published(cls, group_size: int | None = None) -> MagRConfig:
         """The recipe of the authors' code: α = 1e-3 per channel or 1e-4 per group, 200 steps."""
-        return cls(group_size=group_size)
+        return cls(group_size=group_size, solver="pgd")
 
     @property
     def penalty(self) -> float:

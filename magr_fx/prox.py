@@ -76,14 +76,19 @@ def threshold(
     magnitude: Tensor,
     scale: float | Tensor,
     *,
+    prices: Tensor | None = None,
     start: Tensor | None = None,
     passes: int | None = None,
 ) -> Tensor:
     """The level τ ≥ 0 with Σ(magnitude - τ)₊ = scale for each row, 0 where Σ magnitude ≤ scale.
 
+    With prices p the sums are Σp(magnitude - τ)₊ and Σp·magnitude: clamp(v, -τ, τ) is then the
+    minimiser of ½Σp(z - v)² + scale·‖z‖∞, the prox in the metric that p defines.
+
     Args:
         magnitude: ``[..., n]``, not negative.
         scale: not negative, broadcasts to ``magnitude.shape[:-1]``; not checked here.
+        prices: positive, broadcasts to ``magnitude``; None is all ones.
         start: a guess of τ, ``magnitude.shape[:-1]``; None starts at max - scale.
         passes: None iterates until no row's active set changes, at the cost of one host check
             a pass. A number does exactly that many passes and never waits for the device; the
@@ -92,17 +97,24 @@ def threshold(
     top = magnitude.amax(-1)
     # No root lies below this: the largest entry alone must not give up more than `scale`.
     # Without the upper clamp an infinite scale would start at -inf.
-    floor = (top - scale).clamp_(min=0)
+    floor = (top - (scale if prices is None else scale / prices.amin(-1))).clamp_(min=0)
     # A guess above the largest entry would have an empty active set, hence no slope.
     level = floor if start is None else torch.minimum(start, top)
     active: Tensor | None = None
     # From the second pass on the active set can only shrink, so n + 1 passes settle every row.
     for _ in range(magnitude.shape[-1] + 1 if passes is None else passes):
         excess = torch.sub(magnitude, level.unsqueeze(-1)).clamp_(min=0)
+        if prices is not None:
+            excess.mul_(prices)
         total = excess.sum(-1)
         # sign() of what is left counts it: exact up to 2^24 columns in float32, and faster on a
         # CPU than reducing a boolean mask. An empty set (a zero row) divides by 1.
-        count = excess.sign_().sum(-1).clamp_(min=1)
+        count = excess.sign_()
+        if prices is None:
+            count = count.sum(-1).clamp_(min=1)
+        else:
+            count = count.mul_(prices).sum(-1)
+            count.masked_fill_(count == 0, 1)
         # Not torch.equal: a NaN row must not keep the others going until the cap.
         if passes is None and active is not None and not bool(((count - active).abs() > 0).any()):
             break

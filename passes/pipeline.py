@@ -22,13 +22,14 @@ from magr_fx.passes.rewrite_weights import refusal, rewrite_weight
 from magr_fx.passes.to_torchao import target_group_size
 from magr_fx.passes.trace import TracedBatch
 from magr_fx.report import MagRReport, Outcome, SiteReport
-from magr_fx.solver import Solution, solve_magr
+from magr_fx.solution import Solution
+from magr_fx.solver import solve_magr
 
 logger = logging.getLogger("magr_fx")
 
 
 def resolve_config(config: MagRConfig | None, target: Any, *, required: bool = False) -> MagRConfig:
-    """The options to solve with: the given or the published ones, at the target's group size.
+    """The options to solve with: the given or the default ones, at the target's group size.
 
     Raises:
         ConfigError: ``config`` or ``target`` is of the wrong type, or they disagree.
@@ -38,7 +39,7 @@ def resolve_config(config: MagRConfig | None, target: Any, *, required: bool = F
             f"config must be a MagRConfig or None, got {type(config).__name__}; a torchao config "
             "goes into target"
         )
-    config = config or MagRConfig.published()
+    config = config or MagRConfig()
     if target is None and not required:
         return config
     return config.for_groups_of(target_group_size(target))
@@ -104,6 +105,7 @@ def _solve_and_rewrite(shared: SharedGram, config: MagRConfig, report: MagRRepor
                 solver=config.solver,
                 max_steps=config.max_steps,
                 tol=config.tol,
+                precision=config.precision,
             )
             if gram.is_cuda:
                 torch.cuda.synchronize(gram.device)

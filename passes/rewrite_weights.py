@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from magr_fx.passes.find_linears import Site
-from magr_fx.solver import Solution, Status
+from magr_fx.solution import Solution, Status
 
 
 def refusal(solution: Solution) -> str | None:

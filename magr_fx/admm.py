@@ -1,0 +1,234 @@
+"""The alternating direction method of multipliers: a handful of steps, each one matrix product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from magr_fx.admm_tile import Tile
+from magr_fx.certificate import Problem, lower_bound, penalty
+from magr_fx.posted_mask import PostedMask
+from magr_fx.relaxed_step import clamp_groups
+from magr_fx.solution import Iterate
+from magr_fx.splitting import Splitting, split, unit_prices
+
+# Steps before the first look at the dual gap, and between looks. A look costs about a step.
+FIRST_LOOK = 10
+LOOK_EVERY = 5
+# The first strength of ρ: high, so that the first steps settle which entries are clamped.
+FIRST_STRENGTH = 0.3
+# After how many steps ρ is balanced; the most that it changes at once; and the least change that
+# is worth another factorisation.
+BALANCE_AT = (10, 20)
+LEAST_FACTOR, MOST_FACTOR = 1 / 6, 3.0
+WORTH_IT = 2.0
+# Where balancing aims: the relative primal residual at this many times the dual one. *Measured*
+# on real layers; an even balance leaves the dual value, which certifies, behind.
+AIM = 3.0**0.5
+# Numbers in a tile: on a CPU what its caches hold, elsewhere what fills the device.
+CPU_TILE, DEVICE_TILE = 1 << 18, 1 << 26
+
+
+class Warm(NamedTuple):
+    """Where a solve stopped: what the next one, at a neighbouring alpha, starts from."""
+
+    alpha: float
+    splitting: Splitting
+    shifted: Tensor  # [..., out, in]: z + u
+    level: Tensor  # [..., out, groups]: z = clamp(z + u, -level, level)
+
+
+def tile_size(device: torch.device) -> int:
+    """How many numbers to work on at a time."""
+    return CPU_TILE if device.type == "cpu" else DEVICE_TILE
+
+
+def admm(
+    problem: Problem, weight: Tensor, *, max_steps: int, tol: float, warm: Warm | None = None
+) -> tuple[Iterate, Warm]:
+    """Minimise by splitting ŵ into x, which sees the gram, and z, which sees the penalty.
+
+    With ρ from :mod:`magr_fx.splitting`, per row and step (Boyd et al., "Distributed Optimization
+    and Statistical Learning via the Alternating Direction Method of Multipliers", 2011, section
+    3, scaled dual u; G in units where λmax = 1):
+
+        x ← (G + ρ)⁻¹ (Gw + ρ(z - u))      one product: x - w = (z - u - w) ρ(G + ρ)⁻¹
+        h ← 1.6x - 0.6z
+        z ← prox of alpha‖·‖∞ at h + u, in the metric of ρ
+        u ← u + h - z
+
+    ρ is changed at most twice, by residual balancing (section 3.4.1): high at first, so that the
+    clamped entries are found, then lower, so that x can follow where the data hardly determine it.
+
+    x has the gradient G(x - w) = ρ(z - u - x) for free, so that a dual value costs no product;
+    and x - w is a far better dual direction than z - w, because in x the gram's part of the
+    optimality conditions holds exactly. Candidates for the result are the z.
+
+    Args:
+        problem: one gram ``[in, in]``, or a batch ``[problems, in, in]``.
+        weight: ``[out, in]`` or ``[problems, out, in]``, any floating dtype.
+        max_steps: the most steps.
+        tol: relative dual gap at which a row is done, and leaves; in a batch a problem leaves
+            with its last row. 0 never looks at it.
+        warm: where the solve of the same rows at another alpha stopped; used up.
+
+    Returns:
+        The best iterate of each row, with the best verified bound, and where to go on from.
+
+    Raises:
+        CalibrationError: the gram is not positive semidefinite.
+    """
+    run = _Run(problem, weight, warm)
+    taken, blind = 0, 0
+    while taken < max_steps and len(run.open):
+        due = FIRST_LOOK if taken == 0 else LOOK_EVERY - taken % LOOK_EVERY
+        steps = min(due, max_steps - taken)
+        run.step_and_look(steps - blind)
+        taken, blind = taken + steps, 0
+        if tol > 0:
+            within = PostedMask(run.seems_within(tol))
+            if weight.is_cuda and taken + 1 < max_steps:
+                run.step()  # what the device does while the count travels
+                blind = 1
+            run.close(within.items(), tol, taken)
+        if taken in BALANCE_AT and taken < max_steps and len(run.open):
+            run.balance()
+    return run.finish(taken)
+
+
+class _Run:
+    """The state of one solve. Its items are rows, or whole problems where there is a batch."""
+
+    def __init__(self, problem: Problem, weight: Tensor, warm: Warm | None) -> None:
+        device = weight.device
+        self.problem, self.weight = problem, weight
+        self.batched = weight.dim() == 3
+        self.unit = unit_prices(problem)
+        # The original row is the first candidate, 0 the first bound.
+        self.result = weight.to(problem.gram.dtype, copy=True)
+        self.direction = torch.zeros_like(self.result)
+        self.best = penalty(problem, self.result)
+        self.bound = torch.zeros_like(self.best)
+        self.verified = torch.zeros(self.best.shape, dtype=torch.float64, device=device)
+        self.steps = torch.zeros(self.best.shape, dtype=torch.int32, device=device)
+        self.converged = torch.zeros(self.best.shape, dtype=torch.bool, device=device)
+        self.imbalance = torch.full_like(self.best, torch.nan)
+        self.open = torch.arange(len(weight), device=device)
+        # Of u, wherever alpha or ρ has just changed: αρ⁻¹ is u's unit.
+        self.rescale: Tensor | None = None
+        if warm is None:
+            self.splitting = split(
+                problem, self.unit, torch.full_like(problem.peak, FIRST_STRENGTH)
+            )
+            self.shifted = self.result.clone()
+            grouped = self.shifted.view(*self.best.shape, -1, problem.group_size)
+            self.level = grouped.abs().amax(-1)
+        else:
+            self.splitting = warm.splitting
+            self.shifted, self.level = warm.shifted, warm.level
+            self.rescale = torch.full_like(problem.peak, problem.alpha / warm.alpha)
+
+    def step(self) -> None:
+        """Take one step with every open item."""
+        for items, tile in self._tiles():
+            tile.step(1)
+            self._keep(items, tile)
+
+    def step_and_look(self, steps: int) -> None:
+        """Take steps with every open item, and remember what was best."""
+        for items, tile in self._tiles():
+            seen = tile.step_and_look(steps)
+            self._keep(items, tile)
+            better = seen.objective < self.best[items]
+            self.best[items] = torch.where(better, seen.objective, self.best[items])
+            self._replace(self.result, items, better, seen.candidate)
+            better = seen.bound > self.bound[items]
+            self.bound[items] = torch.where(better, seen.bound, self.bound[items])
+            self._replace(self.direction, items, better, seen.direction)
+            self.imbalance[items] = seen.imbalance
+
+    def seems_within(self, tol: float) -> Tensor:
+        """Which open items are within tol, by the accuracy of the iteration."""
+        best = self.best[self.open]
+        within = best - self.bound[self.open] <= tol * best
+        return within.all(-1) if self.batched else within
+
+    def close(self, chosen: Tensor, tol: float, steps: int) -> None:
+        """Verify in float64 those of the open items, and let go of what is within ``tol``."""
+        if not len(chosen):
+            return
+        items = self.open[chosen]
+        verified = lower_bound(self._problem(items), self.weight[items], self.direction[items])
+        self.verified[items] = torch.maximum(self.verified[items], verified)
+        self.bound[items] = verified.to(self.bound.dtype)  # what it is really worth
+        best = self.best[items].to(torch.float64)
+        within = best - self.verified[items] <= tol * best
+        within = within.all(-1) if self.batched else within
+        done = PostedMask(within)
+        gone = torch.zeros(len(self.open), dtype=torch.bool, device=self.open.device)
+        gone[chosen] = within
+        finished = items[done.items()]
+        self.steps[finished] = steps
+        self.converged[finished] = True
+        self.open = self.open[PostedMask(~gone).items()]
+
+    def balance(self) -> None:
+        """Change ρ so that primal and dual residuals of the open rows shrink alike."""
+        # The ratio of the residuals falls about as ρ^-½ (measured), hence the square.
+        typical = self.imbalance[self.open].nanmedian(-1 if self.batched else 0).values
+        factor = (typical / AIM).square_().clamp_(LEAST_FACTOR, MOST_FACTOR).nan_to_num_(1.0)
+        factor = torch.where((factor < 1 / WORTH_IT) | (factor > WORTH_IT), factor, 1.0)
+        if not bool((factor != 1).any()):
+            return
+        old = self.splitting.strength
+        strength = old.clone()
+        if self.batched:
+            strength[self.open] *= factor
+        else:
+            strength *= factor
+        del self.splitting  # two at a time would be too much memory for the largest layers
+        self.splitting = split(self.problem, self.unit, strength)
+        self.rescale = old / self.splitting.strength
+
+    def finish(self, steps: int) -> tuple[Iterate, Warm]:
+        """The best of every row, and the state for the next alpha."""
+        if len(self.open):
+            items = self.open
+            self.steps[items] = steps
+            bound = lower_bound(self._problem(items), self.weight[items], self.direction[items])
+            self.verified[items] = torch.maximum(self.verified[items], bound)
+        warm = Warm(self.problem.alpha, self.splitting, self.shifted, self.level)
+        return Iterate(self.result, self.steps, self.converged, self.verified), warm
+
+    def _tiles(self) -> Iterator[tuple[Tensor, Tile]]:
+        """The open items, a few at a time."""
+        size = max(1, tile_size(self.weight.device) // self.weight[0].numel())
+        for items in torch.split(self.open, size):
+            splitting = self.splitting
+            if self.batched:
+                splitting = Splitting(*(part[items] for part in splitting))
+            shifted, level = self.shifted[items], self.level[items]
+            if self.rescale is not None:
+                factor = self.rescale[items, None, None] if self.batched else self.rescale
+                shifted = torch.lerp(clamp_groups(shifted, level), shifted, factor)
+            weight = self.weight[items].to(self.result.dtype)
+            yield items, Tile(self._problem(items), splitting, weight, shifted, level)
+        self.rescale = None
+
+    def _keep(self, items: Tensor, tile: Tile) -> None:
+        self.shifted[items], self.level[items] = tile.shifted, tile.level
+
+    @staticmethod
+    def _replace(rows: Tensor, items: Tensor, chosen: Tensor, new: Tensor) -> None:
+        """Put the chosen rows of ``new`` in their place among all rows."""
+        rows[items] = torch.where(chosen.unsqueeze(-1), new, rows[items])
+
+    def _problem(self, items: Tensor) -> Problem:
+        """The problem of these items: the same for all rows, but not for all problems."""
+        gram, peak, alpha, group_size = self.problem
+        if self.batched:
+            gram, peak = gram[items], peak[items]
+        return Problem(gram, peak, alpha, group_size)

@@ -1,0 +1,75 @@
+"""Solution: what a solve found, and how the solve of each row ended."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Status(IntEnum):
+    """How the solve of one row ended; ``sentence`` says it in words, with the remedy."""
+
+    CONVERGED = 0
+    STEP_LIMIT = 1
+    TRIVIAL = 2
+    FAILED = 3
+
+    @property
+    def sentence(self) -> str:
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    Status.CONVERGED: "The row's relative dual gap reached tol.",
+    Status.STEP_LIMIT: (
+        "The row took max_steps steps and its best iterate was returned; its dual gap says how "
+        "far from the optimum it may be. To converge further, raise max_steps; where that does "
+        "not help, float32 is exhausted and precision='float64' goes on."
+    ),
+    Status.TRIVIAL: (
+        "The row was returned unchanged or as zeros; if that was not expected, check that "
+        "calibration data reaches it and that alpha is neither tiny nor huge."
+    ),
+    Status.FAILED: (
+        "The row's solution was not finite and the original row was returned; "
+        "lower alpha, or keep the weight in a wider dtype."
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """What :func:`solve_magr` found. Objectives and gaps are in the units of the given gram.
+
+    For a batch of problems every shape has one more dimension in front.
+    """
+
+    weight: Tensor  # [out, in], dtype and device of the given weight
+    status: Tensor  # [out], int8: values of Status
+    steps: Tensor  # [out], int32: steps taken
+    objective_before: Tensor  # [out], float32: alpha λmax Σ‖w_group‖∞, the original row's
+    objective: Tensor  # [out], float32: the returned row's, never above objective_before
+    dual_gap: Tensor  # [out], float32: objective - optimum is at most this, and this is ≥ 0
+
+    @property
+    def summary(self) -> str:
+        """Rows by status, e.g. ``converged: 570 rows, step limit: 6 rows``."""
+        counts = Counter(self.status.flatten().tolist())
+        return ", ".join(
+            f"{status.name.lower().replace('_', ' ')}: {n} row{'s' if n != 1 else ''}"
+            for status in Status
+            if (n := counts[status])
+        )
+
+
+class Iterate(NamedTuple):
+    """Where an iteration ended, before its rows are judged in the weight's dtype."""
+
+    weight: Tensor  # [..., out, in], in the dtype of the computation
+    steps: Tensor  # [..., out], int32
+    converged: Tensor  # [..., out], bool
+    bound: Tensor  # [..., out], float64: a lower bound of each optimum, in units where λmax = 1
