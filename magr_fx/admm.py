@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,9 @@ FIRST_STRENGTH = 0.3
 # After how many steps ρ is balanced; the most that it changes at once; and the least change that
 # is worth another factorisation.
 BALANCE_AT = (10, 20)
+# From a neighbouring alpha the clamped entries are settled sooner: in this many steps of the
+# first strength, after which ρ is the one that was balanced there.
+SETTLE = 3
 LEAST_FACTOR, MOST_FACTOR = 1 / 6, 3.0
 WORTH_IT = 2.0
 # Where balancing aims: the relative primal residual at this many times the dual one. *Measured*
@@ -36,7 +39,8 @@ class Warm(NamedTuple):
     """Where a solve stopped: what the next one, at a neighbouring alpha, starts from."""
 
     alpha: float
-    splitting: Splitting
+    first: Splitting  # with FIRST_STRENGTH
+    splitting: Splitting  # as balanced
     shifted: Tensor  # [..., out, in]: z + u
     level: Tensor  # [..., out, groups]: z = clamp(z + u, -level, level)
 
@@ -47,8 +51,14 @@ def tile_size(device: torch.device) -> int:
 
 
 def admm(
-    problem: Problem, weight: Tensor, *, max_steps: int, tol: float, warm: Warm | None = None
-) -> tuple[Iterate, Warm]:
+    problem: Problem,
+    weight: Tensor,
+    *,
+    max_steps: int,
+    tol: float,
+    warm: Warm | None = None,
+    resumable: bool = False,
+) -> tuple[Iterate, Warm | None]:
     """Minimise by splitting ŵ into x, which sees the gram, and z, which sees the penalty.
 
     With ρ from :mod:`magr_fx.splitting`, per row and step (Boyd et al., "Distributed Optimization
@@ -74,6 +84,7 @@ def admm(
         tol: relative dual gap at which a row is done, and leaves; in a batch a problem leaves
             with its last row. 0 never looks at it.
         warm: where the solve of the same rows at another alpha stopped; used up.
+        resumable: whether to keep what the next alpha starts from, a matrix ``[in, in]`` more.
 
     Returns:
         The best iterate of each row, with the best verified bound, and where to go on from.
@@ -81,20 +92,25 @@ def admm(
     Raises:
         CalibrationError: the gram is not positive semidefinite.
     """
-    run = _Run(problem, weight, warm)
+    run = _Run(problem, weight, warm, resumable)
     taken, blind = 0, 0
+    if warm is not None:
+        taken = min(SETTLE, max_steps - 1)
+        run.step(taken)
+        run.resume(warm)
     while taken < max_steps and len(run.open):
-        due = FIRST_LOOK if taken == 0 else LOOK_EVERY - taken % LOOK_EVERY
-        steps = min(due, max_steps - taken)
+        ahead = FIRST_LOOK if taken == 0 else LOOK_EVERY - taken % LOOK_EVERY
+        steps = min(ahead, max_steps - taken)
         run.step_and_look(steps - blind)
         taken, blind = taken + steps, 0
         if tol > 0:
             within = PostedMask(run.seems_within(tol))
             if weight.is_cuda and taken + 1 < max_steps:
-                run.step()  # what the device does while the count travels
+                run.step(1)  # what the device does while the count travels
                 blind = 1
             run.close(within.items(), tol, taken)
-        if taken in BALANCE_AT and taken < max_steps and len(run.open):
+        due = taken in BALANCE_AT and (warm is None or taken > FIRST_LOOK)
+        if due and taken < max_steps and len(run.open):
             run.balance()
     return run.finish(taken)
 
@@ -102,7 +118,9 @@ def admm(
 class _Run:
     """The state of one solve. Its items are rows, or whole problems where there is a batch."""
 
-    def __init__(self, problem: Problem, weight: Tensor, warm: Warm | None) -> None:
+    def __init__(
+        self, problem: Problem, weight: Tensor, warm: Warm | None, resumable: bool
+    ) -> None:
         device = weight.device
         self.problem, self.weight = problem, weight
         self.batched = weight.dim() == 3
@@ -120,21 +138,28 @@ class _Run:
         # Of u, wherever alpha or ρ has just changed: αρ⁻¹ is u's unit.
         self.rescale: Tensor | None = None
         if warm is None:
-            self.splitting = split(
-                problem, self.unit, torch.full_like(problem.peak, FIRST_STRENGTH)
-            )
+            strength = torch.full_like(problem.peak, FIRST_STRENGTH)
+            self.splitting = split(problem, self.unit, strength)
             self.shifted = self.result.clone()
             grouped = self.shifted.view(*self.best.shape, -1, problem.group_size)
             self.level = grouped.abs().amax(-1)
         else:
-            self.splitting = warm.splitting
+            self.splitting = warm.first
             self.shifted, self.level = warm.shifted, warm.level
-            self.rescale = torch.full_like(problem.peak, problem.alpha / warm.alpha)
+            ratio = warm.splitting.strength / warm.first.strength
+            self.rescale = ratio * (problem.alpha / warm.alpha)
+        self.first = self.splitting if resumable else None
 
-    def step(self) -> None:
-        """Take one step with every open item."""
+    def resume(self, warm: Warm) -> None:
+        """Go over to the ρ that was balanced at the alpha before."""
+        if warm.splitting is not self.splitting:
+            self.rescale = self.splitting.strength / warm.splitting.strength
+            self.splitting = warm.splitting
+
+    def step(self, times: int) -> None:
+        """Take steps with every open item."""
         for items, tile in self._tiles():
-            tile.step(1)
+            tile.step(times)
             self._keep(items, tile)
 
     def step_and_look(self, steps: int) -> None:
@@ -192,31 +217,47 @@ class _Run:
         del self.splitting  # two at a time would be too much memory for the largest layers
         self.splitting = split(self.problem, self.unit, strength)
         self.rescale = old / self.splitting.strength
+        if self.first is not None:  # the rows that have left will be resumed with the new ρ too
+            everything = torch.arange(len(self.weight), device=self.weight.device)
+            for items in self._chunks(everything):
+                self.shifted[items] = self._rescaled(items)
+            self.rescale = None
 
-    def finish(self, steps: int) -> tuple[Iterate, Warm]:
+    def finish(self, steps: int) -> tuple[Iterate, Warm | None]:
         """The best of every row, and the state for the next alpha."""
         if len(self.open):
             items = self.open
             self.steps[items] = steps
             bound = lower_bound(self._problem(items), self.weight[items], self.direction[items])
             self.verified[items] = torch.maximum(self.verified[items], bound)
-        warm = Warm(self.problem.alpha, self.splitting, self.shifted, self.level)
+        warm = None
+        if self.first is not None:
+            alpha = self.problem.alpha
+            warm = Warm(alpha, self.first, self.splitting, self.shifted, self.level)
         return Iterate(self.result, self.steps, self.converged, self.verified), warm
 
     def _tiles(self) -> Iterator[tuple[Tensor, Tile]]:
         """The open items, a few at a time."""
-        size = max(1, tile_size(self.weight.device) // self.weight[0].numel())
-        for items in torch.split(self.open, size):
+        for items in self._chunks(self.open):
             splitting = self.splitting
             if self.batched:
                 splitting = Splitting(*(part[items] for part in splitting))
-            shifted, level = self.shifted[items], self.level[items]
-            if self.rescale is not None:
-                factor = self.rescale[items, None, None] if self.batched else self.rescale
-                shifted = torch.lerp(clamp_groups(shifted, level), shifted, factor)
             weight = self.weight[items].to(self.result.dtype)
-            yield items, Tile(self._problem(items), splitting, weight, shifted, level)
+            shifted = self._rescaled(items)
+            yield items, Tile(self._problem(items), splitting, weight, shifted, self.level[items])
         self.rescale = None
+
+    def _chunks(self, items: Tensor) -> Sequence[Tensor]:
+        size = max(1, tile_size(self.weight.device) // self.weight[0].numel())
+        return torch.split(items, size)
+
+    def _rescaled(self, items: Tensor) -> Tensor:
+        """A copy of z + u of these items, with u in units of the present alpha and ρ."""
+        shifted = self.shifted[items]
+        if self.rescale is None:
+            return shifted
+        factor = self.rescale[items, None, None] if self.batched else self.rescale
+        return torch.lerp(clamp_groups(shifted, self.level[items]), shifted, factor)
 
     def _keep(self, items: Tensor, tile: Tile) -> None:
         self.shifted[items], self.level[items] = tile.shifted, tile.level

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from magr_fx.certificate import Problem, dual_value, penalty
+from magr_fx.matmul_precision import full_float32
 from magr_fx.relaxed_step import clamp_groups, prox_level, relaxed_step
 from magr_fx.splitting import Splitting
 
@@ -64,10 +65,14 @@ class Tile:
 
     def step_and_look(self, times: int) -> Sight:
         """Take steps, the last two of them apart, which shows x and how it last changed."""
+        self.step(times - 2)  # in the precision that torch is set to; the rest is judged
+        with full_float32():
+            return self._steps_apart(min(times, 2))
+
+    def _steps_apart(self, times: int) -> Sight:
         change: Tensor | None = None
         slope_change: Tensor | None = None
         if times > 1:
-            self.step(times - 2)
             before = self._prepare(torch.empty_like(self.shifted))
             moved = before @ self._matrix
             self.shifted.add_(moved, alpha=OVER_RELAXATION)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from magr_fx.matmul_precision import full_float32
+
 # Up to this size every eigenvalue is computed, which is exact and takes a few steps' time; beyond
 # it the largest one is iterated for and bounded.
 EXACT_UP_TO = 1024
@@ -47,7 +49,8 @@ def _bounded_estimate(gram: Tensor) -> Tensor | None:
     # A generator of its own, and on the CPU: the same start on every device and in every run.
     start = torch.randn(len(gram), 1, generator=torch.Generator().manual_seed(0))
     start = gram @ start.to(gram)  # a first power step: most of the way where one input dominates
-    values, _ = torch.lobpcg(gram, X=start, niter=_ITERATIONS, largest=True)
+    with full_float32():
+        values, _ = torch.lobpcg(gram, X=start, niter=_ITERATIONS, largest=True)
     estimate: Tensor = values[0]
     shifted = -gram
     shifted.diagonal().add_((1 + SLACK) * estimate)
@@ -74,7 +77,8 @@ def add_to_gram(gram: Tensor, tokens: Tensor, keep: Tensor | None = None) -> Non
             kept = keep[start : start + _CHUNK].to(gram.device)
             # A select, not a product: 0 · NaN is NaN. And no boolean index: its size is a sync.
             rows = torch.where(kept[:, None], rows, 0)
-        gram.addmm_(rows.T, rows)
+        with full_float32():
+            gram.addmm_(rows.T, rows)
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:

@@ -140,7 +140,7 @@ def solve_magr_path(
     if weight.dim() == 2:
         return _solve(weight, gram, peak, alphas, group_size, options)
     found = [_untouched(weight) for _ in alphas]
-    together = max(1, tile_size(weight.device) // weight[0].numel())
+    together = problems_at_once(weight.shape[-2:], weight.device)
     # Where no data reached a problem, ŵ = w costs nothing: it stays untouched.
     for problems in torch.split((peak > 0).nonzero().squeeze(-1), together):
         part = _solve(weight[problems], gram[problems], peak[problems], alphas, group_size, options)
@@ -148,6 +148,12 @@ def solve_magr_path(
             for field in fields(Solution):
                 getattr(whole, field.name)[problems] = getattr(solution, field.name)
     return found
+
+
+def problems_at_once(shape: Sequence[int], device: torch.device) -> int:
+    """How many problems of this shape, [out, in], to solve together: as many as fill a tile."""
+    rows, columns = shape
+    return max(1, tile_size(device) // (max(rows, columns) * columns))
 
 
 def _solve(
@@ -167,11 +173,17 @@ def _solve(
     found: dict[int, Solution] = {}
     warm: Warm | None = None
     # Downwards: what is clamped at one alpha mostly is so at a smaller one.
-    for i in sorted(range(len(alphas)), key=lambda i: -alphas[i]):
+    order = sorted(range(len(alphas)), key=lambda i: -alphas[i])
+    for i in order:
         problem = Problem(gram, peak, float(alphas[i]), group_size)
         if options.solver == "admm":
             iterate, warm = admm(
-                problem, weight, max_steps=options.max_steps, tol=options.tol, warm=warm
+                problem,
+                weight,
+                max_steps=options.max_steps,
+                tol=options.tol,
+                warm=warm,
+                resumable=i != order[-1],
             )
         else:
             iterate = _pgd(problem, weight, options)

@@ -37,6 +37,13 @@ class SharedGram:
     tokens: torch.Tensor | int = 0
     padding_counted: bool = False  # there was padding, but no way to tell it in these activations
 
+    @property
+    def collected(self) -> torch.Tensor:
+        """The gram of a site that a token has reached, until the caller is done with it."""
+        if self.gram is None:
+            raise RuntimeError("no activation was taken, or the gram was let go of")
+        return self.gram
+
     def add(self, tokens: torch.Tensor, keep: torch.Tensor | None) -> None:
         if self.gram is None:
             size = self.sites[0].shape[1]
@@ -105,8 +112,8 @@ class CalibrationRun:
                         "broken values before that layer, or leave the batch out"
                     )
 
-    def collect(self, *, progress: bool | None = None) -> Generator[SharedGram, None, None]:
-        """Sum the grams block by block; each is yielded as soon as its last activation is in.
+    def collect(self, *, progress: bool | None = None) -> Generator[list[SharedGram], None, None]:
+        """Sum the grams block by block; yields those whose last activation a block had, together.
 
         One block's grams and one boundary (the values that later blocks read) per batch are
         alive at a time. The caller may rewrite the yielded sites' weights at once: every call
@@ -124,10 +131,11 @@ class CalibrationRun:
                             self._run(block, batch, environment, _add)
                 for shared in waiting:
                     shared.pending -= visited
-                for shared in waiting:
-                    if not shared.pending:
-                        yield shared
-                        shared.gram = None
+                finished = [shared for shared in waiting if not shared.pending]
+                if finished:
+                    yield finished
+                for shared in finished:
+                    shared.gram = None
                 waiting = [shared for shared in waiting if shared.pending]
 
     def _place_taps(self, trace: Trace, calls: list[Call]) -> None:

