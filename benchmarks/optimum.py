@@ -78,7 +78,7 @@ def perplexities(
     model: nn.Module, layers: list[Layer], texts: list[Any], **options: Any
 ) -> list[str]:
     """Solve every layer, then perplexity as rewritten and with 3 and 4 bits per channel."""
-    damping = MagRConfig().damping if options.get("solver") != "pgd" else 0.0
+    damping = MagRConfig(solver=options.get("solver", "admm")).regularisation
     start = time.perf_counter()
     rewritten = copy.deepcopy(model)
     parameters = dict(rewritten.named_parameters())
@@ -131,15 +131,15 @@ def main() -> None:
         "pgd": {"solver": "pgd"},
     }
     header = ["solver", "seconds", "rewritten", "int3", "int4"]
-    table: list[list[str]] = []
+    scores = []
     for label, options in runs.items():
-        table.append([label, *perplexities(model, smol, texts, alpha=alpha, **options)])
-        print(align(header, table[-1:]), flush=True)
+        scores.append([label, *perplexities(model, smol, texts, alpha=alpha, **options)])
+        print(align(header, scores[-1:]), flush=True)
     parts += [
         "Perplexity of SmolLM2-135M on held-out State of the Union addresses / Moby Dick, 4,096 "
-        f"tokens each, per channel, α = {alpha:g}; damping {MagRConfig().damping:g} for admm, none "
-        "for pgd, as published:",
-        align(header, table),
+        f"tokens each, per channel, α = {alpha:g}, damping {MagRConfig().regularisation:g} for admm "
+        "and none for pgd, as published:",
+        align(header, scores),
     ]
     file = Path(__file__).with_suffix(".md")
     file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

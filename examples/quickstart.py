@@ -3,8 +3,8 @@
     python examples/quickstart.py                                 # SmolLM2-135M, 3 and 4 bits
     python examples/quickstart.py --model Qwen/Qwen3-0.6B --bits 4 --device cuda --dtype bfloat16
 
-For each bit width the same layers are quantized by torchao alone and by ``magr_quantize``, with the
-published recipe. A table of perplexities and the reports go to ``--out``.
+For each bit width the same layers are quantized by torchao alone and by ``magr_quantize``, with its
+default options. A table of perplexities and the reports go to ``--out``.
 """
 
 from __future__ import annotations

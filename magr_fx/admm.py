@@ -22,7 +22,7 @@ LOOK_EVERY = 5
 FIRST_STRENGTH = 0.3
 # After how many steps ρ is balanced; the most that it changes at once; and the least change that
 # is worth another factorisation.
-BALANCE_AT = (10, 20)
+BALANCE_AT = (10, 20, 50, 75)
 # From a neighbouring alpha the clamped entries are settled sooner: in this many steps of the
 # first strength, after which ρ is the one that was balanced there.
 SETTLE = 3
@@ -70,7 +70,7 @@ def admm(
         z ← prox of alpha‖·‖∞ at h + u, in the metric of ρ
         u ← u + h - z
 
-    ρ is changed at most twice, by residual balancing (section 3.4.1): high at first, so that the
+    ρ is changed at a few steps, by residual balancing (section 3.4.1): high at first, so that the
     clamped entries are found, then lower, so that x can follow where the data hardly determine it.
 
     x has the gradient G(x - w) = ρ(z - u - x) for free, so that a dual value costs no product;
@@ -105,12 +105,13 @@ def admm(
         taken, blind = taken + steps, 0
         if tol > 0:
             within = PostedMask(run.seems_within(tol))
-            if weight.is_cuda and taken + 1 < max_steps:
-                run.step(1)  # what the device does while the count travels
+            # What the device does while the count travels; not with a ρ that is about to change.
+            if weight.is_cuda and taken not in BALANCE_AT and taken + 1 < max_steps:
+                run.step(1)
                 blind = 1
             run.close(within.items(), tol, taken)
         due = taken in BALANCE_AT and (warm is None or taken > FIRST_LOOK)
-        if due and taken < max_steps and len(run.open):
+        if due and run.worth_balancing(max_steps - taken):
             run.balance()
     return run.finish(taken)
 
@@ -199,6 +200,11 @@ class _Run:
         self.steps[finished] = steps
         self.converged[finished] = True
         self.open = self.open[PostedMask(~gone).items()]
+
+    def worth_balancing(self, steps: int) -> bool:
+        """Whether the steps that are left cost more than the factorisation of a new ρ."""
+        rows = self.weight.shape[-2] if self.batched else len(self.open)
+        return len(self.open) > 0 and rows * steps >= self.weight.shape[-1]
 
     def balance(self) -> None:
         """Change ρ so that primal and dual residuals of the open rows shrink alike."""

@@ -47,7 +47,7 @@ def magr_transform(
             first argument, a tuple or list the arguments, a mapping the keyword arguments.
             Batch sizes and lengths may differ. What ``attention_mask`` marks as padding does
             not count.
-        config: how to solve; None is the published recipe, at the target's group size.
+        config: how to solve; None is ``MagRConfig()``, at the target's group size.
         target: the torchao config that will quantize the model: an int weight-only or
             dynamic-activation int weight config. It only sets the group size here.
         filter_fn: ``(module, fqn) -> bool``, as in torchao, for the module that owns a weight;

@@ -23,6 +23,9 @@ PUBLISHED_STEPS = 200
 # to 20 steps, and what a smaller tolerance changes is lost in quantization (benchmarks/solver.md).
 ADMM_STEPS = 100
 ADMM_TOL = 1e-3
+# The optimum fits the calibration closer than an iteration that stops early; some damping keeps it
+# from fitting what is particular to a few thousand tokens (benchmarks/optimum.md).
+ADMM_DAMPING = 0.1
 
 
 def _is_number(value: object) -> bool:
@@ -96,10 +99,10 @@ class MagRConfig:
         max_steps: the most steps the solver takes; None is 100 for admm, 200 for pgd.
         tol: relative dual gap (gap / objective) at which a row counts as converged; None is 1e-3
             for admm and 0 for pgd; 0 always takes ``max_steps``.
-        damping: s in G + s·mean(diag G)·I, the gram that is solved with; 0 solves with the
-            calibration gram itself, as published. More keeps the weight where it was in the
-            directions that the calibration hardly reaches. The report's output errors always
-            use the calibration gram itself.
+        damping: s in G + s·mean(diag G)·I, the gram that is solved with; None is 0.1 for admm
+            and 0, the calibration gram itself, for pgd. More keeps the weight where it was in
+            the directions that the calibration hardly reaches. The report's output errors
+            always use the calibration gram itself.
         precision: ``"float32"`` or ``"float64"``, of the solver, whatever the weight's dtype.
 
     Raises:
@@ -111,14 +114,14 @@ class MagRConfig:
     solver: str = "admm"
     max_steps: int | None = None
     tol: float | None = None
-    damping: float = 0.0
+    damping: float | None = None
     precision: str = "float32"
 
     def __post_init__(self) -> None:
         check_alpha(self.penalty)
         check_group_size(self.group_size)
         SolverOptions(self.solver, self.max_steps, self.tol, self.precision)
-        if not (_is_number(self.damping) and self.damping >= 0):
+        if not (_is_number(self.regularisation) and self.regularisation >= 0):
             raise ConfigError(f"damping must be a finite number of at least 0, got {self.damping}")
 
     @classmethod
@@ -132,6 +135,24 @@ class MagRConfig:
         if self.alpha is not None:
             return self.alpha
         return PUBLISHED_ALPHA_PER_CHANNEL if self.group_size is None else PUBLISHED_ALPHA_PER_GROUP
+
+    @property
+    def regularisation(self) -> float:
+        """``damping``, or the solver's own value where that is None."""
+        if self.damping is not None:
+            return self.damping
+        return ADMM_DAMPING if self.solver == "admm" else 0.0
+
+    def resolved(self) -> MagRConfig:
+        """This config with what it stands for in the place of every None but ``group_size``'s."""
+        options = SolverOptions(self.solver, self.max_steps, self.tol, self.precision)
+        return replace(
+            self,
+            alpha=self.penalty,
+            max_steps=options.max_steps,
+            tol=options.tol,
+            damping=self.regularisation,
+        )
 
     def for_groups_of(self, group_size: int | None) -> MagRConfig:
         """This config for a target that quantizes groups of ``group_size`` (None: whole rows).

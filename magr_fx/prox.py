@@ -114,7 +114,8 @@ def threshold(
             count = count.sum(-1).clamp_(min=1)
         else:
             count = count.mul_(prices).sum(-1)
-            count.masked_fill_(count == 0, 1)
+            # Not 1: from the largest entry that could land right of the root, for good.
+            count = torch.where(count > 0, count, prices.amin(-1))
         # Not torch.equal: a NaN row must not keep the others going until the cap.
         if passes is None and active is not None and not bool(((count - active).abs() > 0).any()):
             break

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from os import PathLike
 from time import perf_counter
 from typing import Any, Literal
@@ -192,7 +192,7 @@ class MagRReport:
     def to_json(self, path: str | PathLike[str]) -> None:
         """Write everything but the per-channel arrays to ``path``."""
         record = {
-            "config": {f.name: getattr(self.config, f.name) for f in fields(self.config)},
+            "config": asdict(self.config.resolved()),
             "target": self.target,
             "batches": self.batches,
             "traces": self.traces,

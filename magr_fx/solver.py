@@ -57,7 +57,8 @@ def solve_magr(
         max_steps: the most steps; None is 100 for admm, and the 200 of the authors' code for pgd.
         tol: relative dual gap, (objective - lower bound) / objective, at which a row is done, on
             the iterate before it is cast to the weight's dtype; None is 1e-3 for admm, and 0, which
-            never looks, for pgd. admm looks after 10 steps and then every 5, pgd every 10.
+            never looks, for pgd. admm looks after 10 steps and then every 5 (along a path also
+            after 5), pgd every 10.
         precision: ``"float32"`` or ``"float64"``, of the iteration, whatever the weight's dtype.
             Products in float32 follow ``torch.set_float32_matmul_precision``: with TF32 a row
             takes a few more steps. Rounding keeps the relative gap of a float32 row above
@@ -123,8 +124,8 @@ def solve_magr_path(
 
     Example:
         >>> path = solve_magr_path(torch.tensor([[4.0, 1.0]]), torch.ones(2, 2), [0.1, 0.5])
-        >>> [solution.weight.max().item() for solution in path]
-        [2.450000047683716, 2.25]
+        >>> [f"{solution.weight.max().item():.2f}" for solution in path]
+        ['2.45', '2.25']
     """
     if not isinstance(alphas, Sequence) or isinstance(alphas, str) or not alphas:
         raise ConfigError(f"alphas must be a non-empty list of numbers, got {alphas!r}")
@@ -135,13 +136,23 @@ def solve_magr_path(
     check_weight(weight)
     group_size = check_divides(group_size, weight.shape[-1])
     check_gram(gram, weight)
+    weight = weight.contiguous()
     gram = gram.to(weight.device, options.dtype)
+    with torch.autocast(weight.device.type, enabled=False):
+        return _solve_each(weight, gram, alphas, group_size, options)
+
+
+def _solve_each(
+    weight: Tensor, gram: Tensor, alphas: Sequence[float], group_size: int, options: SolverOptions
+) -> list[Solution]:
+    """Solve a weight, or each problem of a batch that data reached, a tile of them at a time."""
     peak = largest_eigenvalue(gram)
     if weight.dim() == 2:
         return _solve(weight, gram, peak, alphas, group_size, options)
     found = [_untouched(weight) for _ in alphas]
     together = problems_at_once(weight.shape[-2:], weight.device)
-    # Where no data reached a problem, ŵ = w costs nothing: it stays untouched.
+    if not bool((peak > 0).any()):
+        return found
     for problems in torch.split((peak > 0).nonzero().squeeze(-1), together):
         part = _solve(weight[problems], gram[problems], peak[problems], alphas, group_size, options)
         for whole, solution in zip(found, part, strict=True):

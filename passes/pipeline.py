@@ -140,7 +140,7 @@ def _solve_and_rewrite(together: list[SharedGram], config: MagRConfig, report: M
 
 def _solve(together: list[SharedGram], config: MagRConfig) -> list[Solution]:
     weights = [_stacked(shared.sites) for shared in together]
-    grams = [damped(shared.collected, config.damping) for shared in together]
+    grams = [damped(shared.collected, config.regularisation) for shared in together]
     single = len(together) == 1
     solution = solve_magr(
         weights[0] if single else torch.stack(weights),

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,7 +95,7 @@ def collect(analysis: Analysis) -> dict[str, SharedGram]:
     """The shared gram of every site, by the site's name; the grams are kept."""
     finished = {}
     with calibration_mode(analysis.model):
-        for shared in analysis.run().collect(progress=False):
+        for shared in chain.from_iterable(analysis.run().collect(progress=False)):
             gram = shared.gram
             for site in shared.sites:
                 finished[site.name] = SharedGram(

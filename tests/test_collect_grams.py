@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -162,7 +163,7 @@ def test_a_weight_may_be_rewritten_as_soon_as_its_gram_is_there(name: str) -> No
     expected = collect(analysis)
     weights = [site.weight.clone() for site in analysis.found.sites]
     with calibration_mode(analysis.model):
-        for shared in analysis.run().collect(progress=False):
+        for shared in chain.from_iterable(analysis.run().collect(progress=False)):
             for site in shared.sites:
                 torch.testing.assert_close(shared.gram, expected[site.name].gram, rtol=0, atol=0)
                 site.weight.fill_(float("nan"))
@@ -183,7 +184,7 @@ def test_a_shared_layer_is_done_after_its_last_call() -> None:
     expected, tokens = hook_grams(model, calib)
     analysis = analyse(model, calib)
     with calibration_mode(model):
-        for shared in analysis.run().collect(progress=False):
+        for shared in chain.from_iterable(analysis.run().collect(progress=False)):
             (site,) = shared.sites
             assert_gram(shared.gram, expected[site.name])
             assert shared.tokens == tokens[site.name] == 44
@@ -228,7 +229,7 @@ def test_only_one_blocks_grams_are_alive(
     finished = 0
     with calibration_mode(analysis.model):
         run = analysis.run()
-        for shared in run.collect(progress=False):
+        for shared in chain.from_iterable(run.collect(progress=False)):
             finished += 1
             assert id(shared) in alive.now
             del shared
@@ -332,7 +333,7 @@ def test_the_check_passes_a_good_calibration_and_leaves_the_run_fresh() -> None:
         run.check(progress=False)
         assert all(shared.gram is None for shared in run.grams)
         assert all(int(shared.tokens) == 0 for shared in run.grams)
-        grams = {s.sites[0].name: s.gram for s in run.collect(progress=False)}
+        grams = {s.sites[0].name: s.gram for s in chain.from_iterable(run.collect(progress=False))}
     expected = collect(analysis)
     for name, gram in grams.items():
         torch.testing.assert_close(gram, expected[name].gram, rtol=0, atol=0)

@@ -9,28 +9,72 @@ import numpy as np
 import pytest
 import torch
 
-from magr_fx.config import MagRConfig
+from magr_fx.config import MagRConfig, SolverOptions
 from magr_fx.errors import ConfigError, MagRError
 from magr_fx.solver import solve_magr
 
 
-def test_defaults_are_the_published_per_channel_recipe() -> None:
-    assert MagRConfig() == MagRConfig.published()
+def test_defaults() -> None:
     assert MagRConfig().penalty == 1e-3
     assert dataclasses.asdict(MagRConfig()) == {
         "alpha": None,
         "group_size": None,
-        "solver": "pgd",
-        "max_steps": 200,
-        "tol": 0.0,
-        "damping": 0.0,
+        "solver": "admm",
+        "max_steps": None,
+        "tol": None,
+        "damping": None,
+        "precision": "float32",
     }
+
+
+def test_each_solver_has_its_own_defaults() -> None:
+    admm = SolverOptions("admm", None, None, "float32")
+    assert (admm.solver, admm.max_steps, admm.tol) == ("admm", 100, 1e-3)
+    pgd = SolverOptions("pgd", None, None, "float32")
+    assert (pgd.solver, pgd.max_steps, pgd.tol) == ("pgd", 200, 0.0)
+    assert (admm.dtype, pgd.dtype) == (torch.float32, torch.float32)
+
+
+def test_what_is_given_takes_the_place_of_the_defaults() -> None:
+    for solver in ("admm", "pgd"):
+        options = SolverOptions(solver, 7, 0, "float64")
+        assert (options.max_steps, options.tol) == (7, 0.0)
+        assert options.dtype == torch.float64
+        assert (type(options.max_steps), type(options.tol)) == (int, float)
+
+
+def test_published_is_the_authors_recipe() -> None:
+    config = MagRConfig.published()
+    assert config == MagRConfig(solver="pgd")
+    assert config.penalty == 1e-3
+    options = SolverOptions(config.solver, config.max_steps, config.tol, config.precision)
+    assert (options.solver, options.max_steps, options.tol) == ("pgd", 200, 0.0)
+    assert config.regularisation == 0
 
 
 def test_published_with_groups_takes_the_per_group_alpha() -> None:
     config = MagRConfig.published(128)
-    assert (config.penalty, config.group_size, config.max_steps) == (1e-4, 128, 200)
-    assert config == MagRConfig(group_size=128)
+    assert (config.penalty, config.group_size, config.solver) == (1e-4, 128, "pgd")
+    assert config == MagRConfig(group_size=128, solver="pgd")
+
+
+def test_damping_is_for_the_solver_that_goes_to_the_optimum() -> None:
+    assert MagRConfig().regularisation == 0.1
+    assert MagRConfig(solver="pgd").regularisation == 0
+    for solver in ("admm", "pgd"):
+        assert MagRConfig(solver=solver, damping=0.3).regularisation == 0.3
+        assert MagRConfig(solver=solver, damping=0).regularisation == 0
+
+
+def test_resolved_says_what_none_stands_for() -> None:
+    assert MagRConfig().resolved() == MagRConfig(
+        alpha=1e-3, max_steps=100, tol=1e-3, damping=0.1, precision="float32"
+    )
+    assert MagRConfig.published(64).resolved() == MagRConfig(
+        alpha=1e-4, group_size=64, solver="pgd", max_steps=200, tol=0.0, damping=0.0
+    )
+    given = MagRConfig(0.02, 8, "pgd", 7, 0.5, 0.25, "float64")
+    assert given.resolved() == given
 
 
 def test_a_given_alpha_is_kept_whatever_the_groups() -> None:
@@ -83,18 +127,25 @@ def test_replace_checks_again() -> None:
             ("group_size", value, "group_size must be a positive int, or None")
             for value in (0, -8, 8.0, "8", True)
         ),
-        *(("solver", value, "solver must be one of pgd") for value in ("admm", "PGD", "", None)),
+        *(
+            ("solver", value, "solver must be one of admm, pgd")
+            for value in ("sgd", "PGD", "", None)
+        ),
         *(
             ("max_steps", value, "max_steps must be an int of at least 1")
-            for value in (0, -1, 200.0, "200", True, None)
+            for value in (0, -1, 200.0, "200", True)
         ),
         *(
             ("tol", value, "tol must be a finite number of at least 0")
-            for value in (-1e-9, float("nan"), float("inf"), "0", None)
+            for value in (-1e-9, float("nan"), float("inf"), "0", True)
         ),
         *(
             ("damping", value, "damping must be a finite number of at least 0")
-            for value in (-0.1, float("nan"), float("inf"), "0.1", None)
+            for value in (-0.1, float("nan"), float("inf"), "0.1", True)
+        ),
+        *(
+            ("precision", value, "precision must be one of float32, float64")
+            for value in ("float16", "double", "", None, torch.float64)
         ),
     ],
 )
@@ -117,8 +168,12 @@ def test_the_smallest_good_values_are_accepted(option: str, value: int) -> None:
 def test_numpy_numbers_are_numbers_and_bools_are_not() -> None:
     config = MagRConfig(alpha=np.float32(0.5), max_steps=np.int64(3))  # type: ignore[arg-type]
     weight, gram = torch.eye(2), torch.eye(2)
-    got = solve_magr(weight, gram, alpha=config.penalty, max_steps=config.max_steps)
-    assert torch.equal(got.weight, solve_magr(weight, gram, alpha=0.5, max_steps=3).weight)
+    for solver in ("admm", "pgd"):
+        got = solve_magr(
+            weight, gram, alpha=config.penalty, max_steps=config.max_steps, solver=solver
+        )
+        want = solve_magr(weight, gram, alpha=0.5, max_steps=3, solver=solver)
+        assert torch.equal(got.weight, want.weight)
     for name in ("alpha", "max_steps", "tol", "damping", "group_size"):
         with pytest.raises(ConfigError, match=name):
             MagRConfig(**{name: True})  # type: ignore[arg-type]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from graph_helpers import gram_of
 from tiny_models import activations
+from torch import Tensor
 
 from magr_fx import gram as module
-from magr_fx.gram import add_to_gram, damped, output_error
+from magr_fx.gram import SLACK, add_to_gram, damped, largest_eigenvalue, output_error
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -63,3 +66,167 @@ def test_output_error_where_a_side_is_zero() -> None:
     assert output_error(torch.zeros(4, 6), torch.zeros(4, 6), gram) == 0
     assert output_error(weight, weight, torch.zeros(6, 6)) == 0
     assert output_error(weight, torch.zeros(4, 6), gram) == math.inf
+
+
+# --- the largest eigenvalue
+
+
+def correlated(columns: int, tokens: int, seed: int = 0) -> Tensor:
+    """A gram of inputs that have something in common, as activations do: one large eigenvalue."""
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(tokens, 1, generator=generator)
+    inputs = torch.randn(tokens, columns, generator=generator) + common
+    return inputs.T @ inputs
+
+
+def with_spectrum(values: Tensor, seed: int = 0) -> Tensor:
+    """A float64 gram with these eigenvalues."""
+    noise = torch.randn(len(values), len(values), generator=torch.Generator().manual_seed(seed))
+    basis, _ = torch.linalg.qr(noise.double())
+    gram: Tensor = (basis * values.double()) @ basis.T
+    return (gram + gram.T) / 2
+
+
+def exact(gram: Tensor) -> float:
+    return float(np.linalg.eigvalsh(gram.double().numpy())[-1])
+
+
+@pytest.fixture
+def iterated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Has every gram iterated for, as large ones are; counts those diagonalised after all."""
+    diagonalised: list[int] = []
+    full = torch.linalg.eigvalsh
+
+    def counted(gram: Tensor) -> Tensor:
+        diagonalised.append(len(gram))
+        found: Tensor = full(gram)
+        return found
+
+    monkeypatch.setattr(module, "EXACT_UP_TO", 4)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", counted)
+    return diagonalised
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [1, 2, 30])
+def test_largest_eigenvalue(columns: int, dtype: torch.dtype) -> None:
+    gram = correlated(columns, 100).to(dtype)
+    found = largest_eigenvalue(gram)
+    assert found.shape == ()
+    assert found.dtype == dtype
+    assert float(found) == pytest.approx(exact(gram), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_largest_eigenvalue_of_half_precision_is_float32(dtype: torch.dtype) -> None:
+    gram = (correlated(8, 20) / 100).to(dtype)
+    found = largest_eigenvalue(gram)
+    assert found.dtype == torch.float32
+    assert float(found) == pytest.approx(exact(gram.float()), rel=1e-6)
+
+
+def test_largest_eigenvalue_is_never_negative() -> None:
+    assert float(largest_eigenvalue(torch.zeros(3, 3))) == 0.0
+    assert float(largest_eigenvalue(-torch.eye(3))) == 0.0
+
+
+def test_largest_eigenvalue_of_each_of_a_batch() -> None:
+    grams = torch.stack(
+        [correlated(6, 30, seed) * 10.0**seed for seed in range(5)] + [torch.zeros(6, 6)]
+    )
+    found = largest_eigenvalue(grams)
+    assert found.tolist() == [float(largest_eigenvalue(gram)) for gram in grams]
+    assert found[:5].tolist() == pytest.approx([exact(gram) for gram in grams[:5]], rel=1e-6)
+    nested = largest_eigenvalue(grams.view(2, 3, 6, 6))
+    assert torch.equal(nested, found.view(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tokens", [400, 20])
+def test_large_grams_are_iterated_for(tokens: int, dtype: torch.dtype, iterated: list[int]) -> None:
+    gram = correlated(60, tokens).to(dtype)
+    found = largest_eigenvalue(gram)
+    assert found.shape == ()
+    assert found.dtype == dtype
+    assert float(found) <= exact(gram) * (1 + 1e-5)
+    assert exact(gram) <= float(found) * (1 + SLACK)
+    assert not iterated
+
+
+def test_a_gram_beyond_the_exact_size() -> None:
+    assert module.EXACT_UP_TO == 1024
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(64, 1100, generator=generator) + 1
+    gram = inputs.T @ inputs
+    want = exact(inputs @ inputs.T)  # the same eigenvalues, of a smaller matrix
+    assert float(largest_eigenvalue(gram)) == pytest.approx(want, rel=SLACK)
+
+
+@pytest.mark.parametrize("gap", [0.0, 1e-6, 1e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize("seed", range(4))
+def test_clustered_leading_eigenvalues(gap: float, seed: int, iterated: list[int]) -> None:
+    values = torch.linspace(0, 0.9, 80)
+    values[-20:] = 1 - gap * torch.linspace(1, 0, 20)
+    gram = with_spectrum(values * 7, seed)
+    found = float(largest_eigenvalue(gram))
+    assert 7 / (1 + SLACK) <= found <= 7 * (1 + 1e-9)
+
+
+def test_equal_eigenvalues(iterated: list[int]) -> None:
+    assert float(largest_eigenvalue(3 * torch.eye(50))) == pytest.approx(3, rel=SLACK)
+
+
+def test_a_start_without_the_leading_eigenvector_falls_back(
+    iterated: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The first input alone is the largest eigenvalue, and the start has nothing of it.
+    gram = torch.diag(torch.linspace(5, 1, 40))
+    gram[0, 0] = 9.0
+    draw = torch.randn
+
+    def blind(*size: int, **options: Any) -> Tensor:
+        start = draw(*size, **options)
+        if size == (40, 1):
+            start[0] = 0
+        return start
+
+    monkeypatch.setattr(torch, "randn", blind)
+    assert float(largest_eigenvalue(gram)) == pytest.approx(9, rel=1e-6)
+    assert iterated == [40]
+
+
+def test_large_grams_of_zeros(iterated: list[int]) -> None:
+    assert float(largest_eigenvalue(torch.zeros(40, 40))) == 0
+    found = largest_eigenvalue(torch.stack([torch.zeros(40, 40), correlated(40, 90)]))
+    assert float(found[0]) == 0
+    assert float(found[1]) == pytest.approx(exact(correlated(40, 90)), rel=SLACK)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e6, 1e12])
+def test_large_grams_of_any_scale(scale: float, iterated: list[int]) -> None:
+    gram = correlated(60, 90) * scale
+    assert float(largest_eigenvalue(gram)) == pytest.approx(exact(gram), rel=SLACK)
+
+
+def test_badly_scaled_large_grams(iterated: list[int]) -> None:
+    sizes = torch.logspace(-4, 4, 60)
+    gram = correlated(60, 90) * sizes * sizes.unsqueeze(-1)
+    assert float(largest_eigenvalue(gram)) == pytest.approx(exact(gram), rel=SLACK)
+
+
+def test_the_same_bits_and_no_global_random_numbers(iterated: list[int]) -> None:
+    gram = correlated(60, 400)
+    state = torch.get_rng_state()
+    first = largest_eigenvalue(gram)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(12345)
+    assert torch.equal(largest_eigenvalue(gram), first)
+    assert torch.equal(largest_eigenvalue(gram.clone()), first)
+
+
+def test_a_gram_is_not_changed(iterated: list[int]) -> None:
+    gram = correlated(60, 400)
+    kept = gram.clone()
+    largest_eigenvalue(gram)
+    largest_eigenvalue(gram[:3, :3])
+    assert torch.equal(gram, kept)

@@ -27,7 +27,7 @@ def test_block_runs(
     names: dict[str, Any] = {"model": model, "calib": [token_ids(2, 8), token_ids(3, 8, seed=1)]}
     exec(compile(block, "README.md", "exec"), names)
     if "magr_fx import solve_magr" in block:
-        assert "step limit: 64 rows" in capsys.readouterr().out
+        assert "converged: 64 rows" in capsys.readouterr().out
     else:  # whatever way it was done, a weight of the model is another one now
         assert not torch.equal(model.lm_head.weight.dequantize(), before)
 
@@ -40,7 +40,7 @@ def test_first_block_is_the_six_line_use() -> None:
 def test_options_are_those_of_the_config() -> None:
     table = README.partition("## Options")[2].partition("\n\n##")[0]
     listed = re.findall(r"^\| `(\w+)`", table, re.MULTILINE)
-    assert listed[:6] == list(MagRConfig.__dataclass_fields__)
+    assert listed[:7] == list(MagRConfig.__dataclass_fields__)
 
 
 def test_linked_files_exist() -> None:

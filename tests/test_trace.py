@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -425,7 +426,7 @@ def through_all_steps(model: nn.Module, calib: list[Any]) -> Analysis:
         found = find_linears(dict.fromkeys(b.trace for b in traced), model)
         run = CalibrationRun(traced, found.sites)
         run.check(progress=False)
-        assert len(list(run.collect(progress=False))) == len(run.grams)
+        assert len(list(chain.from_iterable(run.collect(progress=False)))) == len(run.grams)
     return Analysis(model, calib, batches, traced, found)
 
 
