@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from magr_fx.admm_tile import Tile
-from magr_fx.certificate import Problem, lower_bound, penalty
+from magr_fx.certificate import BLOCK, Problem, lower_bound, penalty
 from magr_fx.posted_mask import PostedMask
 from magr_fx.relaxed_step import clamp_groups
 from magr_fx.solution import Iterate
 from magr_fx.splitting import Splitting, split, unit_prices
 
-# Steps before the first look at the dual gap, and between looks. A look costs about a step.
+# Steps before the first look at the dual gap, and between looks. A look costs a product and some
+# passes over the rows.
 FIRST_LOOK = 10
 LOOK_EVERY = 5
 # The first strength of ρ: high, so that the first steps settle which entries are clamped.
@@ -33,6 +34,8 @@ WORTH_IT = 2.0
 AIM = 3.0**0.5
 # Numbers in a tile: on a CPU what its caches hold, elsewhere what fills the device.
 CPU_TILE, DEVICE_TILE = 1 << 18, 1 << 26
+# At least so many rows, since each tile reads the whole matrix in every step.
+LEAST_ROWS = 128
 
 
 class Warm(NamedTuple):
@@ -42,7 +45,7 @@ class Warm(NamedTuple):
     first: Splitting  # with FIRST_STRENGTH
     splitting: Splitting  # as balanced
     shifted: Tensor  # [..., out, in]: z + u
-    level: Tensor  # [..., out, groups]: z = clamp(z + u, -level, level)
+    level: Tensor  # [..., out, groups]: z = clamp(z + u, -level, level), or nearly so
 
 
 def tile_size(device: torch.device) -> int:
@@ -82,7 +85,7 @@ def admm(
         weight: ``[out, in]`` or ``[problems, out, in]``, any floating dtype.
         max_steps: the most steps.
         tol: relative dual gap at which a row is done, and leaves; in a batch a problem leaves
-            with its last row. 0 never looks at it.
+            with its last row. 0 never stops at it.
         warm: where the solve of the same rows at another alpha stopped; used up.
         resumable: whether to keep what the next alpha starts from, a matrix ``[in, in]`` more.
 
@@ -187,7 +190,7 @@ class _Run:
         if not len(chosen):
             return
         items = self.open[chosen]
-        verified = lower_bound(self._problem(items), self.weight[items], self.direction[items])
+        verified = self._verified(items)
         self.verified[items] = torch.maximum(self.verified[items], verified)
         self.bound[items] = verified.to(self.bound.dtype)  # what it is really worth
         best = self.best[items].to(torch.float64)
@@ -209,7 +212,9 @@ class _Run:
     def balance(self) -> None:
         """Change ρ so that primal and dual residuals of the open rows shrink alike."""
         # The ratio of the residuals falls about as ρ^-½ (measured), hence the square.
-        typical = self.imbalance[self.open].nanmedian(-1 if self.batched else 0).values
+        typical = self.imbalance[self.open].nanquantile(
+            0.5, -1 if self.batched else 0, interpolation="lower"
+        )
         factor = (typical / AIM).square_().clamp_(LEAST_FACTOR, MOST_FACTOR).nan_to_num_(1.0)
         factor = torch.where((factor < 1 / WORTH_IT) | (factor > WORTH_IT), factor, 1.0)
         if not bool((factor != 1).any()):
@@ -220,7 +225,7 @@ class _Run:
             strength[self.open] *= factor
         else:
             strength *= factor
-        del self.splitting  # two at a time would be too much memory for the largest layers
+        del self.splitting  # one at a time, but along a path, which keeps the first one
         self.splitting = split(self.problem, self.unit, strength)
         self.rescale = old / self.splitting.strength
         if self.first is not None:  # the rows that have left will be resumed with the new ρ too
@@ -234,8 +239,7 @@ class _Run:
         if len(self.open):
             items = self.open
             self.steps[items] = steps
-            bound = lower_bound(self._problem(items), self.weight[items], self.direction[items])
-            self.verified[items] = torch.maximum(self.verified[items], bound)
+            self.verified[items] = torch.maximum(self.verified[items], self._verified(items))
         warm = None
         if self.first is not None:
             alpha = self.problem.alpha
@@ -254,8 +258,8 @@ class _Run:
         self.rescale = None
 
     def _chunks(self, items: Tensor) -> Sequence[Tensor]:
-        size = max(1, tile_size(self.weight.device) // self.weight[0].numel())
-        return torch.split(items, size)
+        size = tile_size(self.weight.device) // self.weight[0].numel()
+        return torch.split(items, max(1 if self.batched else LEAST_ROWS, size))
 
     def _rescaled(self, items: Tensor) -> Tensor:
         """A copy of z + u of these items, with u in units of the present alpha and ρ."""
@@ -272,6 +276,14 @@ class _Run:
     def _replace(rows: Tensor, items: Tensor, chosen: Tensor, new: Tensor) -> None:
         """Put the chosen rows of ``new`` in their place among all rows."""
         rows[items] = torch.where(chosen.unsqueeze(-1), new, rows[items])
+
+    def _verified(self, items: Tensor) -> Tensor:
+        """The bounds of these items by their directions, in float64."""
+        parts = [
+            lower_bound(self._problem(part), self.weight[part], self.direction[part])
+            for part in torch.split(items, BLOCK)
+        ]
+        return torch.cat(parts)
 
     def _problem(self, items: Tensor) -> Problem:
         """The problem of these items: the same for all rows, but not for all problems."""

@@ -57,6 +57,8 @@ class Tile:
 
     def step(self, times: int) -> None:
         """Take steps. Each is one product, straight into the running sum."""
+        if times < 1:
+            return
         add_product = self.shifted.addmm_ if self.weight.dim() == 2 else self.shifted.baddbmm_
         source = torch.empty_like(self.shifted)
         for _ in range(times):
@@ -112,6 +114,7 @@ class Tile:
         self.level = prox_level(
             magnitude, problem.alpha, prices=self._group_prices, start=self.level
         )
+        del magnitude
         fixed = clamp_groups(shifted, self.level)
         # G(x - w)/λmax, by the definition of x and without a product
         slope = (source - moved).mul_(self._prices)

@@ -20,7 +20,8 @@ PUBLISHED_ALPHA_PER_GROUP = 1e-4
 PUBLISHED_STEPS = 200
 
 # What the solvers do unless told otherwise. ADMM goes to the optimum: most rows are there after 15
-# to 20 steps, and what a smaller tolerance changes is lost in quantization (benchmarks/solver.md).
+# to 20 steps (benchmarks/solver.md), and what a smaller tolerance changes is lost in quantization
+# (benchmarks/optimum.md).
 ADMM_STEPS = 100
 ADMM_TOL = 1e-3
 # The optimum fits the calibration closer than an iteration that stops early; some damping keeps it

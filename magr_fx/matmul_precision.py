@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Float32 products in float32: no TF32, no bfloat16. The settings are put back afterwards.
+    """Float32 products in float32: no TF32, no bfloat16. What was in force is again afterwards.
 
     ``torch.set_float32_matmul_precision`` lets a user trade accuracy for speed everywhere. The
     steps of ADMM take part in that, since errors of one step are corrected by the next; a gram and

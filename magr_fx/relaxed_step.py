@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from functools import cache
 
 import torch
@@ -12,6 +13,8 @@ from magr_fx.prox import threshold
 
 # Newton passes where a host check would stall the device's queue. Warm-started by the step before.
 FIXED_PASSES = 3
+
+logger = logging.getLogger("magr_fx")
 
 
 def relaxed_step(
@@ -45,7 +48,7 @@ def relaxed_step(
     Returns:
         τ, ``[..., groups]``.
     """
-    if shifted.is_cuda and has_triton():
+    if shifted.is_cuda and has_triton(shifted.device):
         from magr_fx.relaxed_step_triton import relaxed_step_fused
 
         return relaxed_step_fused(
@@ -76,6 +79,28 @@ def clamp_groups(rows: Tensor, level: Tensor) -> Tensor:
 
 
 @cache
-def has_triton() -> bool:
-    """Whether Triton is installed; PyTorch's CUDA builds for Linux bring it."""
-    return importlib.util.find_spec("triton") is not None
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton is installed and compiles for this device; says so once if it does not.
+
+    PyTorch's CUDA builds for Linux bring it, but it also needs a C compiler.
+    """
+    if importlib.util.find_spec("triton") is None:
+        logger.info("without Triton each step of the solver is some twenty kernels on %s", device)
+        return False
+    from magr_fx.relaxed_step_triton import relaxed_step_fused
+
+    one = torch.ones(1, 1, device=device)
+    try:
+        relaxed_step_fused(
+            one.clone(), one, one, one.clone(), prices=one.view(1, 1), alpha=0.5, relaxation=1.0
+        )
+    except Exception as error:  # whatever Triton, the compiler or the driver raises
+        logger.warning(
+            "Triton does not work on %s (%s: %s): each step of the solver is some twenty kernels "
+            "instead of one; install a C compiler",
+            device,
+            type(error).__name__,
+            error,
+        )
+        return False
+    return True

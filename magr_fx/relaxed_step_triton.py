@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -37,8 +39,8 @@ def relaxed_step_fused(
         level,
         result,
         prices,
-        alpha,
-        relaxation,
+        _in_memory(alpha, shifted.dtype, shifted.device),
+        _in_memory(relaxation, shifted.dtype, shifted.device),
         groups,
         size,
         per_problem,
@@ -50,6 +52,12 @@ def relaxed_step_fused(
     return result
 
 
+@lru_cache(maxsize=256)
+def _in_memory(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number for a kernel, in the precision of its rows: Triton makes Python floats float32."""
+    return torch.full((1,), number, dtype=dtype, device=device)
+
+
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _relaxed_step(  # type: ignore[no-untyped-def]
     shifted,
@@ -58,8 +66,8 @@ def _relaxed_step(  # type: ignore[no-untyped-def]
     guess,
     level,
     prices,
-    alpha,
-    relaxation,
+    alpha_at,
+    relaxation_at,
     groups,
     size,
     per_problem,
@@ -73,6 +81,8 @@ def _relaxed_step(  # type: ignore[no-untyped-def]
     lanes = tl.arange(0, BLOCK)
 
     # Newton on f(t) = Σp(|v| - t)₊ - alpha: from anywhere it lands left of the root, then climbs.
+    alpha = tl.load(alpha_at)
+    relaxation = tl.load(relaxation_at)
     tau = tl.load(guess + item)
     reached = tl.full([], -1.0, DTYPE)
     passes = 0
@@ -95,7 +105,7 @@ def _relaxed_step(  # type: ignore[no-untyped-def]
         passes += 1
         # The first pass may go down; from then on the active set only shrinks, until it stays.
         going = (steep != reached) & (passes < PASSES) & ((steep > 0) | (tau > 0))
-        tau = tl.where((passes > 1) & (steep > 0), tl.maximum(climbed, tau), climbed)
+        tau = tl.where(passes > 1, tl.maximum(climbed, tau), climbed)
         reached = steep
 
     tl.store(level + item, tau)

@@ -56,7 +56,8 @@ def solve_magr(
             is meant to stop before it.
         max_steps: the most steps; None is 100 for admm, and the 200 of the authors' code for pgd.
         tol: relative dual gap, (objective - lower bound) / objective, at which a row is done, on
-            the iterate before it is cast to the weight's dtype; None is 1e-3 for admm, and 0, which
+            the iterate before it is cast to the weight's dtype, with the bound verified in float64;
+            None is 1e-3 for admm, and 0, which
             never looks, for pgd. admm looks after 10 steps and then every 5 (along a path also
             after 5), pgd every 10.
         precision: ``"float32"`` or ``"float64"``, of the iteration, whatever the weight's dtype.
@@ -108,8 +109,8 @@ def solve_magr_path(
 ) -> list[Solution]:
     """:func:`solve_magr` for each of several penalties, for less than as many solves.
 
-    λmax and the factorisation are shared; with ``solver="admm"`` the solve of each alpha starts
-    where that of its neighbour stopped, from the largest alpha down.
+    λmax and the first factorisation are shared; with ``solver="admm"`` the solve of each alpha
+    starts where that of its neighbour stopped, from the largest alpha down.
 
     Args:
         weight, gram, group_size, solver, max_steps, tol, precision: as for :func:`solve_magr`.
@@ -138,7 +139,8 @@ def solve_magr_path(
     check_gram(gram, weight)
     weight = weight.contiguous()
     gram = gram.to(weight.device, options.dtype)
-    with torch.autocast(weight.device.type, enabled=False):
+    # The caller's autocast is for the model; and the device to launch on is the weight's.
+    with torch.autocast(weight.device.type, enabled=False), torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
         return _solve_each(weight, gram, alphas, group_size, options)
 
 

@@ -10,8 +10,11 @@ from torch import Tensor
 from magr_fx.certificate import Problem
 from magr_fx.errors import CalibrationError
 
-# Inputs with less energy than this part of the median are priced as if they had that much.
+# Inputs with less energy than this part of the typical are priced as if they had that much.
 LEAST_ENERGY = 1e-6
+# The typical energy is the median, but no less than this part of λmax: where a few massive
+# activations own λmax, of which alpha is a share, the median says nothing about the problem.
+LEAST_TYPICAL = 1e-4
 # Where the factorisation fails, ρ is raised by this factor, but not beyond this size: a float32 sum
 # rounds zero eigenvalues to below zero by less than this part of λmax.
 RAISE = 10.0
@@ -27,7 +30,7 @@ class Splitting(NamedTuple):
 
 
 def unit_prices(problem: Problem) -> Tensor:
-    """sqrt(g_j · median g) for each input j, where g = diag(G)/λmax; ``[..., in]``.
+    """sqrt(g_j · typical g) for each input j, where g = diag(G)/λmax; ``[..., in]``.
 
     ADMM's x-step moves along an eigenvector of G in one step where its eigenvalue is above ρ,
     and hardly where it is below; its prox step is the faster the larger ρ is. One ρ for all
@@ -38,8 +41,11 @@ def unit_prices(problem: Problem) -> Tensor:
     """
     energy = problem.gram.diagonal(dim1=-2, dim2=-1) / problem.peak.unsqueeze(-1)
     alive = torch.where(energy > 0, energy, torch.nan)
-    typical = alive.nanmedian(-1, keepdim=True).values
-    return torch.maximum(energy, LEAST_ENERGY * typical).mul_(typical).sqrt_()
+    # Not nanmedian, which is not deterministic on CUDA. NaN where no input is alive.
+    typical = alive.nanquantile(0.5, -1, keepdim=True, interpolation="lower")
+    typical = typical.nan_to_num_(0).clamp_(min=LEAST_TYPICAL)
+    # The product of the roots, not the root of the product, which may underflow.
+    return torch.maximum(energy, LEAST_ENERGY * typical).sqrt_().mul_(typical.sqrt())
 
 
 def split(problem: Problem, unit: Tensor, strength: Tensor) -> Splitting:
@@ -71,7 +77,8 @@ def split(problem: Problem, unit: Tensor, strength: Tensor) -> Splitting:
             return Splitting(strength, prices, step)
         del scaled, factor
         failed = info > 0  # zero eigenvalues of a rank-deficient gram were rounded to below -ρ
-        if bool((failed & (prices.amin(-1) > ROUNDING)).any()):
+        beyond = ~((prices.amin(-1) > 0) & (prices.amin(-1) <= ROUNDING))
+        if bool((failed & beyond).any()):
             raise CalibrationError(
                 "gram is not positive semidefinite, by more than rounding can explain; "
                 "pass XᵀX, summed in float32 or wider"

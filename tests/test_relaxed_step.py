@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from magr_fx.relaxed_step import clamp_groups, prox_level, relaxed_step
+from magr_fx.relaxed_step import clamp_groups, has_triton, prox_level, relaxed_step
+from magr_fx.solver import solve_magr
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -269,3 +270,39 @@ def test_prox_level_on_a_cpu_goes_to_the_end() -> None:
     prices = torch.ones(1, 60, dtype=torch.float64)
     found = prox_level(magnitude, 1.9, prices=prices, start=torch.ones(1, dtype=torch.float64))
     assert float(found) == pytest.approx(oracles.soft_level(magnitude[0].numpy(), 1.9), rel=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 1e-8, 1e-10, 1e-12])
+def test_an_alpha_below_rounding_leaves_the_level_at_the_top(step: Step, alpha: float) -> None:
+    given = inputs((8,), 24, 1, dtype=torch.float32)
+    top = given["shifted"].abs().amax(-1, keepdim=True)
+    for factor in (0.5, 1.0, 2.0):
+        level = check(step, {**given, "level": top * factor}, alpha)
+        assert (level <= top).all()
+
+
+def test_a_solve_by_the_kernel_is_the_eager_one(
+    kernel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randn(2, 60, 12, generator=generator)
+    weight = torch.randn(2, 3, 12, generator=generator)
+    gram = tokens.mT @ tokens
+    for size in (None, 4):
+        eager = solve_magr(weight, gram, alpha=0.02, group_size=size)
+        with monkeypatch.context() as patch:
+            patch.setattr("magr_fx.admm_tile.relaxed_step", interpreted(kernel))
+            fused = solve_magr(weight, gram, alpha=0.02, group_size=size)
+        assert fused.summary == eager.summary
+        assert torch.allclose(fused.weight, eager.weight, rtol=0, atol=1e-5)
+
+
+def test_without_triton_the_eager_step_serves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    has_triton.cache_clear()
+    with caplog.at_level("INFO", logger="magr_fx"):
+        assert not has_triton(torch.device("cpu"))
+    assert "without Triton" in caplog.text
+    has_triton.cache_clear()

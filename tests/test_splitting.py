@@ -8,6 +8,8 @@ from solver_helpers import batch, problem, setting
 from torch import Tensor
 
 from magr_fx.errors import CalibrationError
+from magr_fx.solution import Status
+from magr_fx.solver import solve_magr
 from magr_fx.splitting import LEAST_ENERGY, RAISE, split, unit_prices
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -133,3 +135,30 @@ def test_one_indefinite_gram_spoils_its_batch() -> None:
     posed = setting(torch.stack([torch.eye(4), 1.5 * torch.ones(4, 4) - torch.eye(4)]), 0.1)
     with pytest.raises(CalibrationError, match="not positive semidefinite"):
         split(posed, unit_prices(posed), torch.full((2,), 0.3))
+
+
+def test_a_gram_without_a_diagonal_is_refused() -> None:
+    gram = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    with pytest.raises(CalibrationError, match="not positive semidefinite"):
+        solve_magr(torch.tensor([[4.0, 1.0]]), gram, alpha=0.1)
+
+
+@pytest.mark.parametrize("least", [1e-23, 1e-38, 1e-44])
+def test_energies_near_the_end_of_float32_are_priced(least: float) -> None:
+    gram = torch.diag(torch.tensor([1.0, least, least, least]))
+    weight = torch.tensor([[1.0, 1.0, 1.0, 1.0], [2.0, 0.1, 0.2, 0.3]])
+    solution = solve_magr(weight, gram, alpha=0.1)
+    assert solution.weight.isfinite().all()
+    # Only the first input has any energy: it is soft-thresholded, and the others follow.
+    assert torch.allclose(solution.weight[1, 0], torch.tensor(1.9), atol=0.02)
+
+
+def test_a_massive_activation_does_not_set_the_pace() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(600, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
+    inputs[:, 7] *= 3e3
+    weight = 0.02 * torch.randn(20, 64, generator=generator)
+    solution = solve_magr(weight, inputs.T @ inputs)
+    assert (solution.status != Status.STEP_LIMIT).all()
+    assert (solution.steps <= 60).all()
+    assert (solution.weight != weight).any(-1).all()
