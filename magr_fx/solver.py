@@ -107,10 +107,11 @@ def solve_magr_path(
     tol: float | None = None,
     precision: str = "float32",
 ) -> list[Solution]:
-    """:func:`solve_magr` for each of several penalties, for less than as many solves.
+    """:func:`solve_magr` for each of several penalties, each from where its neighbour stopped.
 
     λmax and the first factorisation are shared; with ``solver="admm"`` the solve of each alpha
-    starts where that of its neighbour stopped, from the largest alpha down.
+    starts where that of its neighbour stopped, from the largest alpha down: the closer they lie,
+    the fewer steps it takes (benchmarks/solver.md).
 
     Args:
         weight, gram, group_size, solver, max_steps, tol, precision: as for :func:`solve_magr`.
