@@ -32,7 +32,7 @@ def resident(which: str) -> float:
     status = Path("/proc/self/status").read_text()
     found = re.search(rf"{which}:\s+(\d+) kB", status)
     if found is None:
-        sys.exit(f"footprint: this platform does not tell {which}")
+        sys.exit(f"benchmarks: this platform does not tell {which}")
     return int(found[1]) / 1024
 
 

@@ -24,12 +24,13 @@ import torch
 from layers import ROOT, Layer, encoder_layers, language_model_layers
 from solver import align
 from torch import Tensor, nn
-from torchao.quantization import IntxWeightOnlyConfig, PerAxis, quantize_
+from torchao.quantization import quantize_
 
 from magr_fx import MagRConfig, solve_magr, solve_magr_path
 from magr_fx.gram import damped, output_error
 
 from language_model import bundled_model, load, perplexity, token_batches  # isort: skip
+from quickstart import per_channel, quantizable  # isort: skip
 
 PGD_ALPHAS = [1e-2, 3e-3, 1e-3, 3e-4, 1e-4]
 PATH = [float(alpha) for alpha in np.geomspace(3e-2, 3e-6, 25)]
@@ -86,15 +87,6 @@ def after_torchao(layers: list[Layer], tol: float) -> list[str]:
             change = linear.weight.dequantize() - layer.weight
             squares[bits] += output_error(change, layer.weight, layer.gram) ** 2 / len(layers)
     return [f"{tol:g}", f"{seconds:.0f}", *(f"{value**0.5:.5f}" for value in squares.values())]
-
-
-def per_channel(bits: int) -> IntxWeightOnlyConfig:
-    """Symmetric integers with one step for each output channel."""
-    return IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=PerAxis(0))
-
-
-def quantizable(module: nn.Module, name: str) -> bool:
-    return isinstance(module, nn.Linear) and name != "lm_head"
 
 
 def perplexities(

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 import statistics
 import sys
 import time
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 from baselines import brevitas, published
+from footprint import resident
 from layers import Layer, encoder_layers, language_model_layers, synthetic_layer
 from torch import Tensor
 
@@ -60,14 +60,6 @@ def timed(action: Callable[[], Any], device: str, repeats: int = 1) -> tuple[flo
         else:
             peak = resident("VmHWM") - held
     return statistics.median(seconds), peak, result
-
-
-def resident(which: str) -> float:
-    """``VmRSS`` or ``VmHWM`` of this process in MiB."""
-    found = re.search(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    if found is None:
-        sys.exit(f"solver: this platform does not tell {which}")
-    return int(found[1]) / 1024
 
 
 def objective(layer: Layer, rows: Tensor) -> Tensor:

@@ -24,11 +24,11 @@ FIRST_STRENGTH = 0.3
 # After how many steps ρ is balanced; the most that it changes at once; and the least change that
 # is worth another factorisation.
 BALANCE_AT = (10, 20, 50, 75)
+LEAST_FACTOR, MOST_FACTOR = 1 / 6, 3.0
+WORTH_IT = 2.0
 # From a neighbouring alpha the clamped entries are settled sooner: in this many steps of the
 # first strength, after which ρ is the one that was balanced there.
 SETTLE = 3
-LEAST_FACTOR, MOST_FACTOR = 1 / 6, 3.0
-WORTH_IT = 2.0
 # Where balancing aims: the relative primal residual at this many times the dual one. *Measured*
 # on real layers; an even balance leaves the dual value, which certifies, behind.
 AIM = 3.0**0.5
@@ -196,13 +196,12 @@ class _Run:
         best = self.best[items].to(torch.float64)
         within = best - self.verified[items] <= tol * best
         within = within.all(-1) if self.batched else within
-        done = PostedMask(within)
         gone = torch.zeros(len(self.open), dtype=torch.bool, device=self.open.device)
         gone[chosen] = within
-        finished = items[done.items()]
+        finished = items[within]
         self.steps[finished] = steps
         self.converged[finished] = True
-        self.open = self.open[PostedMask(~gone).items()]
+        self.open = self.open[~gone]
 
     def worth_balancing(self, steps: int) -> bool:
         """Whether the steps that are left cost more than the factorisation of a new ρ."""

@@ -250,4 +250,4 @@ def _untouched(weight: Tensor) -> Solution:
     status = torch.full(rows, Status.TRIVIAL, dtype=torch.int8, device=weight.device)
     steps = torch.zeros(rows, dtype=torch.int32, device=weight.device)
     zeros = [torch.zeros(rows, dtype=torch.float32, device=weight.device) for _ in range(3)]
-    return Solution(weight.clone(memory_format=torch.contiguous_format), status, steps, *zeros)
+    return Solution(weight.clone(), status, steps, *zeros)
