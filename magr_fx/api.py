@@ -7,16 +7,18 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from magr_fx.config import MagRConfig
+from magr_fx.config import Handling, MagRConfig
+from magr_fx.errors import ConfigError
 from magr_fx.passes.calibration import read_calib
 from magr_fx.passes.check_model import check_group_size, check_model
 from magr_fx.passes.find_linears import FilterFn, check_filter, find_linears
-from magr_fx.passes.pipeline import resolve_config, rewrite_sites
+from magr_fx.passes.pipeline import resolve_config, rewrite_sites, target_for_rewriting
 from magr_fx.passes.quantizable import (
     Quantizable,
     leave_out_unquantizable,
     leave_out_unrunnable,
 )
+from magr_fx.passes.quantized_weights import Target
 from magr_fx.passes.read_exported import trace_or_read
 from magr_fx.passes.to_torchao import describe, hand_over, try_target
 from magr_fx.passes.trace import calibration_mode, unwrap
@@ -32,6 +34,8 @@ def magr_transform(
     config: MagRConfig | None = None,
     *,
     target: Any = None,
+    propagate: bool | None = None,
+    holdout: float = 0.1,
     filter_fn: FilterFn | None = None,
     progress: bool | None = None,
 ) -> Model:
@@ -49,7 +53,14 @@ def magr_transform(
             not count.
         config: how to solve; None is ``MagRConfig()``, at the target's group size.
         target: the torchao config that will quantize the model: an int weight-only or
-            dynamic-activation int weight config. It only sets the group size here.
+            dynamic-activation int weight config. Then every row chooses its own alpha, and a
+            clip with it: of a few candidates, each quantized by torchao itself with this config,
+            the one with the smallest output error, and torchao alone is one of them. With a
+            number for ``config.alpha`` the target only sets the group size.
+        propagate: calibrate each layer on what the model computes once the layers before it are
+            quantized, and make up for what they lose. None does so where torchao takes part.
+        holdout: the share of each activation's tokens, its last ones, that no weight is fitted
+            to where torchao takes part: the report has the output error on them as well.
         filter_fn: ``(module, fqn) -> bool``, as in torchao, for the module that owns a weight;
             None takes every weight but those that an embedding shares.
         progress: shows progress bars; None shows them on a terminal only.
@@ -59,8 +70,8 @@ def magr_transform(
         ``requires_grad``. The :class:`~magr_fx.MagRReport` is at ``model.magr_report``.
 
     Raises:
-        ConfigError: an option, the target or the filter is wrong, or a group size does not
-            divide a layer's inputs.
+        ConfigError: an option, the target or the filter is wrong, a group size does not divide
+            a layer's inputs, or torchao cannot quantize a layer on this machine.
         CalibrationError: ``calib`` is empty, of the wrong type, or leads to NaN or Inf.
         ModelError: no weight matmul, or weights on the meta device, quantized, NaN or Inf.
         TraceError: torch.export refused the model.
@@ -74,7 +85,17 @@ def magr_transform(
         >>> [site.name for site in model.magr_report.rewritten]
         ['0.weight']
     """
-    _run(model, calib, config, target, filter_fn=filter_fn, progress=progress, quantize=False)
+    config = resolve_config(config, target)
+    taking_part = target_for_rewriting(config, target, propagate, holdout)
+    _run(
+        model,
+        calib,
+        config,
+        taking_part,
+        filter_fn=filter_fn,
+        progress=progress,
+        quantize=False,
+    )
     return model
 
 
@@ -84,6 +105,11 @@ def magr_quantize(
     target: Any,
     config: MagRConfig | None = None,
     *,
+    rounding: str = "nearest",
+    act_order: bool = False,
+    refine: int = 0,
+    propagate: bool = True,
+    holdout: float = 0.1,
     filter_fn: FilterFn | None = None,
     progress: bool | None = None,
 ) -> Model:
@@ -95,8 +121,17 @@ def magr_quantize(
     calibration input reaches is quantized by torchao alone.
 
     Args:
-        model, calib, config, filter_fn, progress: as for :func:`magr_transform`.
+        model, calib, config, holdout, filter_fn, progress: as for :func:`magr_transform`.
         target: the torchao config: int weight-only or dynamic-activation int weight.
+        rounding: ``"nearest"``, by torchao, or ``"gptq"`` (Frantar et al., ICLR 2023) on the
+            grids that torchao chooses, for configs of whole-number codes: IntxWeightOnly,
+            Int8WeightOnly, Int8DynamicActivationIntxWeight, Int8DynamicActivationInt8Weight,
+            per row and per group. Alpha and clip are then chosen for that rounding.
+        act_order: GPTQ takes the inputs with the largest activations first.
+        refine: how many passes of coordinate descent on the codes follow GPTQ, each lowering the
+            output error; the paper's † is 30.
+        propagate: as for :func:`magr_transform`; False calibrates every layer on the original
+            model.
 
     Returns:
         ``model`` itself, with every rewritten weight a torchao tensor.
@@ -105,49 +140,71 @@ def magr_quantize(
         HandoverError: torchao left a rewritten weight unquantized; the message lists which. Any
             other error is raised before anything is changed, as for :func:`magr_transform`.
     """
-    _run(model, calib, config, target, filter_fn=filter_fn, progress=progress, quantize=True)
+    handling = Handling(rounding, act_order, refine, propagate, holdout)
+    config = resolve_config(config, target, required=True)
+    if config.alpha == 0 and rounding == "nearest":
+        raise ConfigError('alpha=0 shrinks nothing; with it only rounding="gptq" makes sense')
+    _run(
+        model,
+        calib,
+        config,
+        Target(target, handling),
+        filter_fn=filter_fn,
+        progress=progress,
+        quantize=True,
+    )
     return model
 
 
 def _run(
     model: nn.Module,
     calib: Any,
-    config: MagRConfig | None,
-    target: Any,
+    config: MagRConfig,
+    target: Target | None,
     *,
     filter_fn: FilterFn | None,
     progress: bool | None,
     quantize: bool,
 ) -> None:
     check_filter(filter_fn)
-    config = resolve_config(config, target, required=quantize)
     inner = unwrap(model)
     check_model(inner)
-    report = MagRReport(config, describe(target) if quantize else "")
+    quantizer = target if quantize else None
+    report = MagRReport(config, "" if quantizer is None else describe(quantizer.config))
     batches = read_calib(calib, inner)
     weights: list[Quantizable] = []
     with calibration_mode(inner):
         with report.timed("trace"):
             traced = trace_or_read(inner, batches)
         found = find_linears(dict.fromkeys(b.trace for b in traced), inner, filter_fn)
-        if quantize:
+        if quantizer is not None:
             found, weights = leave_out_unquantizable(
-                found, inner, target, group_size=config.group_size, filter_fn=filter_fn
+                found, inner, quantizer.config, group_size=config.group_size, filter_fn=filter_fn
             )
         check_group_size(found.sites, config.group_size)
-        if quantize:
-            with report.timed("quantize"):
-                try_target(weights, target)
+        with report.timed("quantize"):
+            if target is not None:
+                matrices = [(site.name, site.weight) for site in found.sites]
+                matrices += [(weight.name, weight.parameter) for weight in weights]
+                try_target(matrices, target.config, gptq=target.handling.rounding == "gptq")
+            if quantizer is not None:
                 found, weights = leave_out_unrunnable(
-                    found, weights, inner, target, traced=traced, batches=batches
+                    found, weights, inner, quantizer.config, traced=traced, batches=batches
                 )
         try:
-            rewrite_sites(traced, found, config, report, progress=progress)
+            tensors = rewrite_sites(
+                traced,
+                found,
+                config,
+                report,
+                target=target,
+                progress=progress,
+            )
         finally:
             if report.sites:  # also of a run that was cut short
                 model.magr_report = report  # type: ignore[assignment]
-    if quantize:
+    if quantizer is not None:
         with report.timed("quantize"):
-            hand_over(inner, target, weights)
+            hand_over(inner, quantizer.config, weights, tensors)
         report.mark_quantized({weight.name for weight in weights})
     logger.info("%s", report.totals())

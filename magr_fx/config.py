@@ -1,4 +1,4 @@
-"""MagRConfig: how MagR solves each site."""
+"""MagRConfig: how MagR solves each site; Handling: what happens around the solve."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from magr_fx.errors import ConfigError
 SOLVERS = ("admm", "pgd")
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 
+ALPHA_WORDS = ("auto", "published")
+ROUNDINGS = ("nearest", "gptq")
 # Section 4.1 of the paper and its code: penalty relative to the gram's largest eigenvalue.
 PUBLISHED_ALPHA_PER_CHANNEL = 1e-3
 PUBLISHED_ALPHA_PER_GROUP = 1e-4
@@ -48,9 +50,9 @@ def check_group_size(group_size: int | None) -> None:
         )
 
 
-def check_alpha(alpha: float) -> None:
+def check_alpha(alpha: object) -> None:
     """Raise :class:`ConfigError` unless ``alpha`` is a positive number."""
-    if not (_is_number(alpha) and alpha > 0):
+    if not (_is_number(alpha) and alpha > 0):  # type: ignore[operator]
         raise ConfigError(
             f"alpha must be a finite number above 0, got {alpha!r}; "
             f"the paper uses {PUBLISHED_ALPHA_PER_CHANNEL} per channel "
@@ -91,15 +93,19 @@ class MagRConfig:
     """Options of MagR; immutable, so that one config can serve many models.
 
     Args:
-        alpha: penalty weight, relative to λmax of the gram (dimensionless); None is the
-            published value, 1e-3 for whole rows and 1e-4 for groups.
+        alpha: penalty weight, relative to λmax of the gram (dimensionless). ``"published"`` is
+            1e-3 for whole rows and 1e-4 for groups; ``"auto"`` lets every row choose its own, and
+            a clip with it, by what torchao makes of it, and so needs a ``target``; 0 shrinks
+            nothing, and is of use with ``rounding="gptq"`` only. None is ``"auto"`` where there
+            is a target, ``"published"`` otherwise.
         group_size: inputs per quantization group; None takes whole rows, or the groups of the
             ``target`` where one is given. It must divide ``in``.
         solver: ``"admm"``, which goes to the optimum, or ``"pgd"``, the paper's projected
             (proximal) gradient descent, which is meant to stop before it.
         max_steps: the most steps the solver takes; None is 100 for admm, 200 for pgd.
         tol: relative dual gap (gap / objective) at which a row counts as converged; None is 1e-3
-            for admm and 0 for pgd; 0 always takes ``max_steps``.
+            for admm (1e-2 while ``alpha="auto"`` compares) and 0 for pgd; 0 always takes
+            ``max_steps``.
         damping: s in G + s·mean(diag G)·I, the gram that is solved with; None is 0.1 for admm
             and 0, the calibration gram itself, for pgd. More keeps the weight where it was in
             the directions that the calibration hardly reaches. The report's output errors
@@ -110,7 +116,7 @@ class MagRConfig:
         ConfigError: an option is out of its range; the message says what is allowed.
     """
 
-    alpha: float | None = None
+    alpha: float | str | None = None
     group_size: int | None = None
     solver: str = "admm"
     max_steps: int | None = None
@@ -119,7 +125,14 @@ class MagRConfig:
     precision: str = "float32"
 
     def __post_init__(self) -> None:
-        check_alpha(self.penalty)
+        if isinstance(self.alpha, str):
+            if self.alpha not in ALPHA_WORDS:
+                raise ConfigError(
+                    f"alpha must be a number, {' or '.join(map(repr, ALPHA_WORDS))}, "
+                    f"got {self.alpha!r}"
+                )
+        elif not (_is_number(self.alpha) and self.alpha == 0):
+            check_alpha(self.penalty)
         check_group_size(self.group_size)
         SolverOptions(self.solver, self.max_steps, self.tol, self.precision)
         if not (_is_number(self.regularisation) and self.regularisation >= 0):
@@ -128,12 +141,12 @@ class MagRConfig:
     @classmethod
     def published(cls, group_size: int | None = None) -> MagRConfig:
         """The recipe of the authors' code: α = 1e-3 per channel or 1e-4 per group, 200 steps."""
-        return cls(group_size=group_size, solver="pgd")
+        return cls(alpha="published", group_size=group_size, solver="pgd")
 
     @property
     def penalty(self) -> float:
-        """``alpha``, or the published value for ``group_size`` where that is None."""
-        if self.alpha is not None:
+        """``alpha``, or the published value for ``group_size`` where that is no number."""
+        if self.alpha is not None and not isinstance(self.alpha, str):
             return self.alpha
         return PUBLISHED_ALPHA_PER_CHANNEL if self.group_size is None else PUBLISHED_ALPHA_PER_GROUP
 
@@ -149,7 +162,7 @@ class MagRConfig:
         options = SolverOptions(self.solver, self.max_steps, self.tol, self.precision)
         return replace(
             self,
-            alpha=self.penalty,
+            alpha="auto" if self.alpha == "auto" else self.penalty,
             max_steps=options.max_steps,
             tol=options.tol,
             damping=self.regularisation,
@@ -168,3 +181,32 @@ class MagRConfig:
                 "leave group_size out, so that it follows the target"
             )
         return replace(self, group_size=group_size)
+
+
+@dataclass(frozen=True)
+class Handling:
+    """What happens around the solve where a target is known; the arguments of magr_quantize.
+
+    Raises:
+        ConfigError: names the first option that is out of range.
+    """
+
+    rounding: str = "nearest"
+    act_order: bool = False
+    refine: int = 0
+    propagate: bool = True
+    holdout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.rounding not in ROUNDINGS:
+            raise ConfigError(
+                f"rounding must be one of {', '.join(ROUNDINGS)}, got {self.rounding!r}"
+            )
+        if not (_is_whole(self.refine) and self.refine >= 0):
+            raise ConfigError(f"refine must be an int of at least 0, got {self.refine!r}")
+        if self.rounding != "gptq" and (self.refine or self.act_order):
+            raise ConfigError('refine and act_order belong to rounding="gptq"; leave them out')
+        if not (_is_number(self.holdout) and 0 <= self.holdout < 1):
+            raise ConfigError(
+                f"holdout must be a share of the tokens, from 0 to below 1, got {self.holdout!r}"
+            )

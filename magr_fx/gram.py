@@ -71,14 +71,42 @@ def add_to_gram(gram: Tensor, tokens: Tensor, keep: Tensor | None = None) -> Non
         tokens: X, ``[tokens, in]``, any floating dtype, any device.
         keep: ``[tokens]`` bool; False leaves a row out, whatever it holds (NaN included).
     """
-    for start in range(0, tokens.shape[0], _CHUNK):
-        rows = tokens[start : start + _CHUNK].to(gram.device, torch.float32)
-        if keep is not None:
-            kept = keep[start : start + _CHUNK].to(gram.device)
-            # A select, not a product: 0 · NaN is NaN. And no boolean index: its size is a sync.
-            rows = torch.where(kept[:, None], rows, 0)
+    for part in _chunks(tokens):
+        rows = _kept(tokens[part], keep, part, gram)
         with full_float32():
             gram.addmm_(rows.T, rows)
+
+
+@torch.no_grad()
+def add_to_drift(
+    drift: Tensor, tokens: Tensor, original: Tensor, keep: Tensor | None = None
+) -> None:
+    """Add X̂ᵀ(X - X̂) to ``drift`` in place: how the inputs X̂ of a quantized model miss X.
+
+    Args:
+        drift: ``[in, in]`` float32.
+        tokens: X̂, ``[tokens, in]``, any floating dtype, any device.
+        original: X, the same tokens in the original model.
+        keep: as for :func:`add_to_gram`.
+    """
+    for part in _chunks(tokens):
+        rows = _kept(tokens[part], keep, part, drift)
+        missing = _kept(original[part], keep, part, drift).sub(rows)
+        with full_float32():
+            drift.addmm_(rows.T, missing)
+
+
+def _chunks(tokens: Tensor) -> list[slice]:
+    return [slice(i, i + _CHUNK) for i in range(0, tokens.shape[0], _CHUNK)]
+
+
+def _kept(rows: Tensor, keep: Tensor | None, part: slice, like: Tensor) -> Tensor:
+    """The rows in float32, with zeros for those that do not count."""
+    rows = rows.to(like.device, torch.float32)
+    if keep is None:
+        return rows
+    # A select, not a product: 0 · NaN is NaN. And no boolean index: its size is a sync.
+    return torch.where(keep[part].to(like.device)[:, None], rows, 0)
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
@@ -88,6 +116,11 @@ def damped(gram: Tensor, damping: float) -> Tensor:
     result = gram.clone()
     result.diagonal().add_(damping * gram.diagonal().mean())
     return result
+
+
+def row_errors(change: Tensor, gram: Tensor) -> Tensor:
+    """δᵀGδ of each row δ of ``change`` ``[out, in]``; float32 ``[out]``."""
+    return (change @ gram).mul_(change).sum(-1)
 
 
 def output_error(change: Tensor, weight: Tensor, gram: Tensor) -> float:

@@ -17,12 +17,54 @@ import numpy.typing as npt
 from magr_fx.config import MagRConfig
 
 Outcome = Literal["rewritten", "skipped", "failed"]
+# How much smaller the gain on held-out tokens has to be for a warning: SmolLM2's layers lie between
+# 1.0 and 1.2 (benchmarks/README.md).
+OVERFIT = 1.4
 STAGES = ("trace", "check", "grams", "solve", "rewrite", "quantize")
 _HEADER = (
     "site", "shape", "calls", "tokens", "max before", "max after", "output error",
     "rows by status", "steps", "seconds", "MiB",
 )  # fmt: skip
 _TEXT = (0, 7)  # the columns that hold no numbers
+_QUANTIZATION = (
+    "site", "rows by alpha", "mean clip", "torchao alone", "quantized", "held out: alone",
+    "quantized",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What the target makes of one site; errors are relative output errors.
+
+    An output error is ‖X(V-A)ᵀ‖_F / ‖XAᵀ‖_F for the quantized values V. A is the original weight;
+    with ``propagate`` it is the weight that makes up for what the quantized layers before it
+    lose, and X what reaches the site behind them.
+
+    Attributes:
+        alphas: how many rows chose which alpha; "0" is no shrinking.
+        clip: the mean share of the largest magnitude, per row or group, that was kept.
+        error_alone: of torchao alone, which quantizes the original weight, on the calibration.
+        error: of what was made here.
+        held_alone, held: the same on the tokens that were kept aside; NaN where there are none.
+    """
+
+    alphas: dict[str, int]
+    clip: float
+    error_alone: float
+    error: float
+    held_alone: float = math.nan
+    held: float = math.nan
+
+    @property
+    def overfits(self) -> bool:
+        """Whether the gain over torchao alone is much smaller on the tokens that were kept aside.
+
+        The quantizer alone has seen no token, so that its two errors tell how hard these are.
+        """
+        if not (self.error_alone > 0 and self.held_alone > 0 and self.error > 0):
+            return False  # also where there is nothing held
+        gain, held_gain = self.error / self.error_alone, self.held / self.held_alone
+        return held_gain > 1 or held_gain > OVERFIT * gain
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +87,7 @@ class SiteReport:
         memory: high-water mark when the site was done, in MiB: of the device's allocations on
             CUDA, of the process's resident memory otherwise.
         quantized: whether torchao quantized the weight afterwards (``magr_quantize`` only).
+        quantization: how well, where the target took part; None where it only set the groups.
     """
 
     name: str
@@ -61,6 +104,7 @@ class SiteReport:
     seconds: float = 0.0
     memory: float = math.nan
     quantized: bool = False
+    quantization: Quantization | None = None
 
     @property
     def max_before(self) -> float:
@@ -88,14 +132,28 @@ class SiteReport:
             f"{self.memory:.0f}",
         )
 
+    def quantization_cells(self) -> tuple[str, ...]:
+        """The row of a quantized site in the report's second table."""
+        found = self.quantization
+        if found is None:
+            return (self.name, *[""] * (len(_QUANTIZATION) - 1))
+        return (
+            self.name,
+            " ".join(f"{alpha}:{rows}" for alpha, rows in found.alphas.items()),
+            f"{found.clip:.2f}",
+            *(
+                "-" if math.isnan(error) else f"{error:.2%}"
+                for error in (found.error_alone, found.error, found.held_alone, found.held)
+            ),
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Everything but the per-channel arrays, as JSON knows it (no NaN, no Inf)."""
         names = [f.name for f in fields(self) if not f.name.startswith("channel_max")]
         values = {name: getattr(self, name) for name in (*names, "max_before", "max_after")}
-        return {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in values.items()
-        }
+        if self.quantization is not None:
+            values["quantization"] = _finite(asdict(self.quantization))
+        return _finite(values)
 
 
 @dataclass(eq=False)
@@ -133,6 +191,11 @@ class MagRReport:
         return self._with("failed")
 
     @property
+    def overfitted(self) -> list[SiteReport]:
+        """The sites whose gain over torchao alone mostly vanishes on held-out tokens."""
+        return [s for s in self.sites if s.quantization is not None and s.quantization.overfits]
+
+    @property
     def peak_memory(self) -> float:
         return max((s.memory for s in self.sites if not math.isnan(s.memory)), default=math.nan)
 
@@ -156,6 +219,10 @@ class MagRReport:
         done = [site.cells() for site in self.rewritten]
         notes = [site for site in self.rewritten if site.reason]
         parts = [_table([_HEADER, *done], _TEXT)] if done else []
+        known = [site.quantization_cells() for site in self.rewritten if site.quantization]
+        if known:
+            table = _table([_QUANTIZATION, *known], (0, 1))
+            parts.append(f"output error after quantization:\n{table}")
         for title, sites in (("failed", self.failed), ("skipped", self.skipped), ("notes", notes)):
             if sites:
                 rows = [(s.name, _shape(s.shape), s.reason) for s in sites]
@@ -178,6 +245,13 @@ class MagRReport:
                 f"largest magnitude per channel: median x{np.median(ratio):.2f}; output error "
                 f"before quantization: median {np.median(error):.2%}, worst {error.max():.2%}"
             )
+        known = [site.quantization for site in done if site.quantization is not None]
+        if known:
+            lines.append(_gain("calibration", [(q.error_alone, q.error) for q in known]))
+            if not all(math.isnan(q.held) for q in known):
+                lines.append(_gain("held-out tokens", [(q.held_alone, q.held) for q in known]))
+        if self.overfitted:
+            lines.append(f"{len(self.overfitted)} sites fit the calibration too closely")
         if self.target:
             quantized = sum(site.quantized for site in self.sites)
             lines.append(f"{quantized} quantized by torchao: {self.target}")
@@ -215,6 +289,14 @@ class MagRReport:
         plot_report(self, path)
 
 
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with None for NaN and Inf, which JSON does not know."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
+
+
 def _maximum(channels: npt.NDArray[np.float32] | None) -> float:
     return math.nan if channels is None or channels.size == 0 else float(channels.max())
 
@@ -225,6 +307,18 @@ def _ratio(site: SiteReport) -> npt.NDArray[np.float32]:
     if before is None or after is None:
         return np.empty(0, np.float32)
     return np.divide(after, before, out=np.ones_like(after), where=before > 0)
+
+
+def _gain(where: str, errors: list[tuple[float, float]]) -> str:
+    """The mean over the sites of torchao's error and of ours, where both are known."""
+    known = np.array([pair for pair in errors if np.isfinite(pair).all()])
+    if not len(known):
+        return f"output error after quantization, on the {where}: unknown"
+    alone, ours = known.mean(0)
+    return (
+        f"output error after quantization, mean on the {where}: {ours:.2%} "
+        f"(torchao alone {alone:.2%})"
+    )
 
 
 def _shape(shape: tuple[int, ...]) -> str:

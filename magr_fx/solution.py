@@ -58,12 +58,17 @@ class Solution:
     @property
     def summary(self) -> str:
         """Rows by status, e.g. ``converged: 570 rows, step limit: 6 rows``."""
-        counts = Counter(self.status.flatten().tolist())
-        return ", ".join(
-            f"{status.name.lower().replace('_', ' ')}: {n} row{'s' if n != 1 else ''}"
-            for status in Status
-            if (n := counts[status])
-        )
+        return summary(self.status)
+
+
+def summary(status: Tensor) -> str:
+    """Rows by status, which is a tensor of values of :class:`Status`."""
+    counts = Counter(status.flatten().tolist())
+    return ", ".join(
+        f"{kind.name.lower().replace('_', ' ')}: {n} row{'s' if n != 1 else ''}"
+        for kind in Status
+        if (n := counts[kind])
+    )
 
 
 class Iterate(NamedTuple):

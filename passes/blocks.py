@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -28,12 +28,19 @@ class Block:
     dead_after: dict[fx.Node, list[fx.Node]]
 
 
-def cut_into_blocks(trace: Trace, calls: Sequence[Call]) -> list[Block]:
+def cut_into_blocks(
+    trace: Trace, calls: Sequence[Call], *, before: Container[fx.Node] = ()
+) -> list[Block]:
     """The part of the graph that the inputs of the calls depend on, in running order.
 
     A block starts where the module path enters another layer (``model.layers.3``); what lies
     between two layers belongs to the one before it. What no call depends on, such as the logits
     of a tied head, is not run at all.
+
+    Args:
+        trace: the graph.
+        calls: the matmuls whose inputs are wanted.
+        before: nodes that start another block of the same layer.
     """
     visited = {call.node for call in calls}
     run = _ancestors(trace, visited, {call.input for call in calls})
@@ -44,7 +51,7 @@ def cut_into_blocks(trace: Trace, calls: Sequence[Call]) -> list[Block]:
         if node.op in ("placeholder", "get_attr") or node not in kept:
             continue
         layer = next((item for c, item in _numbered(node) if c in containers), pieces[-1][0])
-        if layer != pieces[-1][0]:
+        if layer != pieces[-1][0] or node in before:
             pieces.append((layer, []))
         pieces[-1][1].append(node)
     pieces = [(name, nodes) for name, nodes in pieces if nodes]

@@ -2,55 +2,36 @@
 
 Inputs are shared: q, k and v read one activation, gate and up another. Each distinct activation is
 taken once, where the first matmul is about to read it, and goes into one gram for all its sites.
+
+With ``propagate`` the model is run twice side by side: as it was, and with every weight quantized
+that has been solved so far. A block then ends before each matmul whose input is taken, so that what
+is taken there already passed through the quantized weights before it; the difference between the
+two runs is taken as well.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
+from torch.nn import functional
 from tqdm import tqdm
 
 from magr_fx.errors import CalibrationError
-from magr_fx.gram import add_to_gram
 from magr_fx.passes.blocks import Block, cut_into_blocks, in_step
 from magr_fx.passes.find_linears import Site
 from magr_fx.passes.padding import TokenMask, token_masks
-from magr_fx.passes.trace import Trace, TracedBatch, buffers_kept, is_mutation
+from magr_fx.passes.shared_gram import SharedGram
+from magr_fx.passes.trace import Trace, TracedBatch, attribute, buffers_kept, is_mutation
 from magr_fx.passes.weight_uses import Call
 
 Environment = dict[fx.Node, Any]
-
-
-@dataclass(eq=False)
-class SharedGram:
-    """The gram of everything that these sites read: G = XᵀX, ``[in, in]`` float32."""
-
-    sites: list[Site]
-    pending: set[fx.Node] = field(default_factory=set)  # where activations are still to be taken
-    gram: torch.Tensor | None = None
-    tokens: torch.Tensor | int = 0
-    padding_counted: bool = False  # there was padding, but no way to tell it in these activations
-
-    @property
-    def collected(self) -> torch.Tensor:
-        """The gram of a site that a token has reached, until the caller is done with it."""
-        if self.gram is None:
-            raise RuntimeError("no activation was taken, or the gram was let go of")
-        return self.gram
-
-    def add(self, tokens: torch.Tensor, keep: torch.Tensor | None) -> None:
-        if self.gram is None:
-            size = self.sites[0].shape[1]
-            device = self.sites[0].parameter.device
-            self.gram = torch.zeros(size, size, dtype=torch.float32, device=device)
-        add_to_gram(self.gram, tokens, keep)
-        self.tokens = self.tokens + (tokens.shape[0] if keep is None else keep.sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +44,7 @@ class _Tap:
 
 
 Take = Callable[[_Tap, torch.Tensor, torch.Tensor | None], None]
+Weights = Mapping[torch.Tensor, torch.Tensor]  # what to read in the place of parameters
 
 
 class CalibrationRun:
@@ -71,19 +53,36 @@ class CalibrationRun:
     Args:
         batches: what to run, each with its trace.
         sites: whose activations to take.
+        propagate: take what the model computes with the weights that :meth:`replace` was given,
+            and by how much that misses what it computed originally.
+        holdout: the share of each activation's tokens, its last ones, that is kept aside.
     """
 
-    def __init__(self, batches: list[TracedBatch], sites: list[Site]) -> None:
+    def __init__(
+        self,
+        batches: list[TracedBatch],
+        sites: list[Site],
+        *,
+        propagate: bool = False,
+        holdout: float = 0.0,
+    ) -> None:
         self.batches = batches
+        self.propagate, self.holdout = propagate, holdout
         self.grams = _share(sites)
         self._taps: dict[fx.Node, list[_Tap]] = defaultdict(list)
         self._blocks: dict[Trace, list[Block]] = {}
         self._runners: dict[Trace, fx.Interpreter] = {}
+        self._stored: dict[fx.Node, torch.Tensor | None] = {}
+        self._replaced: dict[torch.Tensor, torch.Tensor] = {}
         for trace in dict.fromkeys(batch.trace for batch in batches):
             calls = [call for site in sites for call in site.calls if call.trace is trace]
             self._place_taps(trace, calls)
-            self._blocks[trace] = cut_into_blocks(trace, calls)
-            self._runners[trace] = fx.Interpreter(trace.graph_module, garbage_collect_values=False)
+            self._blocks[trace] = cut_into_blocks(
+                trace, calls, before=self._taps.keys() if propagate else ()
+            )
+            stored = trace.graph_module.graph.find_nodes(op="get_attr")
+            self._stored.update((node, attribute(trace, node)) for node in stored)
+            self._runners[trace] = _Runner(trace.graph_module, garbage_collect_values=False)
 
     def check(self, *, progress: bool | None = None) -> None:
         """Run every batch once and look at every activation, before anything is changed.
@@ -119,24 +118,45 @@ class CalibrationRun:
         alive at a time. The caller may rewrite the yielded sites' weights at once: every call
         that reads them has run.
         """
-        environments = [self._start(batch) for batch in self.batches]
+        streams = [
+            [self._start(batch) for batch in self.batches] for _ in range(1 + self.propagate)
+        ]
         steps = list(in_step(self._blocks.values()))
         waiting = list(self.grams)
         with buffers_kept(self._blocks):
             for step in tqdm(steps, "magr", unit="block", disable=_disable(progress)):
                 visited = {node for block in step for node in block.nodes}
-                for block in step:
-                    for batch, environment in zip(self.batches, environments, strict=True):
-                        if batch.trace is block.trace:
-                            self._run(block, batch, environment, _add)
+                runs = [
+                    (block, batch, environments)
+                    for block in step
+                    for batch, *environments in zip(self.batches, *streams, strict=True)
+                    if batch.trace is block.trace
+                ]
+                for block, batch, environments in runs:
+                    if self.propagate:
+                        self._take_both(block, batch, *environments)
+                    # The original run goes ahead while the weights are still what they were.
+                    self._run(block, batch, environments[-1], None if self.propagate else self._add)
                 for shared in waiting:
                     shared.pending -= visited
                 finished = [shared for shared in waiting if not shared.pending]
                 if finished:
                     yield finished
                 for shared in finished:
-                    shared.gram = None
+                    shared.let_go()
                 waiting = [shared for shared in waiting if shared.pending]
+                if self.propagate:
+                    for block, batch, environments in runs:
+                        self._run(block, batch, environments[0], None, replaced=self._replaced)
+                    self._replaced.clear()  # everything that reads them has run
+
+    def replace(self, parameter: nn.Parameter, quantized: torch.Tensor) -> None:
+        """Go on with ``quantized`` in the place of a parameter whose sites were just yielded."""
+        self._replaced[parameter] = quantized
+
+    def replacement(self, parameter: nn.Parameter) -> torch.Tensor:
+        """What is in the parameter's place, or else itself."""
+        return self._replaced.get(parameter, parameter)
 
     def _place_taps(self, trace: Trace, calls: list[Call]) -> None:
         gram_of = {id(call): gram for gram in self.grams for s in gram.sites for call in s.calls}
@@ -160,19 +180,57 @@ class CalibrationRun:
             values = tuple(v.clone() if isinstance(v, torch.Tensor) else v for v in values)
         return dict(zip(graph.find_nodes(op="placeholder"), values, strict=True))
 
-    def _run(self, block: Block, batch: TracedBatch, env: Environment, take: Take) -> None:
+    def _take_both(
+        self, block: Block, batch: TracedBatch, env: Environment, original: Environment
+    ) -> None:
+        """Take the activations that the block's first matmuls are about to read, of both runs."""
+        for node in block.nodes:
+            for tap in self._taps.get(node, ()):
+                source = tap.call.input
+                if source not in env:  # a stored tensor, which a block reads as it starts
+                    env[source] = original[source] = self._runners[block.trace].run_node(source)
+                tokens, keep = _tokens(tap, env[source], batch)
+                was, _ = _tokens(tap, original[source], batch)
+                for shared in tap.grams:
+                    shared.add(tokens, keep, original=was, holdout=self.holdout)
+
+    def _add(self, tap: _Tap, tokens: torch.Tensor, keep: torch.Tensor | None) -> None:
+        for shared in tap.grams:
+            shared.add(tokens, keep, holdout=self.holdout)
+
+    def _run(
+        self,
+        block: Block,
+        batch: TracedBatch,
+        env: Environment,
+        take: Take | None,
+        replaced: Weights = MappingProxyType({}),
+    ) -> None:
         """Run one block of one batch; ``env`` is left with what later blocks read."""
         runner = self._runners[block.trace]
         runner.env = env
         for node in block.nodes:
-            for tap in self._taps.get(node, ()):
-                take(tap, *_tokens(tap, env[tap.call.input], batch))
-            if node in block.run:
+            if take is not None:
+                for tap in self._taps.get(node, ()):
+                    take(tap, *_tokens(tap, env[tap.call.input], batch))
+            parameter = self._stored.get(node)
+            if parameter is not None and parameter in replaced:
+                env[node] = replaced[parameter]
+            elif node in block.run:
                 env[node] = _run_node(runner, node, batch)
             for dead in block.dead_after.get(node, ()):
                 env.pop(dead, None)
         for node in [node for node in env if node.op == "get_attr"]:
             del env[node]
+
+
+class _Runner(fx.Interpreter):
+    """Runs nodes of a traced graph, also with torchao's tensors in the place of weights."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.ops.aten.linear.default:
+            target = functional.linear  # torchao's tensors run in this, not in the op it calls
+        return super().call_function(target, args, kwargs)
 
 
 def _run_node(runner: fx.Interpreter, node: fx.Node, batch: TracedBatch) -> Any:
@@ -234,11 +292,6 @@ def _look(
     good = tokens.isfinite().all(-1)
     names.append(tap.grams[0].sites[0].name)
     finite.append((good if keep is None else good | ~keep).all())
-
-
-def _add(tap: _Tap, tokens: torch.Tensor, keep: torch.Tensor | None) -> None:
-    for shared in tap.grams:
-        shared.add(tokens, keep)
 
 
 def _disable(progress: bool | None) -> bool | None:

@@ -13,8 +13,9 @@ from magr_fx.errors import ModelError
 from magr_fx.passes.calibration import read_calib
 from magr_fx.passes.check_model import check_group_size, check_model
 from magr_fx.passes.find_linears import FilterFn, check_filter, find_linears
-from magr_fx.passes.pipeline import resolve_config, rewrite_sites
+from magr_fx.passes.pipeline import resolve_config, rewrite_sites, target_for_rewriting
 from magr_fx.passes.read_exported import trace_or_read
+from magr_fx.passes.to_torchao import try_target
 from magr_fx.passes.trace import calibration_mode
 from magr_fx.report import MagRReport
 
@@ -30,9 +31,10 @@ class MagRPass(PassBase):
     ``graph_module.meta["magr"]``.
 
     Args:
-        calib, config, target, filter_fn, progress: as for :func:`magr_fx.magr_transform`; a
-            ``calib`` that can be iterated only once serves only one call of the pass. In an
-            exported graph the modules are bare containers: ``filter_fn`` should go by the name.
+        calib, config, target, propagate, holdout, filter_fn, progress: as for
+            :func:`magr_fx.magr_transform`; a ``calib`` that can be iterated only once serves only
+            one call of the pass. In an exported graph the modules are bare containers:
+            ``filter_fn`` should go by the name.
 
     Raises:
         CalibrationError: a calibration input does not fit the graph's shapes; also what
@@ -56,12 +58,15 @@ class MagRPass(PassBase):
         config: MagRConfig | None = None,
         *,
         target: Any = None,
+        propagate: bool | None = None,
+        holdout: float = 0.1,
         filter_fn: FilterFn | None = None,
         progress: bool | None = None,
     ) -> None:
         self.calib = calib
         check_filter(filter_fn)
         self.config = resolve_config(config, target)
+        self.target = target_for_rewriting(self.config, target, propagate, holdout)
         self.filter_fn = filter_fn
         self.progress = progress
 
@@ -82,8 +87,18 @@ class MagRPass(PassBase):
                 dict.fromkeys(b.trace for b in traced), graph_module, self.filter_fn
             )
             check_group_size(found.sites, self.config.group_size)
+            if self.target is not None:
+                matrices = [(site.name, site.weight) for site in found.sites]
+                try_target(matrices, self.target.config)
             try:
-                rewrite_sites(traced, found, self.config, report, progress=self.progress)
+                rewrite_sites(
+                    traced,
+                    found,
+                    self.config,
+                    report,
+                    target=self.target,
+                    progress=self.progress,
+                )
             finally:
                 if report.sites:  # also of a run that was cut short
                     graph_module.meta["magr"] = report

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from contextlib import closing
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -13,24 +13,26 @@ import numpy.typing as npt
 import torch
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from magr_fx.config import MagRConfig
+from magr_fx.config import Handling, MagRConfig
 from magr_fx.errors import ConfigError, MagRError
 from magr_fx.gram import damped, output_error
 from magr_fx.memory import high_water_mark
-from magr_fx.passes.collect_grams import CalibrationRun, SharedGram
+from magr_fx.passes.collect_grams import CalibrationRun
 from magr_fx.passes.find_linears import Found, Site
-from magr_fx.passes.rewrite_weights import refusal, rewrite_weight
+from magr_fx.passes.quantized_weights import QuantizedWeight, Target, quantized_weights
+from magr_fx.passes.rewrite_weights import laid_out, refusal, rewrite_weight
+from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.to_torchao import target_group_size
 from magr_fx.passes.trace import TracedBatch
 from magr_fx.report import MagRReport, Outcome, SiteReport
-from magr_fx.solution import Solution
+from magr_fx.solution import Solution, summary
 from magr_fx.solver import problems_at_once, solve_magr
 
 logger = logging.getLogger("magr_fx")
 
 
 def resolve_config(config: MagRConfig | None, target: Any, *, required: bool = False) -> MagRConfig:
-    """The options to solve with: the given or the default ones, at the target's group size.
+    """The options to solve with: the given or the default ones, with what the target says.
 
     Raises:
         ConfigError: ``config`` or ``target`` is of the wrong type, or they disagree.
@@ -42,8 +44,32 @@ def resolve_config(config: MagRConfig | None, target: Any, *, required: bool = F
         )
     config = config or MagRConfig()
     if target is None and not required:
+        if config.alpha == "auto":
+            raise ConfigError(
+                'alpha="auto" chooses by what the target makes of each row: give a target, the '
+                "torchao config that will quantize the model, or a number for alpha"
+            )
         return config
-    return config.for_groups_of(target_group_size(target))
+    config = config.for_groups_of(target_group_size(target))
+    return replace(config, alpha="auto") if config.alpha is None else config
+
+
+def target_for_rewriting(
+    config: MagRConfig, target: Any, propagate: bool | None, holdout: float
+) -> Target | None:
+    """How the target takes part in rewriting the weights; None where it only sets the groups.
+
+    Raises:
+        ConfigError: the options do not go together.
+    """
+    handling = Handling(propagate=propagate is not False, holdout=holdout)
+    if config.alpha == 0:
+        raise ConfigError("alpha=0 shrinks nothing, so that there is nothing to transform")
+    if target is None and propagate:
+        raise ConfigError("propagate needs a target: what is propagated is what it quantizes")
+    if config.alpha != "auto" and not propagate:
+        return None
+    return Target(target, handling)
 
 
 def rewrite_sites(
@@ -52,19 +78,35 @@ def rewrite_sites(
     config: MagRConfig,
     report: MagRReport,
     *,
+    target: Target | None = None,
     progress: bool | None = None,
-) -> None:
+) -> dict[str, torch.Tensor]:
     """Check the calibration, then solve and rewrite every site, block by block, into ``report``.
 
     Nothing is written before every batch has run once and every activation was finite. Should
     the work be interrupted after that, ``report`` holds exactly the sites that were rewritten.
+
+    Args:
+        traced: the calibration batches, each with its trace.
+        found: the sites.
+        config: how to solve.
+        report: what is filled.
+        target: what will quantize the sites, and takes part; None rewrites without it.
+        progress: whether to show bars.
+
+    Returns:
+        With GPTQ, torchao's tensors by the names of their sites, which then keep their weights.
 
     Raises:
         CalibrationError: an activation is NaN or Inf.
     """
     report.batches = len(traced)
     report.traces = len({batch.trace for batch in traced})
-    run = CalibrationRun(traced, found.sites)
+    handling = Handling(propagate=False, holdout=0.0) if target is None else target.handling
+    run = CalibrationRun(
+        traced, found.sites, propagate=handling.propagate, holdout=handling.holdout
+    )
+    tensors: dict[str, torch.Tensor] = {}
     with report.timed("check"):
         run.check(progress=progress)
     finished = run.collect(progress=progress)
@@ -78,14 +120,31 @@ def rewrite_sites(
                 for together in _batches(shared):
                     device = together[0].sites[0].parameter.device.type
                     with torch.autocast(device, enabled=False):  # the caller's is for the forward
-                        _solve_and_rewrite(together, config, report)
+                        if target is None:
+                            _solve_and_rewrite(together, config, report)
+                            continue
+                        for one in together:
+                            tensors |= _quantize_and_rewrite(one, config, target, report, run)
     except BaseException:
-        done = [site.name for site in report.rewritten]
-        logger.error("interrupted after rewriting %d sites: %s", len(done), ", ".join(done))
+        if handling.rounding == "gptq":  # the tensors take their places together, at the end
+            report.sites = []
+            logger.error("interrupted: nothing was changed")
+        else:
+            done = [site.name for site in report.rewritten]
+            logger.error("interrupted after rewriting %d sites: %s", len(done), ", ".join(done))
         raise
     finally:
         skipped = [SiteReport(r.name, r.shape, "skipped", r.reason) for r in found.rejections]
         report.sites = [*report.rewritten, *report.failed, *report.skipped, *skipped]
+    if report.overfitted:
+        logger.warning(
+            "%d sites gain much less over torchao alone on the held-out tokens than on the "
+            "calibration, %s for one: calibrate on more text, and more kinds of it, or raise "
+            "damping",
+            len(report.overfitted),
+            report.overfitted[0].name,
+        )
+    return tensors
 
 
 def _batches(finished: list[SharedGram]) -> list[list[SharedGram]]:
@@ -107,11 +166,7 @@ def _batches(finished: list[SharedGram]) -> list[list[SharedGram]]:
 
 def _solve_and_rewrite(together: list[SharedGram], config: MagRConfig, report: MagRReport) -> None:
     """Solve the sites of each gram as one stacked problem, and alike problems as one batch."""
-    fed = [shared for shared in together if int(shared.tokens) > 0]
-    for shared in together:
-        if shared not in fed:
-            reason = "no calibration token reaches it: there are none, or all are padding"
-            report.sites += [_untouched(site, "skipped", reason) for site in shared.sites]
+    fed = [shared for shared in together if _is_fed(shared, report)]
     if not fed:
         return
     before = report.seconds["solve"]
@@ -123,10 +178,7 @@ def _solve_and_rewrite(together: list[SharedGram], config: MagRConfig, report: M
             for shared in fed:
                 _solve_and_rewrite([shared], config, report)
             return
-        reason, tokens = f"{type(error).__name__}: {error}", int(fed[0].tokens)
-        sites = fed[0].sites
-        logger.warning("%s failed: %s", ", ".join(s.name for s in sites), reason)
-        report.sites += [_untouched(site, "failed", reason, tokens) for site in sites]
+        _failed(fed[0], error, report)
         return
     rows = sum(len(solution.weight) for solution in solutions)
     seconds = (report.seconds["solve"] - before) / rows
@@ -136,6 +188,70 @@ def _solve_and_rewrite(together: list[SharedGram], config: MagRConfig, report: M
             for site, part in zip(shared.sites, parts, strict=True):
                 # Into the report one by one: an interruption may come between two writes.
                 report.sites.append(_write(site, part, shared, seconds * site.shape[0]))
+
+
+def _quantize_and_rewrite(
+    shared: SharedGram,
+    config: MagRConfig,
+    target: Target,
+    report: MagRReport,
+    run: CalibrationRun,
+) -> dict[str, torch.Tensor]:
+    """Choose and round the sites of one gram, write them, and let the run go on with them."""
+    if not _is_fed(shared, report):
+        return {}
+    before = report.seconds["solve"]
+    try:
+        with report.timed("solve"):
+            quantized = quantized_weights(shared, config, target)
+    except (MagRError, LinAlgError) as error:
+        _failed(shared, error, report)
+        return {}
+    rows = sum(site.shape[0] for site in shared.sites)
+    seconds = (report.seconds["solve"] - before) / rows
+    tensors = {}
+    with report.timed("rewrite"):
+        for one in quantized:
+            site, tokens = one.site, int(shared.tokens)
+            if one.refusal is not None:
+                logger.warning("%s failed and keeps its weight: %s", site.name, one.refusal)
+                report.sites.append(_untouched(site, "failed", one.refusal, tokens))
+                continue
+            status, steps = summary(one.choice.status), int(one.choice.steps.max())
+            done = _rewritten(site, one.weight, shared, status, steps)
+            done = replace(done, quantization=one.report, seconds=seconds * site.shape[0])
+            if target.handling.propagate:
+                run.replace(site.parameter, _stand_in(one, run))
+            report.sites.append(done)
+            if target.handling.rounding == "gptq":
+                tensors[site.name] = one.tensor
+            else:
+                rewrite_weight(site, one.weight)
+    return tensors
+
+
+def _stand_in(one: QuantizedWeight, run: CalibrationRun) -> torch.Tensor:
+    """What the graph reads in the place of the site's parameter."""
+    site = one.site
+    if site.view.covers(site.parameter) and all(call.direct for call in site.calls):
+        return one.tensor
+    # Not F.linear with the whole parameter, which is all that torchao's tensors run in.
+    return laid_out(site, one.choice.rounded.values, run.replacement(site.parameter))
+
+
+def _is_fed(shared: SharedGram, report: MagRReport) -> bool:
+    """Whether a token reached these sites; if not they are reported."""
+    if int(shared.tokens) > 0:
+        return True
+    reason = "no calibration token reaches it: there are none, or all are padding"
+    report.sites += [_untouched(site, "skipped", reason) for site in shared.sites]
+    return False
+
+
+def _failed(shared: SharedGram, error: Exception, report: MagRReport) -> None:
+    reason, tokens = f"{type(error).__name__}: {error}", int(shared.tokens)
+    logger.warning("%s failed: %s", ", ".join(s.name for s in shared.sites), reason)
+    report.sites += [_untouched(site, "failed", reason, tokens) for site in shared.sites]
 
 
 def _solve(together: list[SharedGram], config: MagRConfig) -> list[Solution]:
@@ -182,25 +298,30 @@ def _write(site: Site, solution: Solution, shared: SharedGram, seconds: float) -
     if reason is not None:
         logger.warning("%s failed and keeps its weight: %s", site.name, reason)
         return _untouched(site, "failed", reason, tokens)
-    old, new = site.weight, solution.weight
+    result = _rewritten(site, solution.weight, shared, solution.summary, int(solution.steps.max()))
+    rewrite_weight(site, solution.weight)
+    return replace(result, seconds=seconds)
+
+
+def _rewritten(
+    site: Site, new: torch.Tensor, shared: SharedGram, status: str, steps: int
+) -> SiteReport:
+    old = site.weight
     note = "padding is counted: the input's shape does not tell which tokens are padding"
-    result = SiteReport(
+    return SiteReport(
         name=site.name,
         shape=site.shape,
         outcome="rewritten",
         reason=note if shared.padding_counted else "",
         calls=len(site.calls),
-        tokens=tokens,
+        tokens=int(shared.tokens),
         channel_max_before=_channel_max(old),
         channel_max_after=_channel_max(new),
         output_error=output_error(new.float() - old.float(), old, shared.collected),
-        status=solution.summary,
-        steps=int(solution.steps.max()),
-        seconds=seconds,
+        status=status,
+        steps=steps,
         memory=high_water_mark(old.device),
     )
-    rewrite_weight(site, new)
-    return result
 
 
 def _channel_max(weight: torch.Tensor) -> npt.NDArray[np.float32]:

@@ -131,7 +131,7 @@ def leave_out_unrunnable(
     return _without(reasons, found), [w for w in weights if w.name not in reasons]
 
 
-def quantized_copy(weight: nn.Parameter, target: AOBaseConfig) -> torch.Tensor:
+def quantized_copy(weight: torch.Tensor, target: AOBaseConfig) -> torch.Tensor:
     """What torchao's ``quantize_`` makes of a weight of an nn.Linear."""
     linear = nn.Linear(1, 1, bias=False, device="meta")
     linear.out_features, linear.in_features = weight.shape

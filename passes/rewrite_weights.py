@@ -32,3 +32,16 @@ def rewrite_weight(site: Site, weight: torch.Tensor) -> None:
     stored transposed, or as a slice, is written where it is stored.
     """
     site.weight.copy_(weight)
+
+
+@torch.no_grad()
+def laid_out(site: Site, weight: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    """A copy of ``stored``, laid out as the site's parameter, with ``weight`` in its elements."""
+    parameter, view = site.parameter, site.view
+    copy = torch.empty_strided(
+        parameter.shape, parameter.stride(), dtype=parameter.dtype, device=parameter.device
+    )
+    copy.copy_(stored)
+    part = copy.as_strided(view.shape, view.stride, view.offset - parameter.storage_offset())
+    part.copy_(weight)
+    return copy

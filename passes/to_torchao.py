@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import Enum
 
+import torch
 from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig, quantize_
@@ -14,6 +15,7 @@ from torchao.utils import TorchAOBaseTensor
 
 from magr_fx.errors import ConfigError, HandoverError
 from magr_fx.passes.quantizable import Quantizable, quantized_copy
+from magr_fx.passes.torchao_rounding import GPTQ_CONFIGS, has_grid
 
 # The field that holds the weight's granularity, by the name of the config: names, because some of
 # these classes are torchao prototypes that cost an import, or are gone in another release.
@@ -62,6 +64,14 @@ def target_group_size(target: AOBaseConfig) -> int | None:
     )
 
 
+def shares_one_step(target: AOBaseConfig) -> bool:
+    """Whether all rows of a weight have one step between them."""
+    granularity = getattr(target, _GRANULARITY_FIELD[type(target).__name__])
+    if isinstance(granularity, (list, tuple)):
+        granularity = granularity[1]
+    return isinstance(granularity, PerTensor)
+
+
 def describe(target: AOBaseConfig) -> str:
     """A config of the table in brief: its class and the fields that differ from the defaults."""
     usual = vars(type(target)())
@@ -78,14 +88,17 @@ def is_quantized(tensor: object) -> bool:
     return isinstance(tensor, TorchAOBaseTensor)
 
 
-def try_target(weights: Iterable[Quantizable], target: AOBaseConfig) -> None:
+def try_target(
+    weights: Iterable[tuple[str, torch.Tensor]], target: AOBaseConfig, *, gptq: bool = False
+) -> None:
     """Quantize a copy of one weight of each shape, so that a config that fails does so now.
 
     Raises:
-        ConfigError: torchao refuses the config on this machine, or would skip the weight.
+        ConfigError: torchao refuses the config on this machine, or would skip the weight, or
+            (``gptq``) makes something of it that cannot take GPTQ's codes.
     """
     tried = set()
-    for name, weight, _ in weights:
+    for name, weight in weights:
         key = (weight.shape, weight.dtype, weight.device)
         if key in tried:
             continue
@@ -104,17 +117,30 @@ def try_target(weights: Iterable[Quantizable], target: AOBaseConfig) -> None:
                 f"torchao would silently leave {what} as it is with {describe(target)}. Leave the "
                 f"layer out with filter_fn, or choose a group size that divides {weight.shape[1]}"
             )
+        if gptq and not has_grid(quantized):
+            raise ConfigError(
+                f'rounding="gptq" cannot serve {describe(target)}: it needs whole-number '
+                f"codes with a scale for each row or group, and got {type(quantized).__name__}. "
+                f"It serves {', '.join(GPTQ_CONFIGS)}, per axis and per group, unpacked"
+            )
 
 
-def hand_over(model: nn.Module, target: AOBaseConfig, weights: Iterable[Quantizable]) -> None:
+def hand_over(
+    model: nn.Module,
+    target: AOBaseConfig,
+    weights: Iterable[Quantizable],
+    tensors: Mapping[str, torch.Tensor],
+) -> None:
     """Quantize the weights with torchao's ``quantize_``, and prove that it did.
 
     The weight of an nn.Linear goes by its module, as ``quantize_`` does by default; any other
-    parameter goes by its name.
+    parameter goes by its name. Where ``tensors`` has a tensor for the weight's name, with codes
+    of our own, it then takes the place of torchao's.
 
     Raises:
         HandoverError: a weight is no torchao tensor afterwards; the message lists which.
     """
+    weights = list(weights)
     places = [place for weight in weights for place in weight.places]
 
     def is_open(module: nn.Module, key: str) -> bool:
@@ -135,3 +161,8 @@ def hand_over(model: nn.Module, target: AOBaseConfig, weights: Iterable[Quantiza
             "Their values are rewritten (see magr_report) and the model is partly quantized: "
             "load it again and leave these out with filter_fn"
         )
+    for weight in weights:
+        if weight.name in tensors:
+            own = nn.Parameter(tensors[weight.name], requires_grad=False)
+            for module, key, _ in weight.places:
+                setattr(module, key, own)

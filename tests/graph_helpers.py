@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from magr_fx.passes.calibration import Batch, read_calib
-from magr_fx.passes.collect_grams import CalibrationRun, SharedGram
+from magr_fx.passes.collect_grams import CalibrationRun
 from magr_fx.passes.find_linears import FilterFn, Found, find_linears
+from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.trace import Trace, TracedBatch, calibration_mode, trace_batches
 
 # (module, activation) → which of its rows count; None counts all.
@@ -99,7 +100,10 @@ def collect(analysis: Analysis) -> dict[str, SharedGram]:
             gram = shared.gram
             for site in shared.sites:
                 finished[site.name] = SharedGram(
-                    shared.sites, set(), gram, int(shared.tokens), shared.padding_counted
+                    shared.sites,
+                    gram=gram,
+                    tokens=int(shared.tokens),
+                    padding_counted=shared.padding_counted,
                 )
     return finished
 

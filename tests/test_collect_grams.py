@@ -27,7 +27,8 @@ from magr_fx.errors import CalibrationError
 from magr_fx.gram import add_to_gram
 from magr_fx.passes import collect_grams
 from magr_fx.passes.blocks import Block, cut_into_blocks
-from magr_fx.passes.collect_grams import CalibrationRun, SharedGram
+from magr_fx.passes.collect_grams import CalibrationRun
+from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.trace import Trace, TracedBatch, calibration_mode
 from magr_fx.passes.weight_uses import Call
 

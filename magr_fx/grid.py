@@ -1,0 +1,68 @@
+"""The integer grid of a quantized weight: the values that scales and zero points allow."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Grid(NamedTuple):
+    """The values (code - zero_point)·scale, for the whole numbers ``low`` ≤ code ≤ ``high``.
+
+    Row i's inputs of group g have the step ``scale[i, g]``; all groups are of one size.
+    """
+
+    scale: Tensor  # [out, groups], above 0, in the dtype that it is stored in
+    zero_point: Tensor  # [out, groups], whole numbers of any dtype
+    low: int
+    high: int
+    dtype: torch.dtype  # of the values: the weight's
+
+    def nearest(self, rows: Tensor) -> Tensor:
+        """The codes of the nearest values to ``rows`` ``[out, in]``; float32."""
+        grouped = rows.to(torch.float32).view(*self.scale.shape, -1)
+        codes = torch.round(grouped / self.scale.unsqueeze(-1).to(torch.float32))
+        codes += self.zero_point.unsqueeze(-1)
+        return codes.clamp_(self.low, self.high).view(rows.shape)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """What ``codes`` ``[out, in]`` stand for, rounded as torchao rounds it; float32."""
+        grouped = codes.view(*self.scale.shape, -1).to(self.dtype)
+        steps = grouped - self.zero_point.unsqueeze(-1).to(self.dtype)
+        values = (steps * self.scale.unsqueeze(-1)).to(self.dtype)
+        return values.view(codes.shape).to(torch.float32)
+
+    def by_column(self, columns: int) -> ColumnGrid:
+        """The same grid, laid out to be read one input at a time."""
+        repeats = columns // self.scale.shape[1]
+        scale, zero = (
+            part.T.repeat_interleave(repeats, 0)
+            for part in (self.scale, self.zero_point.to(self.dtype))
+        )
+        return ColumnGrid(scale, zero, self.low, self.high, self.dtype)
+
+
+class ColumnGrid(NamedTuple):
+    """A :class:`Grid` with a row for each input: what visits one input of all rows at a time."""
+
+    scale: Tensor  # [in, out]
+    zero_point: Tensor  # [in, out], in ``dtype``
+    low: int
+    high: int
+    dtype: torch.dtype
+
+    def permuted(self, order: Tensor) -> ColumnGrid:
+        """The grid of the inputs in another order."""
+        return self._replace(scale=self.scale[order], zero_point=self.zero_point[order])
+
+    def round(self, column: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes nearest to ``numbers`` ``[out]`` of one input, and their values; float32."""
+        scale, zero = self.scale[column], self.zero_point[column]
+        codes = torch.round(numbers / scale.to(torch.float32)).add_(zero)
+        codes.clamp_(self.low, self.high)
+        if self.dtype == torch.float32 == scale.dtype:
+            return codes, (codes - zero).mul_(scale)
+        values = ((codes.to(self.dtype) - zero) * scale).to(self.dtype)
+        return codes, values.to(torch.float32)

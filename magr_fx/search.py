@@ -1,0 +1,320 @@
+"""Which alpha and which clip serve each row best, under the rounding that will be used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from magr_fx.config import MagRConfig
+from magr_fx.gram import row_errors
+from magr_fx.matmul_precision import full_float32
+from magr_fx.rounding import Rounded, Rounding
+from magr_fx.solution import Solution, Status
+from magr_fx.solver import solve_magr_path
+
+# Penalties a factor 4 apart: from where 2 bits per channel want them to where 4 bits per group do
+# (benchmarks/README.md). 0, the row as it is, is always among them.
+ALPHAS = (8e-3, 2e-3, 5e-4, 1.25e-4)
+# Shares of each row's, or group's, largest magnitude that are tried with every alpha; then what is
+# tried around each row's best, once up and once down.
+CLIPS = (1.0, 0.8, 0.6)
+FINER = (0.1, 0.05)
+# For groups, which are clipped by themselves after their row has chosen.
+FINER_GROUPS = (0.2, 0.1, 0.05)
+LEAST_CLIP = 0.05
+# What float32 sums in another order may differ by.
+RELATIVE_ROUNDING = 1e-5
+# Relative dual gap at which the search takes a solution: what is closer is lost in rounding.
+TOL = 1e-2
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What each row chose."""
+
+    rounded: Rounded
+    alpha: Tensor  # [out], float32: 0 where the row was not shrunk
+    clip: Tensor  # [out, groups], float32: share of the largest magnitude that was kept
+    status: Tensor  # [out], int8: values of Status, of the solve with that alpha
+    steps: Tensor  # [out], int32
+    error: Tensor  # [out], float32: (v - a)ᵀG(v - a), summed over what has to choose together
+
+    def rows(self, part: slice) -> Choice:
+        """Those rows of it."""
+        rounded = Rounded(self.rounded.values[part], tuple(p[part] for p in self.rounded.parts))
+        rest = (self.alpha, self.clip, self.status, self.steps, self.error)
+        return Choice(rounded, *(numbers[part] for numbers in rest))
+
+
+@torch.no_grad()
+def choose(
+    aim: Tensor,
+    gram: Tensor,
+    rounding: Rounding,
+    start: Rounded,
+    config: MagRConfig,
+    *,
+    dtype: torch.dtype,
+    units: Sequence[int] | None = None,
+    one_weight: bool = False,
+) -> Choice:
+    """Solve for the config's alpha, or for a path of them, and round; each row keeps its best.
+
+    Args:
+        aim: a, ``[out, in]`` float32: what the quantized rows v should do the same as.
+        gram: G, ``[in, in]`` float32, regularised.
+        rounding: how rows are rounded.
+        start: what the quantizer alone makes of the weight. With ``alpha="auto"`` no row ends
+            with a larger output error (v - a)ᵀG(v - a) than this has.
+        config: its alpha, group size and solver.
+        dtype: of the weight that the quantizer is given.
+        units: as for :class:`Search`.
+        one_weight: whether all that the rounding takes is one weight to be quantized.
+
+    Raises:
+        MagRError: as :func:`magr_fx.solve_magr`.
+    """
+    group_size = config.group_size or aim.shape[1]
+    search = Search(aim, gram, rounding, dtype=dtype, group_size=group_size, units=units)
+    if config.alpha != "auto":
+        solution = _path(aim, gram, [config.penalty], config)[0] if config.penalty else None
+        search.add(config.penalty, solution)
+        search.take_only()
+        return search.choice()
+    search.start(start)
+    search.add(0.0)
+    for alpha, solution in zip(ALPHAS, _path(aim, gram, ALPHAS, config), strict=True):
+        search.add(alpha, solution)
+    search.try_each(CLIPS)
+    search.refine(FINER)
+    if one_weight:
+        if config.group_size is not None and units is None:
+            search.refine_groups(FINER_GROUPS)
+        search.settle(start)
+    return search.choice()
+
+
+def _path(aim: Tensor, gram: Tensor, alphas: Sequence[float], config: MagRConfig) -> list[Solution]:
+    tol = config.tol
+    if tol is None and len(alphas) > 1 and config.solver == "admm":
+        tol = TOL
+    return solve_magr_path(
+        aim,
+        gram,
+        alphas,
+        group_size=config.group_size,
+        solver=config.solver,
+        max_steps=config.max_steps,
+        tol=tol,
+        precision=config.precision,
+    )
+
+
+class Search:
+    """The best candidate of each row so far, and what else there is to try.
+
+    A candidate is a row of some alpha, clamped to a share of its largest magnitude; clamping makes
+    the quantizer choose a finer step. It is worth its output error (v - a)ᵀG(v - a) after rounding
+    to v. Rows are independent of each other, so each keeps its own best.
+
+    Args:
+        aim: a, ``[out, in]`` float32: what the quantized rows v should do the same as.
+        gram: G, ``[in, in]`` float32, regularised.
+        rounding: how rows are rounded.
+        dtype: of the weight that the quantizer is given.
+        group_size: inputs that share a step; ``in`` for whole rows.
+        units: numbers of rows that share a step, such as those of whole tensors, and so have to
+            choose together; None where every row has its own.
+    """
+
+    def __init__(
+        self,
+        aim: Tensor,
+        gram: Tensor,
+        rounding: Rounding,
+        *,
+        dtype: torch.dtype,
+        group_size: int,
+        units: Sequence[int] | None = None,
+    ) -> None:
+        self.aim, self.gram, self.rounding = aim, gram, rounding
+        self.dtype, self.group_size, self.units = dtype, group_size, units
+        rows, groups = len(aim), aim.shape[1] // group_size
+        self.sources: list[_Source] = []
+        self.best = torch.full((rows,), torch.inf, device=aim.device)
+        self.alone: Tensor | None = None
+        self.source = torch.full((rows,), -1, device=aim.device)  # -1: the weight as it was
+        self.clip = torch.ones(rows, groups, device=aim.device)
+        self.values = torch.empty(0)
+        self.parts: tuple[Tensor, ...] = ()
+
+    @full_float32()
+    def start(self, rounded: Rounded) -> None:
+        """The first candidate: no row ends above its error."""
+        self.values = rounded.values.clone()
+        self.parts = tuple(part.clone() for part in rounded.parts)
+        self.best = self._errors(rounded.values)
+
+    @full_float32()
+    def take_only(self) -> None:
+        """The one source as it is, without a choice."""
+        rows = self.sources[0].rows
+        self.values, self.parts = self.rounding(rows, rows.to(self.dtype))
+        self.best = self._errors(self.values)
+        self.source = torch.zeros_like(self.source)
+
+    def add(self, alpha: float, solution: Solution | None = None) -> None:
+        """One more alpha to choose from; without a solution it is the aim itself."""
+        if solution is None:
+            like = torch.zeros(len(self.aim), dtype=torch.int32, device=self.aim.device)
+            self.sources.append(_Source(alpha, self.aim, like + int(Status.TRIVIAL), like))
+        else:
+            rows = solution.weight.to(torch.float32)
+            self.sources.append(_Source(alpha, rows, solution.status.int(), solution.steps))
+
+    @full_float32()
+    def try_each(self, clips: Sequence[float]) -> None:
+        """Every source with every clip, the same for all rows."""
+        for at, source in enumerate(self.sources):
+            for clip in clips:
+                self._try(source.rows, self.source.new_full((), at), self.clip.new_full((), clip))
+
+    @full_float32()
+    def refine(self, steps: Sequence[float]) -> None:
+        """Clips around each row's best, with the source that the row has chosen."""
+        for step in steps:
+            source, clip = self.source.clamp(min=0), self.clip.clone()
+            rows = self._of_source(source)
+            for change in (step, -step):
+                self._try(rows, source, (clip + change).clamp_(LEAST_CLIP, 1.0))
+
+    @full_float32()
+    def refine_groups(self, steps: Sequence[float]) -> None:
+        """Clips, and then alphas, group by group; only where the parts are one weight.
+
+        The groups of a row are coupled by the gram: each in turn takes the candidate's numbers
+        where that lowers the error of its whole row, the other groups as they stand (a
+        Gauss-Seidel sweep), so that no sweep raises the error of a row.
+        """
+        slope = (self.values - self.aim) @ self.gram
+        rows = self._of_source(self.source.clamp(min=0))
+        for step in steps:
+            clip = self.clip.clone()
+            for change in (step, -step):
+                self._sweep(rows, (clip + change).clamp_(LEAST_CLIP, 1.0), slope)
+        for source in self.sources:
+            self._sweep(source.rows, self.clip.clone(), slope)
+        self.best = self._errors(self.values)
+
+    @full_float32()
+    def settle(self, start: Rounded) -> None:
+        """Round the chosen rows all at once; where that is worse than ``start``, go back to it.
+
+        A quantizer may look at more than a row's own numbers: HQQ stops iterating when the last
+        row has settled. Only where the parts are one weight; ends, since rows only go back.
+        """
+        limit = self._errors(start.values)
+        limit += RELATIVE_ROUNDING * limit
+        while True:
+            rounded = self.rounding(self.parts[0].to(torch.float32), self.parts[0])
+            self.values, self.best = rounded.values, self._errors(rounded.values)
+            worse = self.best > limit
+            back = worse & (self.source >= 0)
+            if not bool(back.any()):
+                return
+            if not bool((worse & ~back).any()):
+                self._take(start, back, -1, 1.0)
+            else:  # a row that was put back is worse still: the others disturb it
+                everything = torch.ones_like(back)
+                self._take(start, everything, -1, 1.0)
+
+    def choice(self) -> Choice:
+        """What each row has chosen."""
+        source, touched = self.source.clamp(min=0), self.source >= 0
+        rows = torch.arange(len(source), device=source.device)
+        status = torch.stack([s.status for s in self.sources])[source, rows]
+        steps = torch.stack([s.steps for s in self.sources])[source, rows]
+        alphas = torch.tensor([s.alpha for s in self.sources], device=source.device)[source]
+        return Choice(
+            Rounded(self.values, self.parts),
+            torch.where(touched, alphas, 0),
+            self.clip,
+            torch.where(touched, status, int(Status.TRIVIAL)).to(torch.int8),
+            torch.where(touched, steps, 0),
+            self.best,
+        )
+
+    def _try(self, rows: Tensor, source: Tensor, clip: Tensor) -> None:
+        """Take these rows, clipped, wherever they are better."""
+        clip = clip.expand_as(self.clip)
+        rounded = self.rounding(rows, self._clipped(rows, clip))
+        errors = self._errors(rounded.values)
+        better = errors < self.best
+        self.best = torch.where(better, errors, self.best)
+        self._take(rounded, better, source, clip)
+
+    def _take(
+        self, rounded: Rounded, chosen: Tensor, source: Tensor | int, clip: Tensor | float
+    ) -> None:
+        column = chosen.unsqueeze(-1)
+        self.values = torch.where(column, rounded.values, self.values)
+        self.parts = tuple(
+            torch.where(column, new, old)
+            for new, old in zip(rounded.parts, self.parts, strict=True)
+        )
+        self.source = torch.where(chosen, source, self.source)
+        self.clip = torch.where(column, clip, self.clip)
+
+    def _sweep(self, rows: Tensor, clip: Tensor, slope: Tensor) -> None:
+        """Take single groups of these rows; ``slope`` is (v - a)G, kept up to date."""
+        rounded = self.rounding(rows, self._clipped(rows, clip))
+        (weight,) = self.parts
+        for group in range(clip.shape[1]):
+            inputs = slice(group * self.group_size, (group + 1) * self.group_size)
+            change = rounded.values[:, inputs] - self.values[:, inputs]
+            gain = change @ self.gram[inputs, inputs]
+            gain = ((gain + 2 * slope[:, inputs]) * change).sum(-1)
+            better = (gain < 0).unsqueeze(-1)
+            slope.addmm_(change * better, self.gram[inputs])
+            new = rounded.parts[0][:, inputs]
+            weight[:, inputs] = torch.where(better, new, weight[:, inputs])
+            self.values[:, inputs] += change * better
+            better = better.squeeze(-1)
+            self.clip[:, group] = torch.where(better, clip[:, group], self.clip[:, group])
+            self.source = torch.where(better & (self.source < 0), 0, self.source)
+
+    def _clipped(self, rows: Tensor, clip: Tensor) -> Tensor:
+        """The rows clamped to shares ``[out, groups]`` of what their step is made from."""
+        grouped = rows.view(*self.clip.shape, self.group_size)
+        largest = grouped.abs().amax(-1)
+        if self.units is not None:
+            parts = torch.split(largest, list(self.units))
+            largest = torch.cat([part.amax(0, keepdim=True).expand_as(part) for part in parts])
+        limit = (largest * clip).unsqueeze(-1)
+        return grouped.clamp(-limit, limit).view(rows.shape).to(self.dtype)
+
+    def _errors(self, values: Tensor) -> Tensor:
+        errors = row_errors(values - self.aim, self.gram)
+        if self.units is None:
+            return errors
+        return torch.cat([e.sum().expand_as(e) for e in torch.split(errors, list(self.units))])
+
+    def _of_source(self, source: Tensor) -> Tensor:
+        """Each row from its own source."""
+        rows = self.sources[0].rows
+        for at, candidate in enumerate(self.sources[1:], start=1):
+            rows = torch.where((source == at).unsqueeze(-1), candidate.rows, rows)
+        return rows
+
+
+class _Source(NamedTuple):
+    """The rows of one alpha, ``[out, in]`` float32, and how their solve ended."""
+
+    alpha: float
+    rows: Tensor
+    status: Tensor  # [out], int32
+    steps: Tensor  # [out], int32

@@ -1,0 +1,124 @@
+"""One gram's sites → what each becomes under the target: chosen, rounded, and judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchao.core.config import AOBaseConfig
+
+from magr_fx.config import Handling, MagRConfig
+from magr_fx.coordinate_descent import descend
+from magr_fx.drift import made_up_for
+from magr_fx.gptq import compensation
+from magr_fx.gram import damped, output_error
+from magr_fx.passes.find_linears import Site
+from magr_fx.passes.shared_gram import SharedGram
+from magr_fx.passes.to_torchao import shares_one_step
+from magr_fx.passes.torchao_rounding import TorchaoRounding, dequantized, grid_of, stacked
+from magr_fx.report import Quantization
+from magr_fx.rounding import Nearest, OnGrid, Rounded
+from magr_fx.search import Choice, choose
+from magr_fx.solution import Status
+
+
+class QuantizedWeight(NamedTuple):
+    """What became of one site."""
+
+    site: Site
+    weight: Tensor  # [out, in], the weight's dtype: what torchao is to quantize
+    tensor: Tensor  # torchao's tensor of it, or one with GPTQ's codes
+    choice: Choice  # its rows
+    report: Quantization
+
+    @property
+    def refusal(self) -> str | None:
+        """Why it must not be written, or None where it may be."""
+        failed = int((self.choice.status == Status.FAILED).sum())
+        if failed:
+            return f"{failed} of {len(self.weight)} rows: {Status.FAILED.sentence}"
+        if not bool(self.choice.rounded.values.isfinite().all()):
+            return "what torchao makes of it is not finite"
+        return None
+
+
+@dataclass(frozen=True)
+class Target:
+    """The torchao config that will quantize, and how its quantization is prepared."""
+
+    config: AOBaseConfig
+    handling: Handling
+
+
+def quantized_weights(
+    shared: SharedGram, config: MagRConfig, target: Target
+) -> list[QuantizedWeight]:
+    """Choose, for every row of the sites, what the target is to make of it; nothing is changed.
+
+    Raises:
+        MagRError: the gram or the weight cannot be worked with.
+    """
+    sites, gram = shared.sites, damped(shared.collected, config.regularisation)
+    rows = [site.shape[0] for site in sites]
+    weight = torch.cat([site.weight for site in sites])
+    aim = weight.to(torch.float32)
+    if shared.drift is not None:
+        aim = made_up_for(weight, gram, shared.drift)
+    torchao = TorchaoRounding(target.config, rows)
+    alone = torchao.tensors(weight)
+    start = torch.cat([dequantized(tensor) for tensor in alone])
+    units = rows if shares_one_step(target.config) else None
+    if target.handling.rounding == "gptq":
+        on_grid = OnGrid(torchao.grid, compensation(gram, by_activation=target.handling.act_order))
+        grid = stacked([grid_of(tensor) for tensor in alone])
+        codes = torch.cat([tensor.qdata for tensor in alone])  # type: ignore[attr-defined]
+        first = Rounded(start, (codes, grid.scale, grid.zero_point))
+        choice = choose(aim, gram, on_grid, first, config, dtype=weight.dtype, units=units)
+        codes, scale, zero = choice.rounded.parts
+        grid = grid._replace(scale=scale, zero_point=zero)
+        if target.handling.refine:
+            codes = descend(codes, aim, gram, grid, passes=target.handling.refine)
+        tensors = torchao.on_grid(weight, (codes, scale, zero))
+        values = grid.values(codes)
+        final = values.to(weight.dtype)
+    else:
+        choice = choose(
+            aim,
+            gram,
+            Nearest(torchao.values),
+            Rounded(start, (weight,)),
+            config,
+            dtype=weight.dtype,
+            units=units,
+            one_weight=True,
+        )
+        (final,) = choice.rounded.parts
+        tensors, values = torchao.tensors(final), choice.rounded.values
+    result = []
+    for at, site in enumerate(sites):
+        part = slice(sum(rows[:at]), sum(rows[: at + 1]))
+        own = choice.rows(part)
+        report = _report(shared, own, aim[part], start[part], values[part])
+        result.append(QuantizedWeight(site, final[part], tensors[at], own, report))
+    return result
+
+
+def _report(
+    shared: SharedGram, choice: Choice, aim: Tensor, alone: Tensor, values: Tensor
+) -> Quantization:
+    alphas, counts = torch.unique(choice.alpha, return_counts=True)
+    report = Quantization(
+        alphas={f"{a:g}": n for a, n in zip(alphas.tolist(), counts.tolist(), strict=True)},
+        clip=float(choice.clip.mean()),
+        error_alone=output_error(alone - aim, aim, shared.collected),
+        error=output_error(values - aim, aim, shared.collected),
+    )
+    if shared.held is None:
+        return report
+    return replace(
+        report,
+        held_alone=output_error(alone - aim, aim, shared.held),
+        held=output_error(values - aim, aim, shared.held),
+    )

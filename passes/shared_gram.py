@@ -1,0 +1,83 @@
+"""SharedGram: what was taken of one activation, for all the sites that read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from magr_fx.gram import add_to_drift, add_to_gram
+from magr_fx.passes.find_linears import Site
+
+
+@dataclass(eq=False)
+class SharedGram:
+    """The gram of everything that these sites read: G = XᵀX, ``[in, in]`` float32.
+
+    Attributes:
+        sites: who reads it.
+        pending: where activations are still to be taken.
+        gram: G; None before the first activation, and after :meth:`let_go`.
+        drift: X̂ᵀ(X - X̂), where X̂ are the activations and X those of the original model; None
+            where they are the same.
+        held: the gram of the tokens that were kept aside; None where there were none.
+        tokens: how many tokens are in ``gram``.
+        padding_counted: there was padding, but no way to tell it in these activations.
+    """
+
+    sites: list[Site]
+    pending: set[fx.Node] = field(default_factory=set)
+    gram: torch.Tensor | None = None
+    drift: torch.Tensor | None = None
+    held: torch.Tensor | None = None
+    tokens: torch.Tensor | int = 0
+    padding_counted: bool = False
+
+    @property
+    def collected(self) -> torch.Tensor:
+        """The gram of a site that a token has reached, until the caller is done with it."""
+        if self.gram is None:
+            raise RuntimeError("no activation was taken, or the gram was let go of")
+        return self.gram
+
+    def add(
+        self,
+        tokens: torch.Tensor,
+        keep: torch.Tensor | None,
+        *,
+        original: torch.Tensor | None = None,
+        holdout: float = 0.0,
+    ) -> None:
+        """Add an activation ``[tokens, in]``.
+
+        Args:
+            tokens: X, or X̂ of a model that is partly quantized.
+            keep: ``[tokens]`` bool: which of them count; None where all do.
+            original: X of the original model, for ``drift``.
+            holdout: the share of the tokens that goes into ``held`` instead: the last ones, since
+                single tokens here and there would be too much like their neighbours.
+        """
+        used = len(tokens) - int(holdout * len(tokens))
+        part = None if keep is None else keep[:used]
+        if self.gram is None:
+            self.gram = self._zeros()
+        add_to_gram(self.gram, tokens[:used], part)
+        self.tokens = self.tokens + (used if part is None else part.sum())
+        if original is not None:
+            if self.drift is None:
+                self.drift = self._zeros()
+            add_to_drift(self.drift, tokens[:used], original[:used], part)
+        if used < len(tokens):
+            if self.held is None:
+                self.held = self._zeros()
+            add_to_gram(self.held, tokens[used:], None if keep is None else keep[used:])
+
+    def let_go(self) -> None:
+        """Free the matrices: the sites are done with."""
+        self.gram = self.drift = self.held = None
+
+    def _zeros(self) -> torch.Tensor:
+        size = self.sites[0].shape[1]
+        device = self.sites[0].parameter.device
+        return torch.zeros(size, size, dtype=torch.float32, device=device)

@@ -1,0 +1,102 @@
+"""What torchao makes of a weight: its values, its grid, and a tensor with other codes on a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torchao.core.config import AOBaseConfig
+from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor
+from torchao.quantization.quant_primitives import _DTYPE_TO_QVALUE_BOUNDS
+
+from magr_fx.grid import Grid
+from magr_fx.passes.quantizable import quantized_copy
+
+# The tensors whose values are (qdata - zero_point)·scale, by row or by group, all of it plain.
+GridTensor = (IntxUnpackedToInt8Tensor, Int8Tensor)
+# What makes such tensors.
+GPTQ_CONFIGS = (
+    "IntxWeightOnlyConfig",
+    "Int8WeightOnlyConfig",
+    "Int8DynamicActivationIntxWeightConfig",
+    "Int8DynamicActivationInt8WeightConfig",
+)
+
+
+class TorchaoRounding:
+    """torchao's rounding of weights that are stacked because they share an input.
+
+    Each is quantized by itself, as it will be in the end.
+
+    Args:
+        target: the torchao config.
+        rows: how many rows each weight has.
+    """
+
+    def __init__(self, target: AOBaseConfig, rows: Sequence[int]) -> None:
+        self.target, self.rows = target, list(rows)
+
+    def tensors(self, weight: Tensor) -> list[Tensor]:
+        """torchao's tensor of each of the stacked weights ``[out, in]``."""
+        return [quantized_copy(part, self.target) for part in torch.split(weight, self.rows)]
+
+    def values(self, weight: Tensor) -> Tensor:
+        """What the quantized weights are worth, ``[out, in]`` float32."""
+        return torch.cat([dequantized(tensor) for tensor in self.tensors(weight)])
+
+    def grid(self, weight: Tensor) -> Grid:
+        """The grid that torchao chooses for the weight; only where its tensors are on grids."""
+        return stacked([grid_of(tensor) for tensor in self.tensors(weight)])
+
+    def on_grid(self, weight: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
+        """torchao's tensors with other codes, scales and zero points, each ``[out, ...]``.
+
+        Args:
+            weight: ``[out, in]``: for everything else of the tensors.
+            parts: codes ``[out, in]``, scales and zero points ``[out, groups]``.
+        """
+        tensors = self.tensors(weight)
+        for tensor, *new in zip(tensors, *(torch.split(p, self.rows) for p in parts), strict=True):
+            for name, numbers in zip(("qdata", "scale", "zero_point"), new, strict=True):
+                stored = getattr(tensor, name)
+                if stored is not None:
+                    stored.copy_(numbers)
+        return tensors
+
+
+def dequantized(tensor: Tensor) -> Tensor:
+    """The values ``[out, in]`` of a torchao tensor, float32."""
+    try:
+        values = tensor.dequantize()
+    except NotImplementedError:  # packed for its kernel, which is all that can read it
+        identity = torch.eye(tensor.shape[1], dtype=tensor.dtype, device=tensor.device)
+        values = functional.linear(identity, tensor).T
+    return values.to(torch.float32)
+
+
+def has_grid(tensor: Tensor) -> bool:
+    """Whether :func:`grid_of` can read it: whether GPTQ's codes can take the place of its own."""
+    return isinstance(tensor, GridTensor) and len(tensor.scale) == len(tensor)  # no PerTensor
+
+
+def grid_of(tensor: Tensor) -> Grid:
+    """The grid of a torchao tensor for which :func:`has_grid` holds."""
+    stored: Any = tensor
+    scale, zero = stored.scale, stored.zero_point
+    if isinstance(tensor, IntxUnpackedToInt8Tensor):
+        low, high = _DTYPE_TO_QVALUE_BOUNDS[tensor.target_dtype]
+    else:
+        low, high = _DTYPE_TO_QVALUE_BOUNDS[torch.int8]
+        if getattr(tensor, "reduce_range", False):
+            low, high = low // 2, high // 2
+    zero = torch.zeros_like(scale, dtype=torch.int8) if zero is None else zero
+    return Grid(scale, zero, low, high, tensor.dtype)
+
+
+def stacked(grids: Sequence[Grid]) -> Grid:
+    """The grid of the stacked rows."""
+    scale = torch.cat([grid.scale for grid in grids])
+    return grids[0]._replace(scale=scale, zero_point=torch.cat([g.zero_point for g in grids]))
