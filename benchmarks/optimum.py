@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from layers import ROOT, Layer, encoder_layers, language_model_layers
+from layers import Layer, encoder_layers, language_model_layers
 from solver import align
+from texts import DATA
 from torch import Tensor, nn
 from torchao.quantization import quantize_
 
@@ -138,9 +139,7 @@ def main() -> None:
 
     model, tokenizer = load(bundled_model(), device="cpu", dtype=torch.float32)
     texts = [
-        token_batches(
-            tokenizer, ROOT / f"examples/data/{name}.txt", tokens=4096, length=512, device="cpu"
-        )
+        token_batches(tokenizer, DATA / f"{name}.txt", tokens=4096, length=512, device="cpu")
         for name in ("sotu_heldout", "moby_dick")
     ]
     alpha = MagRConfig().penalty

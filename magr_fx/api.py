@@ -182,15 +182,15 @@ def _run(
                 found, inner, quantizer.config, group_size=config.group_size, filter_fn=filter_fn
             )
         check_group_size(found.sites, config.group_size)
-        with report.timed("quantize"):
-            if target is not None:
+        if target is not None:
+            with report.timed("quantize"):
                 matrices = [(site.name, site.weight) for site in found.sites]
                 matrices += [(weight.name, weight.parameter) for weight in weights]
                 try_target(matrices, target.config, gptq=target.handling.rounding == "gptq")
-            if quantizer is not None:
-                found, weights = leave_out_unrunnable(
-                    found, weights, inner, quantizer.config, traced=traced, batches=batches
-                )
+                if quantizer is not None:
+                    found, weights = leave_out_unrunnable(
+                        found, weights, inner, quantizer.config, traced=traced, batches=batches
+                    )
         try:
             tensors = rewrite_sites(
                 traced,

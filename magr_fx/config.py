@@ -104,7 +104,7 @@ class MagRConfig:
             (proximal) gradient descent, which is meant to stop before it.
         max_steps: the most steps the solver takes; None is 100 for admm, 200 for pgd.
         tol: relative dual gap (gap / objective) at which a row counts as converged; None is 1e-3
-            for admm (1e-2 while ``alpha="auto"`` compares) and 0 for pgd; 0 always takes
+            for admm (0.1 while ``alpha="auto"`` compares) and 0 for pgd; 0 always takes
             ``max_steps``.
         damping: s in G + s·mean(diag G)·I, the gram that is solved with; None is 0.1 for admm
             and 0, the calibration gram itself, for pgd. More keeps the weight where it was in

@@ -38,7 +38,8 @@ def descend(codes: Tensor, weight: Tensor, gram: Tensor, grid: Grid, *, passes: 
     columns = len(gram)
     steps = grid.by_column(columns)
     target = weight.to(torch.float32).T.contiguous()
-    codes = codes.T.contiguous()  # [in, out]: what is visited together lies together
+    # A copy, [in, out]: what is visited together lies together.
+    codes = codes.T.clone(memory_format=torch.contiguous_format)
     values = grid.values(codes.T).T.contiguous()
     changes = torch.empty_like(values[:BLOCK])
     for _ in range(passes):

@@ -48,7 +48,8 @@ def compensation(gram: Tensor, *, by_activation: bool = False) -> Compensation:
     dead = energy[order] <= 0
     unit = torch.where(dead, 0, energy[order]).mean()
     unit = torch.where(unit > 0, unit, 1)
-    damping = 0.0
+    # No damping explains a negative energy, and what keeps a dead input regular could hide it.
+    damping = 0.0 if bool((energy >= 0).all()) else torch.inf
     while damping <= MOST_DAMPING:
         ordered = gram[order][:, order]
         ordered.diagonal().add_(torch.where(dead, unit, damping * unit))

@@ -28,8 +28,16 @@ from magr_fx.passes.blocks import Block, cut_into_blocks, in_step
 from magr_fx.passes.find_linears import Site
 from magr_fx.passes.padding import TokenMask, token_masks
 from magr_fx.passes.shared_gram import SharedGram
-from magr_fx.passes.trace import Trace, TracedBatch, attribute, buffers_kept, is_mutation
+from magr_fx.passes.trace import (
+    Trace,
+    TracedBatch,
+    attribute,
+    buffers_kept,
+    is_mutation,
+    written_in_place,
+)
 from magr_fx.passes.weight_uses import Call
+from magr_fx.passes.weight_views import WeightView
 
 Environment = dict[fx.Node, Any]
 
@@ -44,7 +52,7 @@ class _Tap:
 
 
 Take = Callable[[_Tap, torch.Tensor, torch.Tensor | None], None]
-Weights = Mapping[torch.Tensor, torch.Tensor]  # what to read in the place of parameters
+Weights = Mapping[WeightView, torch.Tensor]  # what to read in the place of parameters
 
 
 class CalibrationRun:
@@ -72,16 +80,17 @@ class CalibrationRun:
         self._taps: dict[fx.Node, list[_Tap]] = defaultdict(list)
         self._blocks: dict[Trace, list[Block]] = {}
         self._runners: dict[Trace, fx.Interpreter] = {}
-        self._stored: dict[fx.Node, torch.Tensor | None] = {}
-        self._replaced: dict[torch.Tensor, torch.Tensor] = {}
+        self._stored: dict[fx.Node, WeightView] = {}
+        self._taken_of: dict[fx.Node, set[WeightView]] = {}
+        self._replaced: dict[WeightView, torch.Tensor] = {}
         for trace in dict.fromkeys(batch.trace for batch in batches):
             calls = [call for site in sites for call in site.calls if call.trace is trace]
             self._place_taps(trace, calls)
             self._blocks[trace] = cut_into_blocks(
                 trace, calls, before=self._taps.keys() if propagate else ()
             )
-            stored = trace.graph_module.graph.find_nodes(op="get_attr")
-            self._stored.update((node, attribute(trace, node)) for node in stored)
+            if propagate:
+                self._find_weights(trace)
             self._runners[trace] = _Runner(trace.graph_module, garbage_collect_values=False)
 
     def check(self, *, progress: bool | None = None) -> None:
@@ -123,6 +132,8 @@ class CalibrationRun:
         ]
         steps = list(in_step(self._blocks.values()))
         waiting = list(self.grams)
+        buffers = written_in_place(self._blocks) if self.propagate else []
+        other = [buffer.detach().clone() for buffer in buffers]  # of the quantized run
         with buffers_kept(self._blocks):
             for step in tqdm(steps, "magr", unit="block", disable=_disable(progress)):
                 visited = {node for block in step for node in block.nodes}
@@ -146,17 +157,36 @@ class CalibrationRun:
                     shared.let_go()
                 waiting = [shared for shared in waiting if shared.pending]
                 if self.propagate:
+                    _swap(buffers, other)
                     for block, batch, environments in runs:
                         self._run(block, batch, environments[0], None, replaced=self._replaced)
+                    _swap(buffers, other)
                     self._replaced.clear()  # everything that reads them has run
 
     def replace(self, parameter: nn.Parameter, quantized: torch.Tensor) -> None:
         """Go on with ``quantized`` in the place of a parameter whose sites were just yielded."""
-        self._replaced[parameter] = quantized
+        self._replaced[WeightView.of(parameter)] = quantized
 
     def replacement(self, parameter: nn.Parameter) -> torch.Tensor:
         """What is in the parameter's place, or else itself."""
-        return self._replaced.get(parameter, parameter)
+        return self._replaced.get(WeightView.of(parameter), parameter)
+
+    def _find_weights(self, trace: Trace) -> None:
+        """Which nodes read a weight that may be replaced, or are made of such weights alone."""
+        for node in trace.graph_module.graph.nodes:
+            stored, taken_of = attribute(trace, node), set[WeightView]()
+            if isinstance(stored, nn.Parameter) and stored.dim() >= 2:
+                self._stored[node] = WeightView.of(stored)
+                taken_of = {self._stored[node]}
+            elif not is_mutation(node) and all(map(self._is_weight_or_size, node.all_input_nodes)):
+                taken_of = set().union(
+                    *(self._taken_of.get(source, set()) for source in node.all_input_nodes)
+                )
+            if taken_of:
+                self._taken_of[node] = taken_of
+
+    def _is_weight_or_size(self, node: fx.Node) -> bool:
+        return node in self._taken_of or isinstance(node.meta.get("val"), (int, torch.SymInt))
 
     def _place_taps(self, trace: Trace, calls: list[Call]) -> None:
         gram_of = {id(call): gram for gram in self.grams for s in gram.sites for call in s.calls}
@@ -208,20 +238,38 @@ class CalibrationRun:
     ) -> None:
         """Run one block of one batch; ``env`` is left with what later blocks read."""
         runner = self._runners[block.trace]
+        for node in [
+            node for node in env if not self._taken_of.get(node, set()).isdisjoint(replaced)
+        ]:
+            env[node] = self._anew(node, env, runner, replaced)
         runner.env = env
         for node in block.nodes:
             if take is not None:
                 for tap in self._taps.get(node, ()):
                     take(tap, *_tokens(tap, env[tap.call.input], batch))
-            parameter = self._stored.get(node)
-            if parameter is not None and parameter in replaced:
-                env[node] = replaced[parameter]
+            stored = self._stored.get(node)
+            if stored is not None and stored in replaced:
+                env[node] = replaced[stored]
             elif node in block.run:
                 env[node] = _run_node(runner, node, batch)
             for dead in block.dead_after.get(node, ()):
-                env.pop(dead, None)
+                # Sizes cost nothing, and a weight's view may have to be taken anew with them.
+                if not (self.propagate and isinstance(env.get(dead), int)):
+                    env.pop(dead, None)
         for node in [node for node in env if node.op == "get_attr"]:
             del env[node]
+
+    def _anew(
+        self, node: fx.Node, env: Environment, runner: fx.Interpreter, replaced: Weights
+    ) -> Any:
+        """What was taken of weights in an earlier block, a view or a cast, now of the replaced."""
+        if node in self._stored and self._stored[node] in replaced:
+            return replaced[self._stored[node]]
+        if node.op != "get_attr" and node not in self._taken_of:
+            return env[node]  # a size
+        sources = {s: self._anew(s, env, runner, replaced) for s in node.all_input_nodes}
+        runner.env = sources
+        return runner.run_node(node)
 
 
 class _Runner(fx.Interpreter):
@@ -292,6 +340,15 @@ def _look(
     good = tokens.isfinite().all(-1)
     names.append(tap.grams[0].sites[0].name)
     finite.append((good if keep is None else good | ~keep).all())
+
+
+@torch.no_grad()
+def _swap(buffers: list[torch.Tensor], other: list[torch.Tensor]) -> None:
+    """Exchange their values: each of the two runs has its own."""
+    for buffer, values in zip(buffers, other, strict=True):
+        kept = buffer.detach().clone()
+        buffer.copy_(values)
+        values.copy_(kept)
 
 
 def _disable(progress: bool | None) -> bool | None:

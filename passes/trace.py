@@ -113,6 +113,13 @@ def buffers_kept(traces: Iterable[Trace]) -> Iterator[None]:
                     tensor.copy_(saved)
 
 
+def written_in_place(traces: Iterable[Trace]) -> list[torch.Tensor]:
+    """The parameters and buffers that an op of the traces reads and writes in place."""
+    nodes = [(trace, node) for trace in traces for node in trace.graph_module.graph.nodes]
+    found = [_stored(t, s) for t, node in nodes if is_mutation(node) for s in node.all_input_nodes]
+    return list({id(tensor): tensor for tensor in found if tensor is not None}.values())
+
+
 def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Whether two tensors of one shape hold the same values, NaN being one."""
     return torch.equal(first, second) or bool(

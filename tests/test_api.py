@@ -15,10 +15,22 @@ from tiny_models import text_calib, tiny_llama
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
-from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+from torchao.quantization import (
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    PerGroup,
+    quantize_,
+)
 from toys import INT, WIDTH, Shapes, changed, grams, mlp, report_of, state, vectors
 
-from magr_fx import CalibrationError, ConfigError, MagRConfig, magr_transform, solve_magr
+from magr_fx import (
+    CalibrationError,
+    ConfigError,
+    MagRConfig,
+    magr_quantize,
+    magr_transform,
+    solve_magr,
+)
 from magr_fx.passes import pipeline
 from magr_fx.solution import Solution, Status
 
@@ -158,9 +170,9 @@ def test_weights_stored_transposed_and_as_slices_are_rewritten_where_they_are() 
 def test_groups_follow_the_target() -> None:
     target = IntxWeightOnlyConfig(weight_dtype=INT[4], granularity=PerGroup(16))
     original, calib = mlp(), vectors()
-    config = MagRConfig(solver="pgd")
+    config = MagRConfig(alpha="published", solver="pgd")
     model = magr_transform(copy.deepcopy(original), calib, config, target=target)
-    assert report_of(model).config == MagRConfig(group_size=16, solver="pgd")
+    assert report_of(model).config == MagRConfig(alpha="published", group_size=16, solver="pgd")
     assert report_of(model).target == ""  # nothing is quantized yet
     for linear, gram in grams(original, calib).items():
         old, new = weight_of(original, linear), weight_of(model, linear)
@@ -426,3 +438,60 @@ def test_the_totals_are_logged_and_nothing_is_printed(
     model = magr_transform(mlp(), vectors())
     assert log_lines == [f"INFO {report_of(model).totals()}"]
     assert capsys.readouterr() == ("", "")
+
+
+# How a target takes part.
+
+
+@pytest.mark.parametrize(
+    ("config", "alpha"),
+    [
+        (None, "auto"),
+        (MagRConfig(), "auto"),
+        (MagRConfig(alpha="published"), "published"),
+        (MagRConfig(alpha=3e-3), 3e-3),
+    ],
+)
+def test_with_a_target_every_row_chooses_unless_an_alpha_is_given(
+    config: MagRConfig | None, alpha: Any
+) -> None:
+    target = IntxWeightOnlyConfig(weight_dtype=INT[3])
+    model = magr_transform(mlp(), vectors(), config, target=target)
+    assert report_of(model).config == MagRConfig(alpha=alpha)
+    for site in report_of(model).rewritten:
+        assert (site.quantization is None) == (alpha != "auto")
+    without = magr_transform(mlp(), vectors(), config)
+    assert report_of(without).config == (config or MagRConfig())
+    assert (changed(model, state(without)) == []) == (alpha != "auto")
+
+
+def test_a_fixed_alpha_in_quantize_is_solved_once_for_every_row() -> None:
+    target = IntxWeightOnlyConfig(weight_dtype=INT[3])
+    config = MagRConfig(alpha=3e-3, solver="pgd")
+    model, plain = mlp(), mlp()
+    magr_quantize(model, vectors(), target, config, propagate=False, holdout=0)
+    quantize_(magr_transform(plain, vectors(), config, target=target), target)
+    for name in ("0.weight", "2.weight"):
+        got, wanted = (m.get_parameter(name).dequantize() for m in (model, plain))
+        # But for a number that a rounding of the solver moves over the middle of two codes.
+        assert float((got == wanted).float().mean()) > 0.99
+    for site in report_of(model).rewritten:
+        assert site.quantization is not None
+        assert site.quantization.alphas == {"0.003": site.shape[0]}
+
+
+def test_gptq_keeps_codes_of_its_own() -> None:
+    """And its tensors take the places of torchao's: the outputs are theirs."""
+    target, calib = IntxWeightOnlyConfig(weight_dtype=INT[3]), vectors(200, 100)
+    original, losses = mlp(), []
+    for options in ({}, {"rounding": "gptq"}, {"rounding": "gptq", "refine": 5}):
+        model = magr_quantize(mlp(), calib, target, **options)
+        assert type(model[0].weight) is type(model[2].weight)
+        assert all(site.quantized for site in report_of(model).rewritten)
+        with torch.no_grad():
+            losses.append(relative(model(calib[0]), original(calib[0])))
+    plain = mlp()
+    quantize_(plain, target)
+    with torch.no_grad():
+        losses.append(relative(plain(calib[0]), original(calib[0])))
+    assert losses[2] < losses[1] < losses[0] < losses[3]

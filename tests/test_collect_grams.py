@@ -25,7 +25,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from magr_fx.errors import CalibrationError
 from magr_fx.gram import add_to_gram
-from magr_fx.passes import collect_grams
+from magr_fx.passes import collect_grams, shared_gram
 from magr_fx.passes.blocks import Block, cut_into_blocks
 from magr_fx.passes.collect_grams import CalibrationRun
 from magr_fx.passes.shared_gram import SharedGram
@@ -139,7 +139,7 @@ def test_no_rows() -> None:
 # ---- block by block
 
 
-def whole(trace: Trace, calls: list[Call]) -> list[Block]:
+def whole(trace: Trace, calls: list[Call], **options: Any) -> list[Block]:
     """All blocks as one."""
     blocks = cut_into_blocks(trace, calls)
     nodes = tuple(dict.fromkeys(node for block in blocks for node in block.nodes))
@@ -200,9 +200,9 @@ class Alive:
         self.most = 0
         add = SharedGram.add
 
-        def counted(shared: SharedGram, *args: Any) -> None:
+        def counted(shared: SharedGram, *args: Any, **options: Any) -> None:
             is_new = shared.gram is None
-            add(shared, *args)
+            add(shared, *args, **options)
             if is_new:
                 key = id(shared)
                 self.now.add(key)
@@ -279,7 +279,7 @@ def test_each_distinct_input_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> N
         taken += 1
         add_to_gram(*args)
 
-    monkeypatch.setattr(collect_grams, "add_to_gram", counted)
+    monkeypatch.setattr(shared_gram, "add_to_gram", counted)
     collect(analysis)
     assert taken == 9 * len(analysis.traced)
 

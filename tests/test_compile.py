@@ -13,7 +13,11 @@ import torch
 from tiny_models import text_calib, tiny_llama
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torchao.quantization import IntxWeightOnlyConfig
+from torchao.quantization import (
+    Int8DynamicActivationIntxWeightConfig,
+    IntxWeightOnlyConfig,
+    PerGroup,
+)
 from toys import INT, Shapes, changed, mlp, report_of, state, vectors
 
 from magr_fx import magr_quantize, magr_transform
@@ -105,6 +109,18 @@ def test_a_quantized_model_compiles_and_agrees_with_eager() -> None:
     (x, *_) = vectors()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["weights", "activations too"])
+@torch.no_grad()
+def test_a_model_with_gptqs_codes_compiles_and_agrees_with_eager(dynamic: bool) -> None:
+    target = Int8DynamicActivationIntxWeightConfig(INT[4], PerGroup(16)) if dynamic else INT3
+    model = magr_quantize(tiny_llama(), text_calib(), target, rounding="gptq", refine=1)
+    ids = text_calib()[0]
+    compiled: Any = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits
+    )
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from magr_fx.config import MagRConfig, SolverOptions
+from magr_fx.config import Handling, MagRConfig, SolverOptions
 from magr_fx.errors import ConfigError, MagRError
 from magr_fx.solver import solve_magr
 
@@ -45,7 +45,7 @@ def test_what_is_given_takes_the_place_of_the_defaults() -> None:
 
 def test_published_is_the_authors_recipe() -> None:
     config = MagRConfig.published()
-    assert config == MagRConfig(solver="pgd")
+    assert config == MagRConfig(alpha="published", solver="pgd")
     assert config.penalty == 1e-3
     options = SolverOptions(config.solver, config.max_steps, config.tol, config.precision)
     assert (options.solver, options.max_steps, options.tol) == ("pgd", 200, 0.0)
@@ -55,7 +55,7 @@ def test_published_is_the_authors_recipe() -> None:
 def test_published_with_groups_takes_the_per_group_alpha() -> None:
     config = MagRConfig.published(128)
     assert (config.penalty, config.group_size, config.solver) == (1e-4, 128, "pgd")
-    assert config == MagRConfig(group_size=128, solver="pgd")
+    assert config == MagRConfig(alpha="published", group_size=128, solver="pgd")
 
 
 def test_damping_is_for_the_solver_that_goes_to_the_optimum() -> None:
@@ -121,7 +121,11 @@ def test_replace_checks_again() -> None:
     [
         *(
             ("alpha", value, "alpha must be a finite number above 0")
-            for value in (0, 0.0, -1e-3, float("nan"), float("inf"), "1e-3")
+            for value in (-1e-3, float("nan"), float("inf"), True)
+        ),
+        *(
+            ("alpha", value, "alpha must be a number, 'auto' or 'published'")
+            for value in ("1e-3", "Auto", "")
         ),
         *(
             ("group_size", value, "group_size must be a positive int, or None")
@@ -159,7 +163,7 @@ def test_bad_options_are_refused_by_name_and_value(option: str, value: Any, mess
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("alpha", 1), ("group_size", 1), ("max_steps", 1), ("tol", 0), ("damping", 0)],
+    [("alpha", 0), ("group_size", 1), ("max_steps", 1), ("tol", 0), ("damping", 0)],
 )
 def test_the_smallest_good_values_are_accepted(option: str, value: int) -> None:
     assert getattr(MagRConfig(**{option: value}), option) == value  # type: ignore[arg-type]
@@ -177,3 +181,46 @@ def test_numpy_numbers_are_numbers_and_bools_are_not() -> None:
     for name in ("alpha", "max_steps", "tol", "damping", "group_size"):
         with pytest.raises(ConfigError, match=name):
             MagRConfig(**{name: True})  # type: ignore[arg-type]
+
+
+def test_words_for_alpha() -> None:
+    assert MagRConfig(alpha="auto").alpha == "auto"
+    assert MagRConfig(alpha="auto").resolved().alpha == "auto"
+    assert MagRConfig(alpha="published").resolved().alpha == 1e-3
+    assert MagRConfig(alpha="published", group_size=16).penalty == 1e-4
+    assert MagRConfig(alpha=0).resolved().alpha == MagRConfig(alpha=0).penalty == 0
+
+
+def test_how_the_target_is_handled_by_default() -> None:
+    assert dataclasses.asdict(Handling()) == {
+        "rounding": "nearest",
+        "act_order": False,
+        "refine": 0,
+        "propagate": True,
+        "holdout": 0.1,
+    }
+    assert Handling("gptq", act_order=True, refine=np.int64(3)).refine == 3  # type: ignore[arg-type]
+    assert Handling(holdout=0).holdout == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"rounding": r}, "rounding must be one of nearest, gptq") for r in ("awq", "", None)),
+        *(
+            ({"rounding": "gptq", "refine": value}, "refine must be an int of at least 0")
+            for value in (-1, 1.5, True, "3", None)
+        ),
+        *(
+            (options, 'refine and act_order belong to rounding="gptq"')
+            for options in ({"refine": 1}, {"act_order": True})
+        ),
+        *(
+            ({"holdout": value}, "holdout must be a share of the tokens, from 0 to below 1")
+            for value in (-0.1, 1, 1.5, float("nan"), "0.1", True)
+        ),
+    ],
+)
+def test_bad_handling_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Handling(**options)

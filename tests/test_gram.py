@@ -13,7 +13,15 @@ from tiny_models import activations
 from torch import Tensor
 
 from magr_fx import gram as module
-from magr_fx.gram import SLACK, add_to_gram, damped, largest_eigenvalue, output_error
+from magr_fx.gram import (
+    SLACK,
+    add_to_drift,
+    add_to_gram,
+    damped,
+    largest_eigenvalue,
+    output_error,
+    row_errors,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -230,3 +238,65 @@ def test_a_gram_is_not_changed(iterated: list[int]) -> None:
     largest_eigenvalue(gram)
     largest_eigenvalue(gram[:3, :3])
     assert torch.equal(gram, kept)
+
+
+# --- how inputs have drifted, and the errors of rows
+
+
+def drift_of(tokens: Tensor, original: Tensor) -> Tensor:
+    """X̂ᵀ(X - X̂) in float64."""
+    return tokens.double().T @ (original.double() - tokens.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_add_to_drift(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CHUNK", 7)
+    drift = torch.ones(5, 5)
+    tokens, original = activations(20, 5).to(dtype), activations(20, 5, seed=1).to(dtype)
+    kept = tokens.clone(), original.clone()
+    add_to_drift(drift, tokens, original)
+    torch.testing.assert_close(drift.double(), 1 + drift_of(tokens, original), rtol=1e-6, atol=1e-5)
+    assert torch.equal(tokens, kept[0])
+    assert torch.equal(original, kept[1])
+
+
+def test_a_small_drift_of_large_inputs_keeps_its_digits() -> None:
+    """The difference is taken before the product."""
+    tokens = 1000 * activations(20, 5)
+    original = tokens + 2.0**-10 * activations(20, 5, seed=1).round()
+    drift = torch.zeros(5, 5)
+    add_to_drift(drift, tokens, original)
+    want = drift_of(tokens, original)
+    assert float((drift.double() - want).abs().max() / want.abs().max()) < 1e-5
+
+
+def test_drift_of_rows_that_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CHUNK", 4)
+    tokens, original = activations(10, 5), activations(10, 5, seed=1)
+    keep = torch.tensor([1, 0, 1, 1, 1, 0, 0, 0, 0, 1], dtype=torch.bool)
+    want = drift_of(tokens[keep], original[keep])
+    tokens[~keep] = math.nan
+    original[1], original[5] = math.inf, math.nan
+    drift = torch.zeros(5, 5)
+    add_to_drift(drift, tokens, original, keep)
+    torch.testing.assert_close(drift.double(), want, rtol=1e-6, atol=1e-5)
+
+
+def test_no_drift() -> None:
+    drift, tokens = torch.ones(5, 5), activations(9, 5)
+    add_to_drift(drift, tokens, tokens.clone())
+    add_to_drift(drift, torch.empty(0, 5), torch.empty(0, 5))
+    assert bool((drift == 1).all())
+
+
+def test_row_errors() -> None:
+    x, change = activations(30, 6, seed=1), 0.01 * activations(4, 6, seed=3)
+    change[2] = 0
+    kept = change.clone()
+    found = row_errors(change, gram_of(x).float())
+    assert found.shape == (4,)
+    assert found.dtype == torch.float32
+    want = (x.double() @ change.double().T).square().sum(0)
+    torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=0)
+    assert float(found[2]) == 0
+    assert torch.equal(change, kept)

@@ -209,7 +209,8 @@ def test_options_reach_the_solver() -> None:
     model, eager = mlp(), mlp()
     graph_module = exported(model)
     apply(graph_module, vectors(), config, target=target)
-    assert report_in(graph_module).config == MagRConfig(damping=0.2, group_size=16)
+    wanted = MagRConfig(alpha="auto", damping=0.2, group_size=16)
+    assert report_in(graph_module).config == wanted
     magr_transform(eager, vectors(), config, target=target)
     assert changed(model, state(eager)) == []
 

@@ -57,19 +57,19 @@ def test_quickstart_compares_and_reports(local_model: Path, tmp_path: Path) -> N
     assert [row[0] for row in rows] == [
         "original, float32",
         "int2, torchao alone",
-        "int2, magr_transform first",
+        "int2, magr_quantize",
         "int4, torchao alone",
-        "int4, magr_transform first",
+        "int4, magr_quantize",
     ]
     # Random weights know nothing: the original's perplexity is about that of a uniform guess.
     assert float(rows[0][1]) == pytest.approx(256, rel=0.2)
     assert (tmp_path / "quickstart.txt").read_text() in done.stdout
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = json.loads((tmp_path / "int2.json").read_text())
     sites = [site for site in report["sites"] if site["outcome"] == "rewritten"]
     assert len(sites) == 14
     assert all(0 < site["output_error"] < 1 for site in sites)
-    assert (tmp_path / "report.png").stat().st_size > 10_000
-    assert "14 rewritten" in done.stdout
+    assert (tmp_path / "int4.png").stat().st_size > 10_000
+    assert done.stdout.count("14 rewritten") == 2
     assert "Q4_1" not in done.stdout  # the caveat is about the default model alone
 
 
@@ -78,6 +78,21 @@ def test_quickstart_says_what_is_missing(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "nowhere" in done.stderr
+
+
+def test_alpha_sensitivity_draws_what_each_row_chose(local_model: Path, tmp_path: Path) -> None:
+    layer = "model.layers.1.mlp.down_proj"
+    options = ["--layers", layer, "--tokens", "2048", "--length", "32"]
+    done = run_example(
+        "examples/alpha_sensitivity.py", "--model", local_model, "--out", tmp_path, *options
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.search(rf"{layer}: torchao alone ([\d.]+)%.*? ([\d.]+)% .* ([\d.]+)%", done.stdout)
+    assert found is not None, done.stdout
+    alone, single, chosen = map(float, found.groups())
+    assert single <= alone
+    assert chosen < alone
+    assert (tmp_path / "alpha_sensitivity.png").stat().st_size > 10_000
 
 
 def test_any_module_rewrites_what_torchao_cannot_take() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 import time
@@ -20,7 +21,7 @@ from magr_fx import CalibrationError, MagRConfig, MagRReport, SiteReport, magr_q
 from magr_fx import magr_transform as transform
 from magr_fx.memory import high_water_mark
 from magr_fx.passes import pipeline
-from magr_fx.report import STAGES
+from magr_fx.report import STAGES, Quantization
 from magr_fx.solver import solve_magr
 
 INT3 = IntxWeightOnlyConfig(weight_dtype=INT[3])
@@ -185,7 +186,7 @@ def test_json_holds_every_figure(mixed: MagRReport, tmp_path: Path) -> None:
         for name, value in entry.items():
             kept = getattr(site, name)
             if value is None:
-                assert math.isnan(kept), name
+                assert kept is None if name == "quantization" else math.isnan(kept), name
             else:
                 assert value == (list(kept) if isinstance(kept, tuple) else kept), name
     assert record["sites"][0]["output_error"] > 0
@@ -272,3 +273,130 @@ def test_plot_with_nothing_rewritten(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to plot"):
         report.plot(tmp_path / "report.png")
     assert list(tmp_path.iterdir()) == []
+
+
+# What the target made of it
+
+
+def judged(name: str, *errors: float, **options: Any) -> SiteReport:
+    return SiteReport(
+        name, (2, 3), "rewritten", output_error=0.1,
+        quantization=Quantization({"0": 1, "0.002": 1}, 0.75, *errors),
+        channel_max_before=np.ones(2, np.float32), channel_max_after=np.ones(2, np.float32),
+        **options,
+    )  # fmt: skip
+
+
+def test_the_second_table_has_a_row_for_each_judged_site() -> None:
+    report = report_of(magr_quantize(mlp(), vectors(), INT3, rounding="gptq"))
+    first, second, _ = sections(report)
+    assert len(first) == 3
+    assert second[0] == "output error after quantization:"
+    header, *rows = [[c.strip() for c in line.split("  ") if c.strip()] for line in second[1:]]
+    assert header == [
+        "site", "rows by alpha", "mean clip", "torchao alone", "quantized", "held out: alone",
+        "quantized",
+    ]  # fmt: skip
+    for row, site in zip(rows, report.rewritten, strict=True):
+        found = site.quantization
+        assert found is not None
+        alphas = " ".join(f"{alpha}:{count}" for alpha, count in found.alphas.items())
+        errors = (found.error_alone, found.error, found.held_alone, found.held)
+        assert row == [
+            site.name, alphas, f"{found.clip:.2f}", *(f"{error:.2%}" for error in errors)
+        ]  # fmt: skip
+        assert sum(found.alphas.values()) == site.shape[0]
+        assert 0 < found.error < found.error_alone < 1
+
+
+def test_the_second_table_is_for_targets_that_took_part_only() -> None:
+    for config, tables in ((MagRConfig(alpha=1e-3), 1), (None, 2)):
+        report = report_of(transform(mlp(), vectors(), config, target=INT3))
+        assert len(sections(report)) == tables + 1
+        assert ("after quantization" in str(report)) == (tables == 2)
+    report = MagRReport(MagRConfig(), sites=[judged("a", 0.2, 0.1), judged("b", 0.4, 0.2)])
+    for line in sections(report)[1][2:]:  # of which nothing is known on held-out tokens
+        assert line.split()[-2:] == ["-", "-"]
+
+
+def test_the_totals_compare_with_torchao_alone() -> None:
+    sites = [judged("a", 0.2, 0.1, 0.25, 0.15), judged("b", 0.4, 0.2, 0.35, 0.25)]
+    lines = MagRReport(MagRConfig(), sites=sites).totals().splitlines()
+    start = "output error after quantization, mean on the "
+    assert f"{start}calibration: 15.00% (torchao alone 30.00%)" in lines
+    assert f"{start}held-out tokens: 20.00% (torchao alone 30.00%)" in lines
+    nothing_held = [judged("a", 0.2, 0.1), judged("b", math.inf, math.inf)]
+    lines = MagRReport(MagRConfig(), sites=nothing_held).totals().splitlines()
+    assert f"{start}calibration: 10.00% (torchao alone 20.00%)" in lines
+    assert not any("held-out" in line for line in lines)
+    assert not any("too closely" in line for line in lines)
+    unknown = MagRReport(MagRConfig(), sites=[judged("a", math.inf, math.inf)]).totals()
+    assert f"{start.replace(', mean on', ', on')}calibration: unknown" in unknown
+
+
+@pytest.mark.parametrize(
+    ("errors", "overfits"),
+    [
+        ((0.2, 0.1, 0.2, 0.1), False),  # the same gain
+        ((0.2, 0.1, 0.4, 0.2), False),  # harder tokens, the same gain
+        ((0.2, 0.1, 0.2, 0.139), False),
+        ((0.2, 0.1, 0.2, 0.141), True),  # a gain of less than a 1.4th
+        ((0.2, 0.19, 0.2, 0.201), True),  # none at all
+        ((0.2, 0.1, 0.2, 0.05), False),  # better still
+        ((0.2, 0.1), False),  # nothing was held
+        ((0.0, 0.0, 0.2, 0.3), False),  # torchao alone loses nothing
+        ((0.2, 0.0, 0.2, 0.3), False),
+        ((0.2, 0.1, 0.0, 0.0), False),
+    ],
+)
+def test_which_gains_do_not_carry_over(errors: tuple[float, ...], overfits: bool) -> None:
+    report = MagRReport(MagRConfig(), sites=[judged("a", *errors), judged("b", 0.2, 0.1, 0.2, 0.1)])
+    assert [site.name for site in report.overfitted] == (["a"] if overfits else [])
+    assert ("1 sites fit the calibration too closely" in report.totals()) == overfits
+
+
+def test_too_close_a_fit_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Fewer tokens than inputs, fitted without damping, and others that are unlike them."""
+    config = MagRConfig(damping=1e-6)
+    few = torch.cat([vectors(20)[0], torch.randn(20, WIDTH)])
+    with caplog.at_level(logging.WARNING, "magr_fx"):
+        model = magr_quantize(mlp(), [few], INT3, config, rounding="gptq", holdout=0.5)
+    report = report_of(model)
+    assert report.overfitted
+    found = report.overfitted[0].quantization
+    assert found is not None
+    assert found.held / found.held_alone > 1.4 * found.error / found.error_alone
+    name, count = report.overfitted[0].name, len(report.overfitted)
+    assert f"{count} sites gain much less over torchao alone on the held-out" in caplog.text
+    assert f"{name} for one: calibrate on more text" in caplog.text
+
+    caplog.clear()
+    many = vectors(1000)[0]
+    many = many[torch.randperm(1000, generator=torch.Generator().manual_seed(0))]
+    with caplog.at_level(logging.WARNING, "magr_fx"):
+        assert not report_of(magr_quantize(mlp(), [many], INT3)).overfitted
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("holdout", [0.0, 0.2])
+def test_json_knows_what_the_target_made_of_it(holdout: float, tmp_path: Path) -> None:
+    report = report_of(magr_quantize(mlp(), vectors(), INT3, holdout=holdout))
+    path = tmp_path / "report.json"
+    report.to_json(path)
+    text = path.read_text(encoding="utf-8")
+    assert "NaN" not in text
+    record = json.loads(text)
+    assert record["config"]["alpha"] == "auto"
+    for site, entry in zip(report.sites, record["sites"], strict=True):
+        found = site.quantization
+        assert found is not None
+        assert entry["quantization"] == {
+            "alphas": found.alphas,
+            "clip": found.clip,
+            "error_alone": found.error_alone,
+            "error": found.error,
+            "held_alone": found.held_alone if holdout else None,
+            "held": found.held if holdout else None,
+        }
+    site = judged("w", math.inf, math.nan)
+    assert site.as_dict()["quantization"]["error_alone"] is None

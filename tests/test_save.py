@@ -11,12 +11,21 @@ import pytest
 import torch
 from tiny_models import text_calib, tiny_llama
 from torch import nn
-from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerGroup, quantize_
+from torchao.quantization import (
+    Int8DynamicActivationInt8WeightConfig,
+    Int8DynamicActivationIntxWeightConfig,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    MappingType,
+    PerGroup,
+    quantize_,
+)
 from torchao.utils import TorchAOBaseTensor
 from toys import INT, changed, mlp, report_of, state, vectors
 from transformers import LlamaForCausalLM, TorchAoConfig
 
-from magr_fx import magr_transform
+from magr_fx import magr_quantize, magr_transform
+from magr_fx.passes.to_torchao import describe
 
 
 @pytest.mark.parametrize(
@@ -61,6 +70,32 @@ def test_saved_without_quantization_it_loads_with_the_rewritten_weights(tmp_path
     assert changed(loaded, state(model)) == []
     assert changed(tiny_llama(), state(model)) != []
     assert "magr" not in (tmp_path / "config.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        IntxWeightOnlyConfig(weight_dtype=INT[3]),
+        IntxWeightOnlyConfig(INT[4], PerGroup(16), MappingType.ASYMMETRIC),
+        Int8WeightOnlyConfig(set_inductor_config=False),
+        Int8DynamicActivationInt8WeightConfig(set_inductor_config=False),
+        Int8DynamicActivationIntxWeightConfig(INT[3], PerGroup(16)),
+    ],
+    ids=describe,
+)
+def test_gptqs_codes_are_saved_and_loaded_as_torchaos_own(target: Any, tmp_path: Path) -> None:
+    model, (x, *_) = magr_quantize(mlp(), vectors(), target, rounding="gptq"), vectors()
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    plain, filled, replaced = mlp(), mlp(), mlp()
+    quantize_(plain, target)
+    quantize_(filled, target)
+    filled.load_state_dict(saved)
+    replaced.load_state_dict(saved, assign=True)
+    with torch.no_grad():
+        assert torch.equal(filled(x), model(x))
+        assert torch.equal(replaced(x), model(x))
+        assert not torch.equal(plain(x), model(x))
 
 
 def test_the_report_is_no_part_of_the_state_dict() -> None:

