@@ -106,7 +106,7 @@ def magr_quantize(
     config: MagRConfig | None = None,
     *,
     rounding: str = "nearest",
-    act_order: bool = False,
+    act_order: bool = True,
     refine: int = 0,
     propagate: bool = True,
     holdout: float = 0.1,
@@ -127,7 +127,8 @@ def magr_quantize(
             grids that torchao chooses, for configs of whole-number codes: IntxWeightOnly,
             Int8WeightOnly, Int8DynamicActivationIntxWeight, Int8DynamicActivationInt8Weight,
             per row and per group. Alpha and clip are then chosen for that rounding.
-        act_order: GPTQ takes the inputs with the largest activations first.
+        act_order: GPTQ takes the inputs with the largest activations first, which costs nothing
+            at inference: the grids stay where they are. It mostly loses less.
         refine: how many passes of coordinate descent on the codes follow GPTQ, each lowering the
             output error; the paper's † is 30.
         propagate: as for :func:`magr_transform`; False calibrates every layer on the original

@@ -192,7 +192,7 @@ class Handling:
     """
 
     rounding: str = "nearest"
-    act_order: bool = False
+    act_order: bool = True
     refine: int = 0
     propagate: bool = True
     holdout: float = 0.1
@@ -204,8 +204,8 @@ class Handling:
             )
         if not (_is_whole(self.refine) and self.refine >= 0):
             raise ConfigError(f"refine must be an int of at least 0, got {self.refine!r}")
-        if self.rounding != "gptq" and (self.refine or self.act_order):
-            raise ConfigError('refine and act_order belong to rounding="gptq"; leave them out')
+        if self.rounding != "gptq" and self.refine:
+            raise ConfigError('refine belongs to rounding="gptq"; leave it out')
         if not (_is_number(self.holdout) and 0 <= self.holdout < 1):
             raise ConfigError(
                 f"holdout must be a share of the tokens, from 0 to below 1, got {self.holdout!r}"

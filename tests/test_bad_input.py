@@ -372,8 +372,7 @@ def test_batches_without_a_token_are_reported() -> None:
     ("options", "parts"),
     [
         ({"rounding": "awq"}, ["rounding must be one of nearest, gptq", "'awq'"]),
-        ({"refine": 30}, ["refine and act_order belong to rounding"]),
-        ({"act_order": True}, ["refine and act_order belong to rounding"]),
+        ({"refine": 30}, ["refine belongs to rounding"]),
         ({"rounding": "gptq", "refine": -1}, ["refine must be an int of at least 0, got -1"]),
         ({"holdout": 1.0}, ["holdout must be a share", "got 1.0"]),
         ({"config": MagRConfig(alpha=0)}, ["alpha=0 shrinks nothing", 'rounding="gptq"']),

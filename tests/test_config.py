@@ -194,12 +194,12 @@ def test_words_for_alpha() -> None:
 def test_how_the_target_is_handled_by_default() -> None:
     assert dataclasses.asdict(Handling()) == {
         "rounding": "nearest",
-        "act_order": False,
+        "act_order": True,
         "refine": 0,
         "propagate": True,
         "holdout": 0.1,
     }
-    assert Handling("gptq", act_order=True, refine=np.int64(3)).refine == 3  # type: ignore[arg-type]
+    assert Handling("gptq", act_order=False, refine=np.int64(3)).refine == 3  # type: ignore[arg-type]
     assert Handling(holdout=0).holdout == 0
 
 
@@ -211,10 +211,7 @@ def test_how_the_target_is_handled_by_default() -> None:
             ({"rounding": "gptq", "refine": value}, "refine must be an int of at least 0")
             for value in (-1, 1.5, True, "3", None)
         ),
-        *(
-            (options, 'refine and act_order belong to rounding="gptq"')
-            for options in ({"refine": 1}, {"act_order": True})
-        ),
+        ({"refine": 1}, 'refine belongs to rounding="gptq"'),
         *(
             ({"holdout": value}, "holdout must be a share of the tokens, from 0 to below 1")
             for value in (-0.1, 1, 1.5, float("nan"), "0.1", True)
