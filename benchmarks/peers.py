@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -32,7 +33,9 @@ from language_model import bundled_model, load, perplexity, token_batches  # iso
 RESULTS = Path(__file__).with_name("quality.json")
 
 
-def llmcompressor_gptq(model: nn.Module, calib: list[Tensor], bits: int, group: int) -> nn.Module:
+def llmcompressor_gptq(
+    model: nn.Module, calib: list[Tensor], bits: int, group: int, tokenizer: Any
+) -> nn.Module:
     """GPTQ with llmcompressor's defaults (damping 0.01, static activation order)."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
@@ -50,18 +53,25 @@ def llmcompressor_gptq(model: nn.Module, calib: list[Tensor], bits: int, group: 
     mask = torch.ones_like(rows).tolist()
     data = Dataset.from_dict({"input_ids": rows.tolist(), "attention_mask": mask})
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
-    oneshot(
-        model=model,
-        dataset=data,
-        recipe=GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"]),
-        max_seq_length=rows.shape[1],
-        num_calibration_samples=len(rows),
-    )
+    with TemporaryDirectory() as folder:  # it reads the config once more from where it came
+        model.config.save_pretrained(folder)  # type: ignore[operator, union-attr]
+        model.config._name_or_path = folder  # type: ignore[union-attr]
+        oneshot(
+            model=model,
+            dataset=data,
+            processor=tokenizer,
+            recipe=GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"]),
+            max_seq_length=rows.shape[1],
+            num_calibration_samples=len(rows),
+        )
     return model
 
 
-def brevitas_magr_gptq(model: nn.Module, calib: list[Tensor], bits: int, group: int) -> nn.Module:
+def brevitas_magr_gptq(
+    model: nn.Module, calib: list[Tensor], bits: int, group: int, tokenizer: Any
+) -> nn.Module:
     """MagR and then GPTQ with brevitas's defaults, block by block."""
+    del tokenizer
     from brevitas.graph.gptq import gptq_mode
     from brevitas.graph.magr import magr_mode
     from brevitas.graph.quantize import layerwise_quantize
@@ -71,18 +81,22 @@ def brevitas_magr_gptq(model: nn.Module, calib: list[Tensor], bits: int, group: 
     )
 
     quantizers = generate_quantizers(
-        dtype=torch.float32,
         weight_bit_width=bits,
         weight_param_method="stats",
         weight_scale_precision="float_scale",
         weight_quant_type="asym",
         weight_quant_granularity="per_group" if group else "per_channel",
         weight_group_size=group or None,
-        weight_quant_format="int",
         quantize_weight_zero_point=True,
+        input_scale_precision="float_scale",
+        attn_scale_precision="float_scale",
     )
-    maps = generate_quant_maps(*quantizers, torch.float32, "cpu", None, False)
-    model = layerwise_quantize(model=model, compute_layer_map=maps, name_blacklist=["lm_head"])
+    layers = generate_quant_maps(
+        **quantizers, dtype=torch.float32, device="cpu", quantize_embedding=False
+    )
+    model = layerwise_quantize(
+        model=model, compute_layer_map=layers, name_blacklist=["lm_head"]
+    ).eval()
     blocks: Any = model.model.layers  # type: ignore[union-attr]
     inputs = _first_inputs(model, blocks[0], calib)
     for block in blocks:
@@ -145,8 +159,9 @@ def main() -> None:
     for bits in args.bits:
         for group in args.groups:
             model, tokenizer = load(bundled_model(), device="cpu", dtype=torch.float32)
+            calib = random_windows(tokenizer, TEXT, count=32, seed=0)
             start = time.process_time()
-            done = quantize(model, random_windows(tokenizer, TEXT, count=32, seed=0), bits, group)
+            done = quantize(model, calib, bits, group, tokenizer)
             figures = {"CPU seconds": round(time.process_time() - start, 1)}
             for text in ("sotu_heldout", "moby_dick"):
                 batches = token_batches(

@@ -75,7 +75,8 @@ def magr_transform(
         CalibrationError: ``calib`` is empty, of the wrong type, or leads to NaN or Inf.
         ModelError: no weight matmul, or weights on the meta device, quantized, NaN or Inf.
         TraceError: torch.export refused the model.
-        In all of these cases nothing was changed.
+        Nothing was changed then, but for a CalibrationError that says that a quantized model
+        failed: the log then names the weights that were rewritten before.
 
     Example:
         >>> import torch
@@ -108,7 +109,7 @@ def magr_quantize(
     rounding: str = "nearest",
     act_order: bool = True,
     refine: int = 0,
-    propagate: bool = True,
+    propagate: bool | None = True,
     holdout: float = 0.1,
     filter_fn: FilterFn | None = None,
     progress: bool | None = None,
@@ -138,10 +139,10 @@ def magr_quantize(
         ``model`` itself, with every rewritten weight a torchao tensor.
 
     Raises:
-        HandoverError: torchao left a rewritten weight unquantized; the message lists which. Any
-            other error is raised before anything is changed, as for :func:`magr_transform`.
+        HandoverError: torchao left a rewritten weight unquantized; the message lists which.
+        ConfigError, CalibrationError, ModelError, TraceError: as for :func:`magr_transform`.
     """
-    handling = Handling(rounding, act_order, refine, propagate, holdout)
+    handling = Handling(rounding, act_order, refine, propagate is None or propagate, holdout)
     config = resolve_config(config, target, required=True)
     if config.alpha == 0 and rounding == "nearest":
         raise ConfigError('alpha=0 shrinks nothing; with it only rounding="gptq" makes sense')

@@ -29,6 +29,9 @@ ADMM_TOL = 1e-3
 # The optimum fits the calibration closer than an iteration that stops early; some damping keeps it
 # from fitting what is particular to a few thousand tokens (benchmarks/optimum.md).
 ADMM_DAMPING = 0.1
+# The relative dual gap at which alpha="auto" takes a solution of ADMM: what is closer is lost in
+# rounding, and the rounded rows are judged anyway (benchmarks/README.md).
+SEARCH_TOL = 0.1
 
 
 def _is_number(value: object) -> bool:
@@ -160,11 +163,13 @@ class MagRConfig:
     def resolved(self) -> MagRConfig:
         """This config with what it stands for in the place of every None but ``group_size``'s."""
         options = SolverOptions(self.solver, self.max_steps, self.tol, self.precision)
+        searching = self.alpha == "auto"
+        loose = searching and self.tol is None and self.solver == "admm"
         return replace(
             self,
-            alpha="auto" if self.alpha == "auto" else self.penalty,
+            alpha="auto" if searching else self.penalty,
             max_steps=options.max_steps,
-            tol=options.tol,
+            tol=SEARCH_TOL if loose else options.tol,
             damping=self.regularisation,
         )
 
@@ -202,6 +207,9 @@ class Handling:
             raise ConfigError(
                 f"rounding must be one of {', '.join(ROUNDINGS)}, got {self.rounding!r}"
             )
+        for name in ("act_order", "propagate"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not (_is_whole(self.refine) and self.refine >= 0):
             raise ConfigError(f"refine must be an int of at least 0, got {self.refine!r}")
         if self.rounding != "gptq" and self.refine:

@@ -44,10 +44,17 @@ def plot_report(report: MagRReport, path: str | PathLike[str]) -> None:
         ylim=(0, limit),
     )
     left.legend()
-    errors = [100 * site.output_error for site in sites]
-    right.plot(errors, ".-", color="tab:green", linewidth=0.6)
+    known = [site.quantization for site in sites if site.quantization is not None]
+    if known:
+        alone = [100 * found.error_alone for found in known]
+        right.plot(alone, ".-", color="0.6", linewidth=0.6, label="torchao alone")
+        errors = [100 * found.error for found in known]
+    else:
+        errors = [100 * site.output_error for site in sites]
+    right.plot(errors, ".-", color="tab:green", linewidth=0.6, label="magr-fx")
+    right.legend()
     right.set(
-        title="Output error of each site, before quantization",
+        title=f"Output error of each site, {'after' if known else 'before'} quantization",
         xlabel="site, in the order of the report",
         ylabel="‖X(Ŵ−W)ᵀ‖ / ‖XWᵀ‖ (%)",
     )

@@ -17,8 +17,7 @@ import numpy.typing as npt
 from magr_fx.config import MagRConfig
 
 Outcome = Literal["rewritten", "skipped", "failed"]
-# How much smaller the gain on held-out tokens has to be for a warning: SmolLM2's layers lie between
-# 1.0 and 1.2 (benchmarks/README.md).
+# How much smaller the gain on held-out tokens has to be for a warning.
 OVERFIT = 1.4
 STAGES = ("trace", "check", "grams", "solve", "rewrite", "quantize")
 _HEADER = (
@@ -79,7 +78,8 @@ class SiteReport:
         calls: how many matmuls of the traced graphs read the weight.
         tokens: how many calibration tokens are in its gram (padding does not count).
         channel_max_before, channel_max_after: each row's largest magnitude, ``[out]`` float32.
-        output_error: ‖X(Ŵ-W)ᵀ‖_F / ‖XWᵀ‖_F on the calibration gram, before any quantization.
+        output_error: ‖X(Ŵ-W)ᵀ‖_F / ‖XWᵀ‖_F on the calibration gram, before any quantization; NaN
+            where GPTQ made codes of the weight at once, whose values ``channel_max_after`` is of.
         status: how many rows the solver ended in which way.
         steps: the most steps that a row took.
         seconds: time in the solver; sites that share a gram are solved as one problem, and the
@@ -125,7 +125,7 @@ class SiteReport:
             str(self.tokens),
             f"{self.max_before:.4g}",
             f"{self.max_after:.4g}",
-            f"{self.output_error:.2%}",
+            "-" if math.isnan(self.output_error) else f"{self.output_error:.2%}",
             self.status,
             str(self.steps),
             f"{self.seconds:.2f}",
@@ -240,11 +240,12 @@ class MagRReport:
         ]
         if done:
             ratio = np.concatenate([_ratio(site) for site in done])
-            error = np.array([site.output_error for site in done])
-            lines.append(
-                f"largest magnitude per channel: median x{np.median(ratio):.2f}; output error "
-                f"before quantization: median {np.median(error):.2%}, worst {error.max():.2%}"
-            )
+            error = np.array([s.output_error for s in done if not math.isnan(s.output_error)])
+            if len(ratio) and len(error):
+                lines.append(
+                    f"largest magnitude per channel: median x{np.median(ratio):.2f}; output error "
+                    f"before quantization: median {np.median(error):.2%}, worst {error.max():.2%}"
+                )
         known = [site.quantization for site in done if site.quantization is not None]
         if known:
             lines.append(_gain("calibration", [(q.error_alone, q.error) for q in known]))

@@ -29,9 +29,6 @@ FINER_GROUPS = (0.2, 0.1, 0.05)
 LEAST_CLIP = 0.05
 # What float32 sums in another order may differ by.
 RELATIVE_ROUNDING = 1e-5
-# Relative dual gap at which the search takes a solution: what is closer is lost in rounding (the
-# same errors to 0.3% as with 1e-2, benchmarks/README.md), and the rounded rows are judged anyway.
-TOL = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,26 +93,24 @@ def choose(
     search.refine(FINER)
     if not one_weight:
         search.try_aim()
-    if one_weight:
-        if config.group_size is not None and units is None:
-            search.refine_groups(FINER_GROUPS)
-        search.settle(start)
+        return search.choice()
+    if config.group_size is not None and units is None:
+        search.refine_groups(FINER_GROUPS)
+    search.settle(start)
     return search.choice()
 
 
 def _path(aim: Tensor, gram: Tensor, alphas: Sequence[float], config: MagRConfig) -> list[Solution]:
-    tol = config.tol
-    if tol is None and len(alphas) > 1 and config.solver == "admm":
-        tol = TOL
+    options = config.resolved()
     return solve_magr_path(
         aim,
         gram,
         alphas,
-        group_size=config.group_size,
-        solver=config.solver,
-        max_steps=config.max_steps,
-        tol=tol,
-        precision=config.precision,
+        group_size=options.group_size,
+        solver=options.solver,
+        max_steps=options.max_steps,
+        tol=options.tol,
+        precision=options.precision,
     )
 
 

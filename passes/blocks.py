@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import fx
 
@@ -16,20 +17,24 @@ from magr_fx.passes.weight_uses import Call
 class Block:
     """Consecutive nodes of one trace.
 
-    ``label`` is the layer's module path and how often the trace came back to it. ``nodes`` are in
+    ``label`` is the layer's module path, what started the block within the layer, and how often
+    the trace came back to both. ``nodes`` are in
     running order; those not in ``run`` are only visited: their inputs matter, their result does
     not. After a node has run, nobody reads the values ``dead_after[node]`` again.
     """
 
     trace: Trace
-    label: tuple[str, int]
+    label: tuple[str, Hashable]
     nodes: tuple[fx.Node, ...]
     run: frozenset[fx.Node]
     dead_after: dict[fx.Node, list[fx.Node]]
 
 
 def cut_into_blocks(
-    trace: Trace, calls: Sequence[Call], *, before: Container[fx.Node] = ()
+    trace: Trace,
+    calls: Sequence[Call],
+    *,
+    before: Mapping[fx.Node, Hashable] = MappingProxyType({}),
 ) -> list[Block]:
     """The part of the graph that the inputs of the calls depend on, in running order.
 
@@ -40,19 +45,21 @@ def cut_into_blocks(
     Args:
         trace: the graph.
         calls: the matmuls whose inputs are wanted.
-        before: nodes that start another block of the same layer.
+        before: nodes that start another block of the same layer, and what the blocks of other
+            traces that belong to the same step have in common with it.
     """
     visited = {call.node for call in calls}
     run = _ancestors(trace, visited, {call.input for call in calls})
     kept = run | visited
     containers = _containers_of_layers(visited)
-    pieces: list[tuple[str, list[fx.Node]]] = [("", [])]
+    pieces: list[tuple[tuple[str, Hashable], list[fx.Node]]] = [(("", None), [])]
     for node in trace.graph_module.graph.nodes:
         if node.op in ("placeholder", "get_attr") or node not in kept:
             continue
-        layer = next((item for c, item in _numbered(node) if c in containers), pieces[-1][0])
-        if layer != pieces[-1][0] or node in before:
-            pieces.append((layer, []))
+        current = pieces[-1][0][0]
+        layer = next((item for c, item in _numbered(node) if c in containers), current)
+        if layer != current or node in before:
+            pieces.append(((layer, before.get(node)), []))
         pieces[-1][1].append(node)
     pieces = [(name, nodes) for name, nodes in pieces if nodes]
 
@@ -65,16 +72,15 @@ def cut_into_blocks(
     dead_after: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for value, reader in last_reader.items():
         dead_after[reader].append(value)
-    times: Counter[str] = Counter()
+    times: Counter[tuple[str, Hashable]] = Counter()
     blocks = []
-    for name, nodes in pieces:
-        times[name] += 1
+    for piece, nodes in pieces:
+        (layer, mark), times[piece] = piece, times[piece] + 1
         stored = dict.fromkeys(
             value for node in nodes for value in node.all_input_nodes if value.op == "get_attr"
         )
-        blocks.append(
-            Block(trace, (name, times[name]), (*stored, *nodes), run.union(stored), dead_after)
-        )
+        label = (layer, times[piece] if mark is None else (mark, times[piece]))
+        blocks.append(Block(trace, label, (*stored, *nodes), run.union(stored), dead_after))
     return blocks
 
 

@@ -12,7 +12,7 @@ two runs is taken as well.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -25,6 +25,13 @@ from tqdm import tqdm
 
 from magr_fx.errors import CalibrationError
 from magr_fx.passes.blocks import Block, cut_into_blocks, in_step
+from magr_fx.passes.decisions import (
+    Decisions,
+    is_decision,
+    is_random,
+    random_state,
+    torch_state,
+)
 from magr_fx.passes.find_linears import Site
 from magr_fx.passes.padding import TokenMask, token_masks
 from magr_fx.passes.shared_gram import SharedGram
@@ -87,7 +94,7 @@ class CalibrationRun:
             calls = [call for site in sites for call in site.calls if call.trace is trace]
             self._place_taps(trace, calls)
             self._blocks[trace] = cut_into_blocks(
-                trace, calls, before=self._taps.keys() if propagate else ()
+                trace, calls, before=self._marks() if propagate else {}
             )
             if propagate:
                 self._find_weights(trace)
@@ -143,11 +150,14 @@ class CalibrationRun:
                     for batch, *environments in zip(self.batches, *streams, strict=True)
                     if batch.trace is block.trace
                 ]
-                for block, batch, environments in runs:
-                    if self.propagate:
-                        self._take_both(block, batch, *environments)
+                decisions = [Decisions() for _ in runs]
+                for (block, batch, environments), decided in zip(runs, decisions, strict=True):
+                    if not self.propagate:
+                        self._run(block, batch, environments[0], self._add)
+                        continue
+                    self._take_both(block, batch, *environments)
                     # The original run goes ahead while the weights are still what they were.
-                    self._run(block, batch, environments[-1], None if self.propagate else self._add)
+                    self._run(block, batch, environments[1], None, record=decided)
                 for shared in waiting:
                     shared.pending -= visited
                 finished = [shared for shared in waiting if not shared.pending]
@@ -158,8 +168,10 @@ class CalibrationRun:
                 waiting = [shared for shared in waiting if shared.pending]
                 if self.propagate:
                     _swap(buffers, other)
-                    for block, batch, environments in runs:
-                        self._run(block, batch, environments[0], None, replaced=self._replaced)
+                    for (block, batch, environments), decided in zip(runs, decisions, strict=True):
+                        self._run(
+                            block, batch, environments[0], None, self._replaced, follow=decided
+                        )
                     _swap(buffers, other)
                     self._replaced.clear()  # everything that reads them has run
 
@@ -170,6 +182,14 @@ class CalibrationRun:
     def replacement(self, parameter: nn.Parameter) -> torch.Tensor:
         """What is in the parameter's place, or else itself."""
         return self._replaced.get(WeightView.of(parameter), parameter)
+
+    def _marks(self) -> dict[fx.Node, Hashable]:
+        """For each matmul before which something is taken, what it is taken for, in all traces."""
+        place = {id(shared): at for at, shared in enumerate(self.grams)}
+        return {
+            node: tuple(place[id(shared)] for tap in taps for shared in tap.grams)
+            for node, taps in self._taps.items()
+        }
 
     def _find_weights(self, trace: Trace) -> None:
         """Which nodes read a weight that may be replaced, or are made of such weights alone."""
@@ -235,8 +255,14 @@ class CalibrationRun:
         env: Environment,
         take: Take | None,
         replaced: Weights = MappingProxyType({}),
+        *,
+        record: Decisions | None = None,
+        follow: Decisions | None = None,
     ) -> None:
-        """Run one block of one batch; ``env`` is left with what later blocks read."""
+        """Run one block of one batch; ``env`` is left with what later blocks read.
+
+        ``record`` keeps what the run decides, for another run of the same block to ``follow``.
+        """
         runner = self._runners[block.trace]
         for node in [
             node for node in env if not self._taken_of.get(node, set()).isdisjoint(replaced)
@@ -250,8 +276,16 @@ class CalibrationRun:
             stored = self._stored.get(node)
             if stored is not None and stored in replaced:
                 env[node] = replaced[stored]
+            elif follow is not None and node in follow.values:
+                env[node] = follow.values[node]
             elif node in block.run:
-                env[node] = _run_node(runner, node, batch)
+                state = None if follow is None else follow.random.get(node)
+                with random_state(state):
+                    if record is not None and is_random(node):
+                        record.random[node] = torch_state()
+                    env[node] = _run_node(runner, node, batch, quantized=follow is not None)
+                if record is not None and is_decision(env[node]):
+                    record.values[node] = env[node]
             for dead in block.dead_after.get(node, ()):
                 # Sizes cost nothing, and a weight's view may have to be taken anew with them.
                 if not (self.propagate and isinstance(env.get(dead), int)):
@@ -281,7 +315,9 @@ class _Runner(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
-def _run_node(runner: fx.Interpreter, node: fx.Node, batch: TracedBatch) -> Any:
+def _run_node(
+    runner: fx.Interpreter, node: fx.Node, batch: TracedBatch, *, quantized: bool = False
+) -> Any:
     """The node's value; what it raises names the layer and the batch."""
     try:
         return runner.run_node(node)
@@ -290,9 +326,15 @@ def _run_node(runner: fx.Interpreter, node: fx.Node, batch: TracedBatch) -> Any:
     except Exception as error:  # whatever an op raises on real values
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         where = (stack[-1][0] if stack else "") or "the model"
+        remedy = "Check that the model itself runs on this batch"
+        if quantized:
+            remedy = (
+                "The weights before it were quantized by the target; calibrate with "
+                "propagate=False, or choose another target"
+            )
         raise CalibrationError(
             f"calibration batch {batch.index} fails in {where}, at {node.target}: "
-            f"{type(error).__name__}: {error}. Check that the model itself runs on this batch"
+            f"{type(error).__name__}: {error}. {remedy}"
         ) from error
 
 

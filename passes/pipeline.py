@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from contextlib import closing
 from dataclasses import fields, replace
@@ -19,10 +20,12 @@ from magr_fx.gram import damped, output_error
 from magr_fx.memory import high_water_mark
 from magr_fx.passes.collect_grams import CalibrationRun
 from magr_fx.passes.find_linears import Found, Site
-from magr_fx.passes.quantized_weights import QuantizedWeight, Target, quantized_weights
+from magr_fx.passes.quantizable import quantized_copy
+from magr_fx.passes.quantized_weights import Target, quantized_weights
 from magr_fx.passes.rewrite_weights import laid_out, refusal, rewrite_weight
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.to_torchao import target_group_size
+from magr_fx.passes.torchao_rounding import dequantized
 from magr_fx.passes.trace import TracedBatch
 from magr_fx.report import MagRReport, Outcome, SiteReport
 from magr_fx.solution import Solution, summary
@@ -206,6 +209,8 @@ def _quantize_and_rewrite(
             quantized = quantized_weights(shared, config, target)
     except (MagRError, LinAlgError) as error:
         _failed(shared, error, report)
+        for site in shared.sites:
+            _go_on_with_torchao_alone(site, target, run)
         return {}
     rows = sum(site.shape[0] for site in shared.sites)
     seconds = (report.seconds["solve"] - before) / rows
@@ -216,27 +221,35 @@ def _quantize_and_rewrite(
             if one.refusal is not None:
                 logger.warning("%s failed and keeps its weight: %s", site.name, one.refusal)
                 report.sites.append(_untouched(site, "failed", one.refusal, tokens))
+                _go_on_with_torchao_alone(site, target, run)
                 continue
             status, steps = summary(one.choice.status), int(one.choice.steps.max())
             done = _rewritten(site, one.weight, shared, status, steps)
+            if target.handling.rounding == "gptq":  # no weight is left that is to be quantized
+                done = replace(done, output_error=math.nan)
             done = replace(done, quantization=one.report, seconds=seconds * site.shape[0])
             if target.handling.propagate:
-                run.replace(site.parameter, _stand_in(one, run))
-            report.sites.append(done)
+                _go_on_with(site, one.tensor, run)
             if target.handling.rounding == "gptq":
                 tensors[site.name] = one.tensor
             else:
                 rewrite_weight(site, one.weight)
+            report.sites.append(done)
     return tensors
 
 
-def _stand_in(one: QuantizedWeight, run: CalibrationRun) -> torch.Tensor:
-    """What the graph reads in the place of the site's parameter."""
-    site = one.site
-    if site.view.covers(site.parameter) and all(call.direct for call in site.calls):
-        return one.tensor
-    # Not F.linear with the whole parameter, which is all that torchao's tensors run in.
-    return laid_out(site, one.choice.rounded.values, run.replacement(site.parameter))
+def _go_on_with(site: Site, tensor: torch.Tensor, run: CalibrationRun) -> None:
+    """Let the run read torchao's tensor, or its values, in the place of the site's weight."""
+    if not (site.view.covers(site.parameter) and all(call.direct for call in site.calls)):
+        # Not F.linear with the whole parameter, which is all that torchao's tensors run in.
+        tensor = laid_out(site, dequantized(tensor), run.replacement(site.parameter))
+    run.replace(site.parameter, tensor)
+
+
+def _go_on_with_torchao_alone(site: Site, target: Target, run: CalibrationRun) -> None:
+    """A site that failed keeps its weight, which torchao will quantize."""
+    if target.handling.propagate:
+        _go_on_with(site, quantized_copy(site.weight, target.config), run)
 
 
 def _is_fed(shared: SharedGram, report: MagRReport) -> bool:

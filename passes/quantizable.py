@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import textwrap
 from collections import defaultdict
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -136,6 +137,8 @@ def quantized_copy(weight: torch.Tensor, target: AOBaseConfig) -> torch.Tensor:
     linear = nn.Linear(1, 1, bias=False, device="meta")
     linear.out_features, linear.in_features = weight.shape
     linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    if getattr(target, "set_inductor_config", False):  # global settings: for the model itself
+        target = replace(target, set_inductor_config=False)
     quantize_(linear, target)
     return linear.weight
 

@@ -65,7 +65,7 @@ def quantized_weights(
     weight = torch.cat([site.weight for site in sites])
     aim = weight.to(torch.float32)
     if shared.drift is not None:
-        aim = made_up_for(weight, gram, shared.drift)
+        aim = made_up_for(weight, shared.collected, shared.drift)
     torchao = TorchaoRounding(target.config, rows)
     alone = torchao.tensors(weight)
     start = torch.cat([dequantized(tensor) for tensor in alone])
@@ -115,7 +115,7 @@ def _report(
         error_alone=output_error(alone - aim, aim, shared.collected),
         error=output_error(values - aim, aim, shared.collected),
     )
-    if shared.held is None:
+    if shared.held is None or int(shared.held_tokens) == 0:
         return report
     return replace(
         report,

@@ -22,7 +22,7 @@ class SharedGram:
         drift: X̂ᵀ(X - X̂), where X̂ are the activations and X those of the original model; None
             where they are the same.
         held: the gram of the tokens that were kept aside; None where there were none.
-        tokens: how many tokens are in ``gram``.
+        tokens, held_tokens: how many tokens are in ``gram``, and in ``held``.
         padding_counted: there was padding, but no way to tell it in these activations.
     """
 
@@ -32,6 +32,7 @@ class SharedGram:
     drift: torch.Tensor | None = None
     held: torch.Tensor | None = None
     tokens: torch.Tensor | int = 0
+    held_tokens: torch.Tensor | int = 0
     padding_counted: bool = False
 
     @property
@@ -58,20 +59,27 @@ class SharedGram:
             holdout: the share of the tokens that goes into ``held`` instead: the last ones, since
                 single tokens here and there would be too much like their neighbours.
         """
-        used = len(tokens) - int(holdout * len(tokens))
-        part = None if keep is None else keep[:used]
+        first, last, kept, held = slice(None), slice(0), keep, keep
+        if keep is None:
+            end = len(tokens) - int(holdout * len(tokens))
+            first, last = slice(end), slice(end, None)
+        elif holdout:  # of the tokens that count
+            place = keep.cumsum(0)
+            used = place[-1:] - (holdout * place[-1:]).floor()
+            last, kept, held = slice(None), keep & (place <= used), keep & (place > used)
         if self.gram is None:
             self.gram = self._zeros()
-        add_to_gram(self.gram, tokens[:used], part)
-        self.tokens = self.tokens + (used if part is None else part.sum())
+        add_to_gram(self.gram, tokens[first], kept)
+        self.tokens = self.tokens + _count(tokens[first], kept)
         if original is not None:
             if self.drift is None:
                 self.drift = self._zeros()
-            add_to_drift(self.drift, tokens[:used], original[:used], part)
-        if used < len(tokens):
+            add_to_drift(self.drift, tokens[first], original[first], kept)
+        if len(tokens[last]):
             if self.held is None:
                 self.held = self._zeros()
-            add_to_gram(self.held, tokens[used:], None if keep is None else keep[used:])
+            add_to_gram(self.held, tokens[last], held)
+            self.held_tokens = self.held_tokens + _count(tokens[last], held)
 
     def let_go(self) -> None:
         """Free the matrices: the sites are done with."""
@@ -81,3 +89,7 @@ class SharedGram:
         size = self.sites[0].shape[1]
         device = self.sites[0].parameter.device
         return torch.zeros(size, size, dtype=torch.float32, device=device)
+
+
+def _count(tokens: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor | int:
+    return len(tokens) if keep is None else keep.sum()

@@ -8,9 +8,11 @@ from enum import Enum
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup, PerRow, PerTensor
+from torchao.quantization.utils import recommended_inductor_config_setter
 from torchao.utils import TorchAOBaseTensor
 
 from magr_fx.errors import ConfigError, HandoverError
@@ -117,6 +119,18 @@ def try_target(
                 f"torchao would silently leave {what} as it is with {describe(target)}. Leave the "
                 f"layer out with filter_fn, or choose a group size that divides {weight.shape[1]}"
             )
+        try:
+            token = weight.new_ones(1, weight.shape[1])
+            usable = bool(functional.linear(token, quantized).isfinite().all())
+        except Exception as error:  # whatever a kernel of torchao raises
+            raise ConfigError(
+                f"torchao quantizes {what} with {describe(target)}, but what it makes of it does "
+                f"not run here: {type(error).__name__}: {error}. Choose another config or dtype"
+            ) from error
+        if not usable:
+            raise ConfigError(
+                f"torchao makes NaN or Inf of {what} with {describe(target)}. Choose another config"
+            )
         if gptq and not has_grid(quantized):
             raise ConfigError(
                 f'rounding="gptq" cannot serve {describe(target)}: it needs whole-number '
@@ -135,7 +149,7 @@ def hand_over(
 
     The weight of an nn.Linear goes by its module, as ``quantize_`` does by default; any other
     parameter goes by its name. Where ``tensors`` has a tensor for the weight's name, with codes
-    of our own, it then takes the place of torchao's.
+    of our own, it takes the weight's place instead.
 
     Raises:
         HandoverError: a weight is no torchao tensor afterwards; the message lists which.
@@ -146,7 +160,14 @@ def hand_over(
     def is_open(module: nn.Module, key: str) -> bool:
         return not is_quantized(getattr(module, key))
 
-    linears = {id(place.module) for place in places if place.is_linear}
+    for weight in weights:
+        if weight.name in tensors:
+            own = nn.Parameter(tensors[weight.name], requires_grad=False)
+            for module, key, _ in weight.places:
+                setattr(module, key, own)
+    if tensors and getattr(target, "set_inductor_config", False):
+        recommended_inductor_config_setter()  # as quantize_ does
+    linears = {id(place.module) for place in places if place.is_linear and is_open(*place[:2])}
     if linears:
         # A module that the model holds twice is asked about twice: hence is_open.
         quantize_(model, target, lambda m, _: id(m) in linears and is_open(m, "weight"))
@@ -161,8 +182,3 @@ def hand_over(
             "Their values are rewritten (see magr_report) and the model is partly quantized: "
             "load it again and leave these out with filter_fn"
         )
-    for weight in weights:
-        if weight.name in tensors:
-            own = nn.Parameter(tensors[weight.name], requires_grad=False)
-            for module, key, _ in weight.places:
-                setattr(module, key, own)

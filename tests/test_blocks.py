@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from magr_fx.passes.blocks import Block, cut_into_blocks, in_step
 from magr_fx.passes.trace import is_mutation
 from magr_fx.passes.weight_uses import Call
 
-Label = tuple[str, int]
+Label = tuple[str, Hashable]
 
 
 def calls_of(analysis: Analysis) -> list[Call]:

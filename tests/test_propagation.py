@@ -387,11 +387,11 @@ def test_padding_counts_neither_here_nor_there() -> None:
     keep = torch.arange(20) % 3 > 0
     x[~keep] = torch.nan
     shared.add(x, keep, original=x + 1, holdout=0.3)
-    used, held = x[:14][keep[:14]].double(), x[14:][keep[14:]].double()
+    used, held = torch.split(x[keep].double(), [10, 3])  # 3 is three tenths of the 13, rounded down
     assert_gram(shared.gram, used.T @ used)
     assert_gram(shared.held, held.T @ held)
     assert_gram(shared.drift, used.T @ torch.ones_like(used))
-    assert int(shared.tokens) == len(used) == 9
+    assert (int(shared.tokens), int(shared.held_tokens)) == (10, 3)
 
 
 def test_without_holdout_the_held_errors_are_unknown_and_every_token_counts() -> None:
@@ -517,3 +517,115 @@ def test_buffers_that_the_forward_changes_are_the_same_for_both_runs(watch: Watc
     assert drift is not None
     wanted = used.T @ (was - used)
     assert float((drift.double() - wanted).abs().max()) < 1e-4 * float((used.T @ used).max())
+
+
+# ---- what two runs have to agree on
+
+
+class Routed(nn.Module):
+    """A gate decides which tokens the second weight sees."""
+
+    def __init__(self, choose: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.gate, self.b = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.choose = choose
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.a(x))
+        result: Tensor = self.b(h[self.choose(self.gate(h)[:, 0])])
+        return result
+
+
+def captured(monkeypatch: pytest.MonkeyPatch) -> dict[str, SharedGram]:
+    """Every shared gram that is solved from here on, by the names of its sites."""
+    found: dict[str, SharedGram] = {}
+    solve = pipeline.quantized_weights
+
+    def solve_and_keep(shared: SharedGram, *args: Any) -> Any:
+        for site in shared.sites:
+            found[site.name] = copy.copy(shared)  # its matrices outlive let_go
+        return solve(shared, *args)
+
+    monkeypatch.setattr(pipeline, "quantized_weights", solve_and_keep)
+    return found
+
+
+def test_the_quantized_run_routes_as_the_original_one_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Routed(lambda score: score.topk(16)[1]), vectors(64)[0]
+    with torch.no_grad():
+        first = torch.relu(model.a(x))
+        kept = first[model.gate(first)[:, 0].topk(16)[1]].double()
+    seen = captured(monkeypatch)
+    magr_quantize(model, [x], INT3, holdout=0.0)
+    with torch.no_grad():
+        chosen = (model.gate(torch.relu(model.a(x)))[:, 0]).topk(16)[1]
+        quantized = torch.relu(model.a(x)).double()
+    # The tokens that the original chose, in its order, as the quantized layer makes them.
+    order = torch.tensor([int((first.double() == token).all(-1).nonzero()[0, 0]) for token in kept])
+    assert not torch.equal(chosen, order), "the quantized gate should choose others here"
+    now = quantized[order]
+    assert_gram(seen["b.weight"].gram, now.T @ now)
+    assert_gram(seen["b.weight"].drift, now.T @ (kept - now))
+
+
+def test_the_quantized_run_draws_the_same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.b(torch.relu(self.a(x)) + 10 * torch.randn_like(x))
+            return result
+
+    seen = captured(monkeypatch)
+    magr_quantize(Noisy(), vectors(64), INT3, holdout=0.0)
+    shared = seen["b.weight"]
+    assert shared.gram is not None
+    assert shared.drift is not None
+    # Other noise would make the drift as large as the gram.
+    assert shared.drift.diagonal().abs().sum() < 0.1 * shared.gram.diagonal().sum()
+
+
+def test_traces_that_differ_by_a_layer_stay_in_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList(
+                nn.ModuleDict({name: nn.Linear(WIDTH, WIDTH) for name in ("side", "a", "b")})
+                for _ in range(3)
+            )
+
+        def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+            for layer in self.layers:
+                x = x if y is None else x + layer["side"](x * y)  # type: ignore[index]
+                x = layer["b"](torch.relu(layer["a"](x)))  # type: ignore[index]
+            return x
+
+    model = Optional()
+    x = vectors(40, 24)
+    calib: list[Any] = [x[0], (x[1], vectors(24)[0]), x[1]]
+    seen = captured(monkeypatch)
+    magr_quantize(model, calib, INT3, holdout=0.0)
+    with recorded_inputs(model) as inputs, torch.no_grad():
+        for batch in calib:
+            model(*batch) if isinstance(batch, tuple) else model(batch)
+    for name, tokens in inputs.items():
+        every = torch.cat(tokens)
+        assert_gram(seen[f"{name}.weight"].gram, every.T @ every)
+
+
+def test_a_failed_site_goes_on_as_torchao_will_quantize_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp()
+    monkeypatch.setattr(pipeline, "quantized_weights", failing_at(1, CalibrationError("singular")))
+    seen = captured(monkeypatch)
+    magr_quantize(model, vectors(), INT3, holdout=0.0)
+    assert [site.name for site in report_of(model).failed] == ["0.weight"]
+    with recorded_inputs(model) as inputs, torch.no_grad():
+        for batch in vectors():
+            model(batch)
+    every = torch.cat(inputs["2"])
+    assert_gram(seen["2.weight"].gram, every.T @ every)

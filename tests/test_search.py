@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from solver_helpers import problem
 from torch import Tensor
 
-from magr_fx.config import MagRConfig
+from magr_fx.config import SEARCH_TOL, MagRConfig
 from magr_fx.gptq import compensation, gptq
 from magr_fx.grid import Grid
 from magr_fx.rounding import Nearest, OnGrid, Rounded
@@ -23,7 +23,6 @@ from magr_fx.search import (
     CLIPS,
     FINER,
     FINER_GROUPS,
-    TOL,
     Choice,
     Search,
     choose,
@@ -205,7 +204,7 @@ def test_alpha_and_clip_reproduce_the_row(
     weight = weight.to(dtype)
     aim = other_aim(weight, seed) if drifted else weight.float()
     choice, _ = pursue(weight, aim, gram, quantizer(bits, None, symmetric=True))
-    path = solve_magr_path(aim, gram, ALPHAS, tol=TOL)
+    path = solve_magr_path(aim, gram, ALPHAS, tol=SEARCH_TOL)
     for row in range(rows):
         alpha, share = float(choice.alpha[row]), choice.clip[row]
         solved, status = aim[row], int(Status.TRIVIAL)
