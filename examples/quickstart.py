@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--bits", type=int, nargs="+", choices=range(2, 9), default=[3], help="default: 3")
     add("--rounding", choices=("nearest", "gptq"), default="nearest", help="default: nearest")
-    add("--tokens", type=int, default=16384, help="to calibrate on (default: %(default)s)")
+    add("--tokens", type=int, default=8192, help="to calibrate on (default: %(default)s)")
     add("--eval-tokens", type=int, default=4096, help="of each text (default: %(default)s)")
     add("--length", type=int, default=512, help="tokens per window (default: %(default)s)")
     add("--out", type=Path, default=Path("out"), help="folder to write to (default: %(default)s)")
