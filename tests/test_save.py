@@ -86,7 +86,7 @@ def test_saved_without_quantization_it_loads_with_the_rewritten_weights(tmp_path
 def test_gptqs_codes_are_saved_and_loaded_as_torchaos_own(target: Any, tmp_path: Path) -> None:
     model, (x, *_) = magr_quantize(mlp(), vectors(), target, rounding="gptq"), vectors()
     torch.save(model.state_dict(), tmp_path / "state.pt")
-    # Not weights_only: torchao's settings hold enums, and it refuses how Python 3.11.2 pickles those.
+    # Not weights_only, which refuses the enums in torchao's settings as Python 3.11.2 pickles them.
     saved = torch.load(tmp_path / "state.pt", weights_only=False)
     plain, filled, replaced = mlp(), mlp(), mlp()
     quantize_(plain, target)
