@@ -9,12 +9,13 @@ import torch
 from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen
 
-from magr_fx.errors import CalibrationError
+from magr_fx.errors import CalibrationError, ConfigError
 from magr_fx.passes.calibration import Batch
-from magr_fx.passes.trace import (
-    GUARDS,
-    Trace,
-    TracedBatch,
+from magr_fx.passes.inline import inline_regions
+from magr_fx.passes.trace import GUARDS, Trace, TracedBatch
+from magr_fx.passes.trace_batches import (
+    AUTO,
+    Tracing,
     bind,
     fits,
     input_names,
@@ -24,16 +25,23 @@ from magr_fx.passes.trace import (
 _CONSTANTS = (type(None), bool, int, float, str)
 
 
-def trace_or_read(model: nn.Module, batches: list[Batch]) -> list[TracedBatch]:
+def trace_or_read(
+    model: nn.Module, batches: list[Batch], tracing: Tracing = AUTO
+) -> list[TracedBatch]:
     """The batches as placeholder values: of an exported graph, or of the traces of a model.
 
     Raises:
         CalibrationError: a batch does not fit the exported graph.
-        TraceError: torch.export refused the model.
+        TraceError: the model cannot be traced.
     """
     if isinstance(model, fx.GraphModule) and _is_exported(model):
-        return _read(model, batches)
-    return trace_batches(model, batches)
+        if tracing.all_experts:
+            raise ConfigError(
+                "calibrate_all_experts=True, but in this graph each token is where it was sent; "
+                "give the model itself to magr_transform"
+            )
+        return inline_regions(_read(model, batches))
+    return inline_regions(trace_batches(model, batches, tracing))
 
 
 def _is_exported(graph_module: fx.GraphModule) -> bool:
@@ -67,7 +75,7 @@ def _read(graph_module: fx.GraphModule, batches: list[Batch]) -> list[TracedBatc
                 "other shapes, dtypes or constants; export it with dynamic_shapes, or pass the "
                 "model itself to magr_transform"
             )
-        trace = trace or Trace(graph_module, input_names(arguments))
+        trace = trace or Trace(graph_module, input_names(arguments), tracer="")
         traced.append(TracedBatch(batch.index, trace, values))
     return traced
 

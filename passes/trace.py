@@ -1,10 +1,8 @@
-"""model → traced graphs: torch.export with dynamic shapes, one trace per input signature."""
+"""Traced graphs and what they read and write; the state that a model is in while it is traced."""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
@@ -12,15 +10,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._pytree import MappingKey, TreeSpec, tree_flatten, tree_flatten_with_path
 
-from magr_fx.errors import CalibrationError, TraceError
-from magr_fx.passes.calibration import Batch
-from magr_fx.passes.export import PLAIN, export
 from magr_fx.passes.weight_views import VIEWS
-
-logger = logging.getLogger("magr_fx")
 
 GUARDS = "_guards_fn"  # where torch.export keeps its input check in a graph module
 
@@ -29,11 +20,14 @@ GUARDS = "_guards_fn"  # where torch.export keeps its input check in a graph mod
 class Trace:
     """A traced graph whose parameters are the model's own objects.
 
-    ``input_names`` are the forward arguments that the placeholders come from, in order.
+    ``input_names`` are the forward arguments that the placeholders come from, in order;
+    ``tracer`` is what made the graph, and ``refusal`` why torch.export did not.
     """
 
     graph_module: fx.GraphModule
     input_names: tuple[str, ...]
+    tracer: str = "export"
+    refusal: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +45,21 @@ def attribute(trace: Trace, node: Any) -> torch.Tensor | None:
         return None
     value = reduce(getattr, str(node.target).split("."), trace.graph_module)
     return value if isinstance(value, torch.Tensor) else None
+
+
+def all_nodes(graph_module: fx.GraphModule) -> Iterator[fx.Node]:
+    """The nodes of the graph and of its sub-graphs."""
+    for module in graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            yield from module.graph.nodes
+
+
+def attributes(graph_module: fx.GraphModule) -> Iterator[torch.Tensor]:
+    """The parameters, buffers and constants that the graph reads."""
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        value = reduce(getattr, str(node.target).split("."), graph_module)
+        if isinstance(value, torch.Tensor):
+            yield value
 
 
 def is_mutation(node: fx.Node) -> bool:
@@ -132,118 +141,3 @@ def _stored(trace: Trace, node: Any) -> torch.Tensor | None:
     while isinstance(node, fx.Node) and (node.target in VIEWS or is_mutation(node)) and node.args:
         node = node.args[0]
     return attribute(trace, node)
-
-
-def trace_batches(model: nn.Module, batches: list[Batch]) -> list[TracedBatch]:
-    """Trace ``model`` for every batch, and again only for a batch that no earlier trace fits.
-
-    Dimensions are dynamic where torch.export can make them so. What it specialises (a batch of
-    1, a length that the code computes with) is in the trace's guards and placeholder shapes,
-    which every batch is checked against: an input is never run on a graph made for another.
-
-    Raises:
-        CalibrationError: a batch's arguments do not fit ``forward``.
-        TraceError: torch.export refused the model.
-    """
-    known: dict[Any, list[Trace]] = {}
-    traced = []
-    for batch in batches:
-        arguments = bind(model, batch)
-        leaves, spec = tree_flatten(arguments)
-        values = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-        traces = known.setdefault(_signature(leaves, spec), [])
-        trace = next((trace for trace in traces if fits(trace.graph_module, values)), None)
-        if trace is None:
-            graph_module = export(model, batch.index, leaves, spec)
-            if not fits(graph_module, values):
-                raise TraceError(
-                    f"torch.export's graph of {type(model).__name__} refuses the very input that "
-                    f"it was traced with (calibration batch {batch.index})"
-                )
-            names = zip(input_names(arguments), leaves, strict=True)
-            trace = Trace(graph_module, tuple(n for n, x in names if isinstance(x, torch.Tensor)))
-            traces.append(trace)
-            logger.debug("traced %s for calibration batch %d", type(model).__name__, batch.index)
-        traced.append(TracedBatch(batch.index, trace, values))
-    return traced
-
-
-def fits(graph_module: fx.GraphModule, values: tuple[Any, ...]) -> bool:
-    """Whether the graph is right for these placeholder values, by its shapes and its guards."""
-    placeholders = graph_module.graph.find_nodes(op="placeholder")
-    if len(placeholders) != len(values):
-        return False
-    sizes: dict[Any, int] = {}  # what each symbol stands for
-    pairs = zip(placeholders, values, strict=True)
-    if not all(_fits(node.meta.get("val"), value, sizes) for node, value in pairs):
-        return False
-    guards = getattr(graph_module, GUARDS, None)
-    try:
-        if guards is not None:
-            guards(*values)
-    except AssertionError:  # what torch.export's guards raise
-        return False
-    return True
-
-
-def _fits(traced: Any, value: Any, sizes: dict[Any, int]) -> bool:
-    """Whether a value has the traced tensor's dtype and its sizes, or sizes for its symbols."""
-    if not isinstance(traced, torch.Tensor):
-        return True
-    if not isinstance(value, torch.Tensor):
-        return False
-    if (traced.dtype, traced.dim()) != (value.dtype, value.dim()):
-        return False
-    for size, given in zip(traced.shape, value.shape, strict=True):
-        expected: int = size
-        if isinstance(size, torch.SymInt):
-            expected = sizes.setdefault(size.node.expr, given)
-            # It was traced as "2 or more": a 1 would broadcast or squeeze another way.
-            if given < 2 and statically_known_true(size >= 2):
-                return False
-        if expected != given:
-            return False
-    return True
-
-
-def bind(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """The batch by argument name, as ``forward`` would receive it."""
-    signature = inspect.signature(model.forward)
-    try:
-        return dict(signature.bind(*batch.args, **batch.kwargs).arguments)
-    except TypeError as error:
-        raise CalibrationError(
-            f"calibration batch {batch.index} does not fit {type(model).__name__}.forward: "
-            f"{error}. A tensor is taken as the first argument, a tuple or list as positional "
-            "arguments, a mapping as keyword arguments"
-        ) from error
-
-
-def input_names(arguments: dict[str, Any]) -> tuple[str, ...]:
-    """The forward argument that each leaf of the bound arguments belongs to, in order.
-
-    What lies in a mapping, that of ``**kwargs`` included, goes by its own key there.
-    """
-    names: list[str] = []
-    for argument, value in arguments.items():
-        for path, _ in tree_flatten_with_path(value)[0]:
-            keys = [str(key.key) for key in path if isinstance(key, MappingKey)]
-            names.append(keys[-1] if keys else argument)
-    return tuple(names)
-
-
-def _signature(leaves: list[Any], spec: TreeSpec) -> Any:
-    """What one trace freezes: structure, dtypes, ranks, and the value of whatever is no tensor.
-
-    Also which arguments are one and the same tensor: self-attention, for one, asks that.
-    """
-    first: dict[int, int] = {}
-    signature: list[Any] = [repr(spec)]
-    for at, leaf in enumerate(leaves):
-        if isinstance(leaf, torch.Tensor):
-            same = first.setdefault(id(leaf), at)
-            signature.append((leaf.dtype, leaf.dim(), str(leaf.device), same))
-        else:
-            # By what it prints if that is all of it, else, safely, by which object it is.
-            signature.append(repr(leaf) if isinstance(leaf, PLAIN) else id(leaf))
-    return tuple(signature)

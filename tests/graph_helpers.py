@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 from magr_fx.passes.calibration import Batch, read_calib
 from magr_fx.passes.collect_grams import CalibrationRun
 from magr_fx.passes.find_linears import FilterFn, Found, find_linears
+from magr_fx.passes.read_exported import trace_or_read
 from magr_fx.passes.shared_gram import SharedGram
-from magr_fx.passes.trace import Trace, TracedBatch, calibration_mode, trace_batches
+from magr_fx.passes.trace import Trace, TracedBatch, calibration_mode
 
 # (module, activation) → which of its rows count; None counts all.
 Keep = Callable[[str, Tensor], "Tensor | None"]
@@ -75,7 +76,7 @@ class Analysis:
 def trace(model: nn.Module, calib: list[Any]) -> tuple[list[Batch], list[TracedBatch]]:
     batches = read_calib(calib, model)
     with calibration_mode(model):
-        return batches, trace_batches(model, batches)
+        return batches, trace_or_read(model, batches)
 
 
 def analyse(model: nn.Module, calib: list[Any], filter_fn: FilterFn | None = None) -> Analysis:

@@ -27,11 +27,9 @@ from magr_fx.passes.trace import (
     attribute,
     buffers_kept,
     calibration_mode,
-    fits,
-    input_names,
-    trace_batches,
     unwrap,
 )
+from magr_fx.passes.trace_batches import Tracing, fits, input_names, trace_batches
 
 
 def traces_of(traced: list[TracedBatch]) -> int:
@@ -315,33 +313,44 @@ def test_a_compiled_model_is_unwrapped() -> None:
 # ---- errors
 
 
-def test_control_flow_on_values_is_refused_and_nothing_changed() -> None:
-    class Undecided(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.drop = linear(), nn.Dropout().eval()
-            self.register_buffer("count", torch.zeros(1))
-            self.count: Tensor
-            self.seen: list[Tensor] = []
+class Undecided(nn.Module):
+    """Control flow that depends on values, and state that forward changes."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            self.count += 1
-            self.seen.append(x)
-            return self.a(x) if x.sum() > 0 else x
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.drop = linear(), nn.Dropout()
+        self.register_buffer("count", torch.zeros(1))
+        self.count: Tensor
+        self.seen: list[Tensor] = []
 
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        self.seen.append(x)
+        return self.a(x) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize("tracer", ["export", "make_fx"])
+def test_a_traced_or_refused_model_is_as_it_was(tracer: str) -> None:
     model = Undecided().train()
     model.drop.eval()
     parameters, weights = list(model.parameters()), model.a.weight.clone()
-    with pytest.raises(
-        TraceError, match=r"trace Undecided with calibration batch 0: \w+.*tensor va"
-    ):
-        trace(model, [x(2, 5)])
+    given = x(2, 5).abs()
+    kept = given.clone()
+    batches = read_calib([given], model)
+    message = r"trace Undecided with calibration batch 0: \w+.*tensor va"
+    with calibration_mode(model):
+        if tracer == "export":
+            with pytest.raises(TraceError, match=message):
+                trace_batches(model, batches, Tracing(tracer))
+        else:
+            (traced,) = trace_batches(model, batches, Tracing(tracer))
+            assert "not" not in traced.trace.refusal
     assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
     torch.testing.assert_close(model.a.weight, weights, rtol=0, atol=0)
+    torch.testing.assert_close(given, kept, rtol=0, atol=0)
     assert (model.training, model.a.training, model.drop.training) == (True, True, False)
     assert model.count.item() == 0
     assert type(model.count) is Tensor
-    assert model.seen == []
 
 
 def test_the_models_own_error_names_model_and_batch() -> None:

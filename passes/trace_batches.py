@@ -1,0 +1,223 @@
+"""model, batches → traced batches: by torch.export where it can, else by make_fx."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._pytree import MappingKey, TreeSpec, tree_flatten, tree_flatten_with_path
+
+from magr_fx.errors import CalibrationError, ConfigError, TraceError
+from magr_fx.passes.calibration import Batch
+from magr_fx.passes.experts import all_experts
+from magr_fx.passes.export import export
+from magr_fx.passes.make_fx import run_and_trace
+from magr_fx.passes.tensors_only import PLAIN
+from magr_fx.passes.trace import GUARDS, Trace, TracedBatch
+
+logger = logging.getLogger("magr_fx")
+
+TRACERS = ("auto", "export", "make_fx")
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """How to trace.
+
+    Attributes:
+        tracer: "export", "make_fx", or "auto": the first, and the second for all batches where
+            that refuses the model.
+        all_experts: whether every token meets every expert.
+
+    Raises:
+        ConfigError: no such tracer.
+    """
+
+    tracer: str = "auto"
+    all_experts: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tracer not in TRACERS:
+            raise ConfigError(f"trace must be one of {', '.join(TRACERS)}, got {self.tracer!r}")
+
+
+AUTO = Tracing()
+
+
+def trace_batches(
+    model: nn.Module, batches: list[Batch], tracing: Tracing = AUTO
+) -> list[TracedBatch]:
+    """Trace ``model`` for every batch, and again only for a batch that no earlier trace fits.
+
+    By torch.export dimensions are dynamic where it can make them so. What it specialises (a batch
+    of 1, a length that the code computes with) is in the trace's guards and placeholder shapes,
+    which every batch is checked against: an input is never run on a graph made for another.
+
+    By make_fx shapes are fixed, and the graph is the batch's own, unless the model provably looked
+    at no value on its way: then batches of the same shapes share it.
+
+    Args:
+        model: in evaluation mode.
+        batches: the calibration.
+        tracing: how.
+
+    Raises:
+        CalibrationError: a batch's arguments do not fit ``forward``.
+        ConfigError: there are no experts to send all tokens to.
+        TraceError: the model cannot be traced.
+    """
+    if tracing.all_experts:
+        with all_experts(model):
+            return trace_batches(model, batches, Tracing(tracing.tracer))
+    if tracing.tracer == "make_fx":
+        return _run(model, batches, "")
+    try:
+        return _exported(model, batches)
+    except TraceError as error:
+        if tracing.tracer == "export":
+            raise
+        refusal = error
+    logger.info("%s; tracing by make_fx instead", refusal)
+    try:
+        return _run(model, batches, str(refusal))
+    except TraceError as error:
+        raise TraceError(f"{error}. Before that, {refusal}") from error
+
+
+def _exported(model: nn.Module, batches: list[Batch]) -> list[TracedBatch]:
+    def make(index: int, leaves: list[Any], spec: TreeSpec) -> tuple[fx.GraphModule, bool]:
+        graph_module = export(model, index, leaves, spec)
+        if not fits(graph_module, _tensors(leaves)):
+            raise TraceError(
+                f"torch.export's graph of {type(model).__name__} refuses the very input that "
+                f"it was traced with (calibration batch {index})"
+            )
+        return graph_module, True
+
+    return _traced(model, batches, make, "export", "")
+
+
+def _run(model: nn.Module, batches: list[Batch], refusal: str) -> list[TracedBatch]:
+    def make(index: int, leaves: list[Any], spec: TreeSpec) -> tuple[fx.GraphModule, bool]:
+        return run_and_trace(model, index, leaves, spec)
+
+    return _traced(model, batches, make, "make_fx", refusal)
+
+
+def _traced(
+    model: nn.Module,
+    batches: list[Batch],
+    make: Callable[[int, list[Any], TreeSpec], tuple[fx.GraphModule, bool]],
+    tracer: str,
+    refusal: str,
+) -> list[TracedBatch]:
+    """The batches, each with a trace that fits it; ``make`` says whether others may share it."""
+    known: dict[Hashable, list[Trace]] = {}
+    traced = []
+    for batch in batches:
+        arguments = bind(model, batch)
+        leaves, spec = tree_flatten(arguments)
+        values = _tensors(leaves)
+        traces = known.setdefault(_signature(leaves, spec), [])
+        trace = next((trace for trace in traces if fits(trace.graph_module, values)), None)
+        if trace is None:
+            graph_module, reusable = make(batch.index, leaves, spec)
+            names = zip(input_names(arguments), leaves, strict=True)
+            tensors = tuple(name for name, x in names if isinstance(x, torch.Tensor))
+            trace = Trace(graph_module, tensors, tracer, refusal)
+            if reusable:
+                traces.append(trace)
+            logger.debug("traced %s for calibration batch %d", type(model).__name__, batch.index)
+        traced.append(TracedBatch(batch.index, trace, values))
+    return traced
+
+
+def _tensors(leaves: list[Any]) -> tuple[torch.Tensor, ...]:
+    return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+
+def fits(graph_module: fx.GraphModule, values: tuple[Any, ...]) -> bool:
+    """Whether the graph is right for these placeholder values, by its shapes and its guards."""
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    if len(placeholders) != len(values):
+        return False
+    sizes: dict[Any, int] = {}  # what each symbol stands for
+    pairs = zip(placeholders, values, strict=True)
+    if not all(_fits(node.meta.get("val"), value, sizes) for node, value in pairs):
+        return False
+    guards = getattr(graph_module, GUARDS, None)
+    try:
+        if guards is not None:
+            guards(*values)
+    except AssertionError:  # what torch.export's guards raise
+        return False
+    return True
+
+
+def _fits(traced: Any, value: Any, sizes: dict[Any, int]) -> bool:
+    """Whether a value has the traced tensor's dtype and its sizes, or sizes for its symbols."""
+    if not isinstance(traced, torch.Tensor):
+        return True
+    if not isinstance(value, torch.Tensor):
+        return False
+    if (traced.dtype, traced.dim()) != (value.dtype, value.dim()):
+        return False
+    for size, given in zip(traced.shape, value.shape, strict=True):
+        expected: int = size
+        if isinstance(size, torch.SymInt):
+            expected = sizes.setdefault(size.node.expr, given)
+            # It was traced as "2 or more": a 1 would broadcast or squeeze another way.
+            if given < 2 and statically_known_true(size >= 2):
+                return False
+        if expected != given:
+            return False
+    return True
+
+
+def bind(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """The batch by argument name, as ``forward`` would receive it."""
+    signature = inspect.signature(model.forward)
+    try:
+        return dict(signature.bind(*batch.args, **batch.kwargs).arguments)
+    except TypeError as error:
+        raise CalibrationError(
+            f"calibration batch {batch.index} does not fit {type(model).__name__}.forward: "
+            f"{error}. A tensor is taken as the first argument, a tuple or list as positional "
+            "arguments, a mapping as keyword arguments"
+        ) from error
+
+
+def input_names(arguments: dict[str, Any]) -> tuple[str, ...]:
+    """The forward argument that each leaf of the bound arguments belongs to, in order.
+
+    What lies in a mapping, that of ``**kwargs`` included, goes by its own key there.
+    """
+    names: list[str] = []
+    for argument, value in arguments.items():
+        for path, _ in tree_flatten_with_path(value)[0]:
+            keys = [str(key.key) for key in path if isinstance(key, MappingKey)]
+            names.append(keys[-1] if keys else argument)
+    return tuple(names)
+
+
+def _signature(leaves: list[Any], spec: TreeSpec) -> Any:
+    """What one trace freezes: structure, dtypes, ranks, and the value of whatever is no tensor.
+
+    Also which arguments are one and the same tensor: self-attention, for one, asks that.
+    """
+    first: dict[int, int] = {}
+    signature: list[Any] = [repr(spec)]
+    for at, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor):
+            same = first.setdefault(id(leaf), at)
+            signature.append((leaf.dtype, leaf.dim(), str(leaf.device), same))
+        else:
+            # By what it prints if that is all of it, else, safely, by which object it is.
+            signature.append(repr(leaf) if isinstance(leaf, PLAIN) else id(leaf))
+    return tuple(signature)
