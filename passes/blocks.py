@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from types import MappingProxyType
 
 from torch import fx
@@ -35,6 +36,7 @@ def cut_into_blocks(
     calls: Sequence[Call],
     *,
     before: Mapping[fx.Node, Hashable] = MappingProxyType({}),
+    reads: Mapping[fx.Node, Sequence[fx.Node]] = MappingProxyType({}),
 ) -> list[Block]:
     """The part of the graph that the inputs of the calls depend on, in running order.
 
@@ -47,9 +49,13 @@ def cut_into_blocks(
         calls: the matmuls whose inputs are wanted.
         before: nodes that start another block of the same layer, and what the blocks of other
             traces that belong to the same step have in common with it.
+        reads: for some calls' nodes, what else is looked at just before them.
     """
     visited = {call.node for call in calls}
-    run = _ancestors(trace, visited, {call.input for call in calls})
+    looked_at: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for call in calls:
+        looked_at[call.node].extend((*call.reads, *reads.get(call.node, ())))
+    run = _ancestors(trace, visited, chain.from_iterable(looked_at.values()))
     kept = run | visited
     containers = _containers_of_layers(visited)
     pieces: list[tuple[tuple[str, Hashable], list[fx.Node]]] = [(("", None), [])]
@@ -67,7 +73,7 @@ def cut_into_blocks(
         value: node
         for _, nodes in pieces
         for node in nodes
-        for value in (node, *node.all_input_nodes)
+        for value in (node, *node.all_input_nodes, *looked_at.get(node, ()))
     }
     dead_after: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for value, reader in last_reader.items():
@@ -77,7 +83,10 @@ def cut_into_blocks(
     for piece, nodes in pieces:
         (layer, mark), times[piece] = piece, times[piece] + 1
         stored = dict.fromkeys(
-            value for node in nodes for value in node.all_input_nodes if value.op == "get_attr"
+            value
+            for node in nodes
+            for value in (*node.all_input_nodes, *looked_at.get(node, ()))
+            if value.op == "get_attr"
         )
         label = (layer, times[piece] if mark is None else (mark, times[piece]))
         blocks.append(Block(trace, label, (*stored, *nodes), run.union(stored), dead_after))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Generator, Hashable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -33,8 +32,10 @@ from magr_fx.passes.decisions import (
     torch_state,
 )
 from magr_fx.passes.find_linears import Site
-from magr_fx.passes.padding import TokenMask, token_masks
+from magr_fx.passes.inline import autocast_of
+from magr_fx.passes.padding import token_masks
 from magr_fx.passes.shared_gram import SharedGram
+from magr_fx.passes.taps import Taken, Tap
 from magr_fx.passes.trace import (
     Trace,
     TracedBatch,
@@ -49,16 +50,7 @@ from magr_fx.passes.weight_views import WeightView
 Environment = dict[fx.Node, Any]
 
 
-@dataclass(frozen=True, eq=False)
-class _Tap:
-    """One distinct activation, taken just before the first call that reads it."""
-
-    call: Call
-    mask: TokenMask | None
-    grams: list[SharedGram] = field(default_factory=list)
-
-
-Take = Callable[[_Tap, torch.Tensor, torch.Tensor | None], None]
+Take = Callable[[Taken], None]
 Weights = Mapping[WeightView, torch.Tensor]  # what to read in the place of parameters
 
 
@@ -84,17 +76,23 @@ class CalibrationRun:
         self.batches = batches
         self.propagate, self.holdout = propagate, holdout
         self.grams = _share(sites)
-        self._taps: dict[fx.Node, list[_Tap]] = defaultdict(list)
+        self._taps: dict[fx.Node, list[Tap]] = defaultdict(list)
         self._blocks: dict[Trace, list[Block]] = {}
         self._runners: dict[Trace, fx.Interpreter] = {}
         self._stored: dict[fx.Node, WeightView] = {}
         self._taken_of: dict[fx.Node, set[WeightView]] = {}
         self._replaced: dict[WeightView, torch.Tensor] = {}
+        self._seen: dict[SharedGram, torch.Tensor | int] = dict.fromkeys(self.grams, 0)
         for trace in dict.fromkeys(batch.trace for batch in batches):
             calls = [call for site in sites for call in site.calls if call.trace is trace]
             self._place_taps(trace, calls)
             self._blocks[trace] = cut_into_blocks(
-                trace, calls, before=self._marks() if propagate else {}
+                trace,
+                calls,
+                before=self._marks() if propagate else {},
+                reads={
+                    node: [n for t in taps for n in t.reads] for node, taps in self._taps.items()
+                },
             )
             if propagate:
                 self._find_weights(trace)
@@ -112,7 +110,7 @@ class CalibrationRun:
             for batch in batches:
                 names: list[str] = []
                 finite: list[torch.Tensor] = []  # read together: one sync per batch
-                look = partial(_look, names, finite)
+                look = partial(self._look, names, finite)
                 environment = self._start(batch)
                 for block in self._blocks[batch.trace]:
                     self._run(block, batch, environment, look)
@@ -126,6 +124,10 @@ class CalibrationRun:
                         f"{batch.index}; nothing was changed. Look for overflow (float16?) or "
                         "broken values before that layer, or leave the batch out"
                     )
+
+    def unfed(self) -> list[Site]:
+        """After :meth:`check`: the sites that no counted token reaches."""
+        return [s for shared in self.grams if not int(self._seen[shared]) for s in shared.sites]
 
     def collect(self, *, progress: bool | None = None) -> Generator[list[SharedGram], None, None]:
         """Sum the grams block by block; yields those whose last activation a block had, together.
@@ -187,7 +189,12 @@ class CalibrationRun:
         """For each matmul before which something is taken, what it is taken for, in all traces."""
         place = {id(shared): at for at, shared in enumerate(self.grams)}
         return {
-            node: tuple(place[id(shared)] for tap in taps for shared in tap.grams)
+            node: tuple(
+                place[id(shared)]
+                for tap in taps
+                for grams in tap.grams.values()
+                for shared in grams
+            )
             for node, taps in self._taps.items()
         }
 
@@ -212,15 +219,14 @@ class CalibrationRun:
         gram_of = {id(call): gram for gram in self.grams for s in gram.sites for call in s.calls}
         masks = token_masks(trace, calls)
         order = {node: at for at, node in enumerate(trace.graph_module.graph.nodes)}
-        taps: dict[tuple[object, ...], _Tap] = {}
+        taps: dict[tuple[object, ...], Tap] = {}
         for call in sorted(calls, key=lambda call: order[call.node]):
-            if call.input_key not in taps:
-                taps[call.input_key] = tap = _Tap(call, masks.get(call))
+            if call.activation not in taps:
+                taps[call.activation] = tap = Tap(call, masks.get(call))
                 self._taps[call.node].append(tap)
             gram = gram_of[id(call)]
             gram.pending.add(call.node)
-            if gram not in taps[call.input_key].grams:
-                taps[call.input_key].grams.append(gram)
+            taps[call.activation].add(call, gram)
 
     def _start(self, batch: TracedBatch) -> Environment:
         graph = batch.trace.graph_module.graph
@@ -236,17 +242,33 @@ class CalibrationRun:
         """Take the activations that the block's first matmuls are about to read, of both runs."""
         for node in block.nodes:
             for tap in self._taps.get(node, ()):
-                source = tap.call.input
-                if source not in env:  # a stored tensor, which a block reads as it starts
-                    env[source] = original[source] = self._runners[block.trace].run_node(source)
-                tokens, keep = _tokens(tap, env[source], batch)
-                was, _ = _tokens(tap, original[source], batch)
-                for shared in tap.grams:
-                    shared.add(tokens, keep, original=was, holdout=self.holdout)
+                for source in tap.reads:
+                    if source not in env:  # a stored tensor, which a block reads as it starts
+                        env[source] = original[source] = self._runners[block.trace].run_node(source)
+                # Both send each token the same way: the quantized run follows the decisions.
+                both = zip(tap.take(env, batch), tap.take(original, batch), strict=True)
+                for taken, was in both:
+                    for shared in taken.grams:
+                        shared.add(
+                            taken.tokens, taken.keep, original=was.tokens, holdout=self.holdout
+                        )
 
-    def _add(self, tap: _Tap, tokens: torch.Tensor, keep: torch.Tensor | None) -> None:
-        for shared in tap.grams:
-            shared.add(tokens, keep, holdout=self.holdout)
+    def _look(self, names: list[str], finite: list[torch.Tensor], taken: Taken) -> None:
+        good = taken.tokens.isfinite().all(-1)
+        names.append(taken.grams[0].sites[0].name)
+        finite.append((good if taken.keep is None else good | ~taken.keep).all())
+        for shared in taken.grams:
+            counted = len(good) if taken.keep is None else taken.keep.sum()
+            self._seen[shared] = self._seen[shared] + counted
+
+    def _take(self, node: fx.Node, batch: TracedBatch, env: Environment, take: Take) -> None:
+        for tap in self._taps.get(node, ()):
+            for taken in tap.take(env, batch):
+                take(taken)
+
+    def _add(self, taken: Taken) -> None:
+        for shared in taken.grams:
+            shared.add(taken.tokens, taken.keep, holdout=self.holdout)
 
     def _run(
         self,
@@ -271,8 +293,7 @@ class CalibrationRun:
         runner.env = env
         for node in block.nodes:
             if take is not None:
-                for tap in self._taps.get(node, ()):
-                    take(tap, *_tokens(tap, env[tap.call.input], batch))
+                self._take(node, batch, env, take)
             stored = self._stored.get(node)
             if stored is not None and stored in replaced:
                 env[node] = replaced[stored]
@@ -320,7 +341,8 @@ def _run_node(
 ) -> Any:
     """The node's value; what it raises names the layer and the batch."""
     try:
-        return runner.run_node(node)
+        with autocast_of(node):
+            return runner.run_node(node)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever an op raises on real values
@@ -346,42 +368,6 @@ def _share(sites: list[Site]) -> list[SharedGram]:
         key = (frozenset(c.input_key for c in site.calls), weight.dtype, weight.device)
         shared.setdefault(key, SharedGram([])).sites.append(site)
     return list(shared.values())
-
-
-def _tokens(
-    tap: _Tap, value: torch.Tensor, batch: TracedBatch
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The rows ``[tokens, in]`` that meet the call's matrix, and which of them count."""
-    call = tap.call
-    rows = value[:, None] if call.columns and value.dim() == 1 else value
-    rows = rows.mT if call.columns else rows
-    keep = None
-    if tap.mask is not None:
-        keep = tap.mask.keep(batch.values)
-        if keep is not None:
-            keep = keep.to(rows.device).reshape(rows.shape[:-1])
-        elif tap.mask.misses_padding(batch.values, rows[..., 0].numel()):
-            for shared in tap.grams:
-                shared.padding_counted = True
-    for axis, index in enumerate(reversed(call.batch)):  # from the innermost batch dimension
-        dim = rows.dim() - 3 - axis
-        if index >= 0 and dim >= 0:
-            place = min(index, rows.shape[dim] - 1)  # a size of 1 is broadcast over the stack
-            rows = rows.narrow(dim, place, 1)
-            keep = None if keep is None else keep.narrow(dim, place, 1)
-    return rows.reshape(-1, rows.shape[-1]), None if keep is None else keep.reshape(-1)
-
-
-def _look(
-    names: list[str],
-    finite: list[torch.Tensor],
-    tap: _Tap,
-    tokens: torch.Tensor,
-    keep: torch.Tensor | None,
-) -> None:
-    good = tokens.isfinite().all(-1)
-    names.append(tap.grams[0].sites[0].name)
-    finite.append((good if keep is None else good | ~keep).all())
 
 
 @torch.no_grad()

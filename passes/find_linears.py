@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx, nn
@@ -17,7 +17,7 @@ from torch import fx, nn
 from magr_fx.errors import ConfigError, ModelError
 from magr_fx.passes.trace import Trace, attribute
 from magr_fx.passes.weight_uses import Call, Reader, Uses
-from magr_fx.passes.weight_views import WeightView, overlap
+from magr_fx.passes.weight_views import WeightView, overlap, unread_parts
 
 FilterFn = Callable[[nn.Module, str], bool]
 UNREACHED = "no calibration input reaches it"
@@ -49,6 +49,8 @@ class Rejection:
     reason: str
     parameter: nn.Parameter
     owner: nn.Module
+    owner_name: str
+    matmul: bool = True  # whether it is multiplied with inputs all the same
 
 
 @dataclass(eq=False)
@@ -77,7 +79,7 @@ class Site:
         return is_linear_weight(self.owner, self.parameter)
 
     def rejected(self, reason: str) -> Rejection:
-        return Rejection(self.name, self.shape, reason, self.parameter, self.owner)
+        return Rejection(self.name, self.shape, reason, self.parameter, self.owner, self.owner_name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +129,14 @@ def find_linears(
             for view, calls in use.calls.items():
                 site_name = name + view.name(parameter)
                 candidates.append(Site(site_name, parameter, owner, owner_name, view, calls))
+            rejections += [
+                Rejection(f"{name}{part}", shape, UNREACHED, parameter, owner, owner_name)
+                for part, shape in unread_parts(parameter, use.calls)
+            ]
         elif parameter.dim() >= 2:
-            rejections.append(Rejection(name, tuple(parameter.shape), reason, parameter, owner))
+            shape, matmul = tuple(parameter.shape), any(uses[id(p)].matmul for p in sharing)
+            matmul |= reason == UNREACHED and is_linear_weight(owner, parameter)
+            rejections.append(Rejection(name, shape, reason, parameter, owner, owner_name, matmul))
     sites = _disjoint(candidates, rejections)
     sites.sort(key=lambda site: order[site.calls[0].node])  # as the model runs, however it is named
     if not sites:
@@ -245,7 +253,7 @@ def _filtered(
         if filter_fn(site.owner, site.owner_name):
             kept.append(site)
         else:
-            rejections.append(site.rejected("left out by filter_fn"))
+            rejections.append(replace(site.rejected("left out by filter_fn"), matmul=False))
     if not kept:
         some = ", ".join(site.owner_name or site.name for site in sites[:3])
         raise ConfigError(

@@ -24,6 +24,7 @@ class SharedGram:
         held: the gram of the tokens that were kept aside; None where there were none.
         tokens, held_tokens: how many tokens are in ``gram``, and in ``held``.
         padding_counted: there was padding, but no way to tell it in these activations.
+        note: what else is worth knowing of the gram.
     """
 
     sites: list[Site]
@@ -34,6 +35,7 @@ class SharedGram:
     tokens: torch.Tensor | int = 0
     held_tokens: torch.Tensor | int = 0
     padding_counted: bool = False
+    note: str = ""
 
     @property
     def collected(self) -> torch.Tensor:
@@ -80,6 +82,13 @@ class SharedGram:
                 self.held = self._zeros()
             add_to_gram(self.held, tokens[last], held)
             self.held_tokens = self.held_tokens + _count(tokens[last], held)
+
+    @property
+    def notes(self) -> str:
+        """What the report should say of the gram."""
+        padding = "padding is counted: the input's shape does not tell which tokens are padding"
+        notes = (padding if self.padding_counted else "", self.note)
+        return "; ".join(note for note in notes if note)
 
     def let_go(self) -> None:
         """Free the matrices: the sites are done with."""

@@ -8,27 +8,21 @@ op ends it. A matmul between such a weight and anything else is a call.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx, nn
 
-from magr_fx.passes.trace import Trace, attribute, is_mutation
-from magr_fx.passes.weight_views import COPIES, VIEWS, WeightView, matrices, replay
+from magr_fx.passes.operands import Route, Rows
+from magr_fx.passes.products import Product, is_product, product_of
+from magr_fx.passes.trace import Trace, attribute, attributes, is_mutation
+from magr_fx.passes.weight_views import COPIES, VIEWS, WeightView, gathered, matrices, replay
 
 aten = torch.ops.aten
 
-# op → positions of its left and right operand, and whether the right one is stored transposed.
-MATMULS: dict[object, tuple[int, int, bool]] = {
-    aten.linear.default: (0, 1, True),
-    aten.mm.default: (0, 1, False),
-    aten.bmm.default: (0, 1, False),
-    aten.matmul.default: (0, 1, False),
-    aten.addmm.default: (1, 2, False),
-    aten.baddbmm.default: (1, 2, False),
-}
 EMBEDDINGS = frozenset({aten.embedding.default, aten.embedding_bag.default})
 _STEPS = VIEWS | COPIES  # what a chain from parameter to weight may consist of
+_PICKS = frozenset({aten.select.int, aten.unbind.int})  # one matrix of a stack
 # Ops that look at a tensor's shape or type, never at its values.
 _VALUE_FREE = frozenset({aten.sym_size.int, aten._assert_tensor_metadata.default})
 
@@ -37,22 +31,35 @@ _VALUE_FREE = frozenset({aten.sym_size.int, aten._assert_tensor_metadata.default
 class Call:
     """One matmul of a site: the weight meets the value of ``input`` in ``node``.
 
-    The input's tokens are the rows of ``input`` ``[..., tokens, in]``, or its columns where
-    ``columns``. ``batch`` picks what meets this matrix of a stack (see ``matrices``).
+    The input's tokens are the rows of ``rows.of(input)``, ``[..., tokens, in]``. ``batch`` picks
+    what meets this matrix of a stack (see ``matrices``); with a ``route`` it is the place of the
+    matrix, and the route tells which rows go there.
     """
 
     trace: Trace
     node: fx.Node
     input: fx.Node
-    columns: bool
+    rows: Rows
     batch: tuple[int, ...]
     direct: bool  # aten.linear on the parameter itself: what torchao's tensors can run
     epoch: int  # in-place ops before the call; a value may differ from one epoch to the next
+    route: Route | None = None
+    stacked: bool = False  # one of the matrices of a stack, such as an expert
+
+    @property
+    def activation(self) -> tuple[object, ...]:
+        """Calls with the same one are served by one look at the input's value."""
+        return self.input, self.epoch, self.rows, self.route, None if self.route else self.batch
 
     @property
     def input_key(self) -> tuple[object, ...]:
         """Calls with the same key see the same activations, and so share a gram."""
-        return self.input, self.epoch, self.columns, self.batch
+        return *self.activation, self.batch
+
+    @property
+    def reads(self) -> tuple[fx.Node, ...]:
+        """The nodes whose values tell the activations."""
+        return (self.input,) if self.route is None else (self.input, self.route.node)
 
 
 @dataclass(eq=False)
@@ -61,16 +68,23 @@ class Uses:
 
     calls: dict[WeightView, list[Call]] = field(default_factory=lambda: defaultdict(list))
     embedding: bool = False
+    matmul: bool = False  # also where it cannot be rewritten
     others: dict[str, None] = field(default_factory=dict)  # an ordered set of descriptions
 
 
 @dataclass(frozen=True, eq=False)
 class _Derived:
-    """A value computed from parameters alone: a chain of views of one, or a computation."""
+    """A value computed from parameters alone: a chain of views of one, or a computation.
+
+    ``index`` is the node whose value picks matrices of a stack; ``chain`` goes on with what was
+    picked, and ``stack`` is the chain up to the stack.
+    """
 
     parameters: tuple[nn.Parameter, ...]
     chain: tuple[fx.Node, ...] = ()
     computed_by: str | None = None
+    index: fx.Node | None = None
+    stack: tuple[fx.Node, ...] = ()
 
 
 class Reader:
@@ -88,30 +102,45 @@ class Reader:
                 value = attribute(self._trace, node)
                 if isinstance(value, nn.Parameter):
                     self._derived[node] = _Derived((value,))
+                elif value is None:
+                    self._read_inside(node)
             elif node.target not in _VALUE_FREE:
                 weights = [n for n in node.all_input_nodes if n in self._derived]
                 if weights:
                     self._read(node, weights)
                 self._epoch += is_mutation(node)
 
+    def _read_inside(self, node: fx.Node) -> None:
+        """A sub-graph, of a loop: whatever it reads by itself, it may do anything with."""
+        inside = self._trace.graph_module.get_submodule(str(node.target))
+        (reader, *_) = node.users
+        for module in inside.modules():
+            for tensor in attributes(module) if isinstance(module, fx.GraphModule) else ():
+                if isinstance(tensor, nn.Parameter):
+                    self._uses[id(tensor)].matmul = True
+                    self._uses[id(tensor)].others[_name(reader)] = None
+
     def _read(self, node: fx.Node, weights: list[fx.Node]) -> None:
         """One node that reads weight-derived values: a longer chain, a call, or another use."""
         if self._only_weights(node):
             self._derived[node] = self._derive(node, weights)
             return
-        if node.target in MATMULS:
-            left, right, transposed = MATMULS[node.target]
-            pair = (node.args[left], node.args[right])
-            sides = [side for side in (0, 1) if pair[side] in self._derived]
-            # Where the weight is the bias as well, the call is not its only use.
-            if len(sides) == 1 and node.args.count(pair[sides[0]]) == 1:
-                side = sides[0]
-                self._call(node, pair[side], pair[1 - side], side, transposed)  # type: ignore[arg-type]
-                for bias in weights:
-                    if bias is not pair[side]:
-                        self._other_use(bias, f"{_name(node)} as a bias")
+        index = _index_of(node)
+        if index is not None and len(weights) == 1 and node.args[0] is weights[0]:
+            source = self._derived[weights[0]]
+            if source.computed_by is None and source.index is None and _dims(weights[0]) > 2:
+                self._derived[node] = _Derived(source.parameters, index=index, stack=source.chain)
                 return
+        product = product_of(node, self._derived)
+        if product is not None:
+            self._call(node, product)
+            for bias in weights:
+                if bias is not product.weight:
+                    self._other_use(bias, f"{_name(node)} as a bias")
+            return
         for weight in weights:
+            for parameter in self._derived[weight].parameters:
+                self._uses[id(parameter)].matmul |= is_product(node)
             if node.target in EMBEDDINGS:
                 for parameter in self._derived[weight].parameters:
                     self._uses[id(parameter)].embedding = True
@@ -131,15 +160,17 @@ class Reader:
     def _derive(self, node: fx.Node, weights: list[fx.Node]) -> _Derived:
         parameters = tuple(dict.fromkeys(p for w in weights for p in self._derived[w].parameters))
         source = self._derived[weights[0]]
-        if len(weights) == 1 and node.target in _STEPS and node.args[0] is weights[0]:
-            return _Derived(parameters, (*source.chain, node), source.computed_by)
+        step = node.target in _STEPS and (source.index is None or _keeps_picks(node, source.index))
+        if len(weights) == 1 and step and node.args[0] is weights[0]:
+            return replace(source, chain=(*source.chain, node))
         return _Derived(parameters, (), source.computed_by or _name(node))
 
-    def _call(
-        self, node: fx.Node, weight: fx.Node, other: fx.Node, side: int, transposed: bool
-    ) -> None:
+    def _call(self, node: fx.Node, product: Product) -> None:
+        weight = product.weight
         source = self._derived[weight]
         (parameter, *more) = source.parameters
+        for read in source.parameters:
+            self._uses[id(read)].matmul = True
         if source.computed_by is not None or more:
             self._other_use(
                 weight, f"{_name(node)}, after {source.computed_by} computed the weight"
@@ -151,20 +182,43 @@ class Reader:
                 weight, f"{_name(node)} in {result.dtype}, of a {parameter.dtype} weight"
             )
             return
-        matrix = replay(parameter, source.chain)
-        what = "no view of the stored parameter" if matrix is None else _unfit(matrix)
-        if matrix is None or what is not None:
-            self._other_use(weight, f"{_name(node)}, whose operand is {what}")
-            return
-        # Y = A·B. As B the weight is stored [in, out], or [out, in] where the op transposes it. As
-        # A it is [out, in], and the tokens are B's columns, or its rows where the op transposes B.
-        if side == 1 and not transposed:
-            matrix = matrix.mT
-        columns = side == 0 and not transposed
-        direct = node.target is aten.linear.default and side == 1 and not source.chain
-        for batch, view in matrices(matrix):
+        route = product.route
+        picked: list[tuple[tuple[int, ...], torch.Tensor | None]]
+        if source.index is None:
+            picked = [((), replay(parameter, source.chain))]
+        else:
+            dims = _dims(source.index)
+            picked = gathered(parameter, source.stack, source.chain, dims)
+            route = Route(source.index, ends=False, count=len(picked))
+            if not product.stacks_like(dims):
+                picked = [((), None)]  # the index tells of other rows than the input's
+        found = []
+        for place, value in picked:
+            matrix = None if value is None else product.layout.of(value)
+            what = "no view of the stored parameter" if matrix is None else _unfit(matrix)
+            if matrix is None or what is not None:
+                self._other_use(weight, f"{_name(node)}, whose operand is {what}")
+                return
+            several = matrices(matrix)
+            if place and len(several) > 1:
+                self._other_use(weight, f"{_name(node)}, which picks stacks of it")
+                return
+            found += [(place or batch, view) for batch, view in several]
+        stacked = len(found) > 1 or any(n.target in _PICKS for n in source.chain)
+        direct = product.direct and not source.chain and route is None
+        for batch, view in found:
             self._uses[id(parameter)].calls[view].append(
-                Call(self._trace, node, other, columns, batch, direct, self._epoch)
+                Call(
+                    trace=self._trace,
+                    node=node,
+                    input=product.input,
+                    rows=product.rows,
+                    batch=batch,
+                    direct=direct,
+                    epoch=self._epoch,
+                    route=route,
+                    stacked=stacked,
+                )
             )
 
     def _other_use(self, weight: fx.Node, what: str) -> None:
@@ -181,6 +235,36 @@ def _unfit(matrix: torch.Tensor) -> str | None:
         for size, stride in zip(matrix.shape[-2:], matrix.stride()[-2:], strict=True)
     )
     return "a matrix that repeats its elements" if repeated else None
+
+
+def _keeps_picks(node: fx.Node, index: fx.Node) -> bool:
+    """Whether a step leaves the dimensions alone that the index has put first."""
+    if node.target in COPIES or node.target is aten.mT.default:
+        return True
+    dims = node.args[1:3] if node.target is aten.transpose.int else node.args[1:2]
+    turned = node.target in (aten.transpose.int, aten.slice.Tensor)
+    return turned and all(
+        isinstance(dim, int) and dim % _dims(node) >= _dims(index) for dim in dims
+    )
+
+
+def _index_of(node: fx.Node) -> fx.Node | None:
+    """The node that picks matrices of a stack by their indices, its first dimension's."""
+    index: object = None
+    if node.target is aten.index.Tensor and isinstance(node.args[1], (list, tuple)):
+        index = node.args[1][0] if len(node.args[1]) == 1 else None
+    elif node.target is aten.index_select.default and node.args[1] == 0:
+        index = node.args[2]
+    if not isinstance(index, fx.Node):
+        return None
+    value = index.meta.get("val")
+    masks = (torch.bool, torch.uint8)
+    return index if isinstance(value, torch.Tensor) and value.dtype not in masks else None
+
+
+def _dims(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, torch.Tensor) else 0
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +127,40 @@ class WeightView:
         return f"[{', '.join(parts)}]"
 
 
+def unread_parts(
+    parameter: torch.Tensor, views: Collection[WeightView]
+) -> list[tuple[str, tuple[int, ...]]]:
+    """The parts of a parameter, along its first dimension, that no view reads: index and shape.
+
+    An expert that no token was sent to, for one.
+    """
+    if sum(view.shape[0] * view.shape[1] for view in views) >= parameter.numel():
+        return []
+    read = torch.zeros(parameter.numel(), dtype=torch.bool)
+    for view in views:
+        offset = view.offset - int(parameter.storage_offset())
+        read.as_strided(view.shape, view.stride, offset).fill_(True)
+    rows = read.as_strided(parameter.shape, parameter.stride()).flatten(1).any(1)
+    if parameter.dim() > 2:
+        unread = (~rows).nonzero().flatten().tolist()
+        return [(f"[{row}]", tuple(parameter.shape[1:])) for row in unread]
+    # Matrices one below the other: each as high as those that were read, if these are alike.
+    heights = {_rows_of(view, parameter) for view in views}
+    each = heights.pop() if len(heights) == 1 else 0
+    runs: list[tuple[int, int]] = []
+    for row in (~rows).nonzero().flatten().tolist():
+        joined = bool(runs) and runs[-1][1] == row and (not each or row % each != 0)
+        runs.append((runs.pop()[0] if joined else row, row + 1))
+    return [(f"[{a}:{b}]", (b - a, parameter.shape[1])) for a, b in runs]
+
+
+def _rows_of(view: WeightView, parameter: torch.Tensor) -> int:
+    """How many rows of a parameter ``[rows, columns]`` a view reaches over."""
+    start = int(parameter.storage_offset())
+    first, last = (_index(at - start, parameter)[0] for at in (view.offset, view.last))
+    return last - first + 1
+
+
 def _index(offset: int, parameter: torch.Tensor) -> list[int]:
     """The index of the element at ``offset`` in a parameter that is stored without gaps."""
     index = [0] * parameter.dim()
@@ -148,10 +183,18 @@ def overlap(first: WeightView, second: WeightView) -> bool:
     return bool(marks.as_strided(second.shape, second.stride, second.offset - start).any())
 
 
-def replay(parameter: torch.Tensor, chain: tuple[fx.Node, ...]) -> torch.Tensor | None:
+def replay(
+    parameter: torch.Tensor, chain: tuple[fx.Node, ...], *, picked: bool = False
+) -> torch.Tensor | None:
     """The chain's result as a view of the parameter, or None where it is no view of it.
 
     Copies are left out. The sizes of a batch that the weight is expanded over are taken as 1.
+
+    Args:
+        parameter: what the chain starts from.
+        chain: the nodes.
+        picked: whether the parameter stands for one of the matrices that are picked of a stack,
+            so that in the graph the leading dimensions have other sizes.
     """
     value: Any = parameter.detach()
     for node in chain:
@@ -168,14 +211,34 @@ def replay(parameter: torch.Tensor, chain: tuple[fx.Node, ...]) -> torch.Tensor 
     if not isinstance(value, torch.Tensor) or value.dtype != parameter.dtype:
         return None
     shared = value.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
-    return value if shared and _has_traced_shape(value, chain) else None
+    return value if shared and _has_traced_shape(value, chain, picked=picked) else None
 
 
-def _has_traced_shape(value: torch.Tensor, chain: tuple[fx.Node, ...]) -> bool:
+def gathered(
+    parameter: torch.Tensor, stack: tuple[fx.Node, ...], chain: tuple[fx.Node, ...], dims: int
+) -> list[tuple[tuple[int, ...], torch.Tensor | None]]:
+    """Each matrix of a stack that an index picks from: its place, and the operand it would be.
+
+    Args:
+        parameter: what holds the stack.
+        stack: from the parameter to the stack, ``[matrices, ...]``.
+        chain: from what was picked, ``[*index, ...]``, to the operand.
+        dims: of the index.
+    """
+    matrices = replay(parameter, stack)
+    if matrices is None:
+        return [((), None)]
+    alone = [matrix[(None,) * dims] for matrix in matrices.unbind(0)]
+    return [((at,), replay(matrix, chain, picked=True)) for at, matrix in enumerate(alone)]
+
+
+def _has_traced_shape(value: torch.Tensor, chain: tuple[fx.Node, ...], *, picked: bool) -> bool:
     """Whether only batch sizes were taken as 1: the matrix itself is as large as in the graph."""
     traced = chain[-1].meta.get("val") if chain else None
     if not isinstance(traced, torch.Tensor):
         return True
+    if picked:
+        return traced.dim() == value.dim() and traced.shape[-2:] == value.shape[-2:]
     sizes = [1 if isinstance(size, torch.SymInt) else size for size in traced.shape]
     fixed = all(isinstance(size, int) for size in traced.shape[-2:])
     return fixed and sizes == list(value.shape)

@@ -49,6 +49,16 @@ STACKED = [activations(STACK, 5, IN, seed=1), activations(STACK, 4, IN, seed=2)]
 IN_STACKS = [activations(2, STACK, 5, IN, seed=1), activations(4, STACK, 3, IN, seed=2)]
 ONE_STACK = [activations(2, 1, 5, IN, seed=1), activations(4, 1, 3, IN, seed=2)]
 
+
+def ends(*at: int) -> nn.Buffer:
+    """Where the segments of grouped_mm end."""
+    return nn.Buffer(torch.tensor(at, dtype=torch.int32))
+
+
+def index(*at: int) -> nn.Buffer:
+    return nn.Buffer(torch.tensor(at))
+
+
 out_in = {"w": lambda: weight(OUT, IN)}
 in_out = {"w": lambda: weight(IN, OUT)}
 whole = {"w": Expected(lambda m: m.w, same)}
@@ -271,6 +281,64 @@ FORMS: dict[str, Form] = {
             )
         },
         direct=True,
+    ),
+    "einsum": Form(lambda m, x: torch.einsum("bti,oi->bto", x, m.w), out_in, TOKENS, whole),
+    "einsum, weight first": Form(
+        lambda m, x: torch.einsum("io,bti->bot", m.w, x), in_out, TOKENS, turned
+    ),
+    "einsum with an ellipsis": Form(
+        lambda m, x: torch.einsum("...i,io->...o", x, m.w), in_out, TOKENS, turned
+    ),
+    "einsum without an arrow": Form(
+        lambda m, x: torch.einsum("ti,io", x, m.w), in_out, ROWS, turned
+    ),
+    "einsum to heads": Form(
+        lambda m, x: torch.einsum("bti,ihk->bhtk", x, m.w),
+        {"w": lambda: weight(IN, 2, 3)},
+        TOKENS,
+        {"w": Expected(lambda m: m.w.flatten(1).T, same)},
+    ),
+    "einsum from heads": Form(
+        lambda m, x: torch.einsum("bthk,hko->bto", x.unflatten(-1, (2, -1)), m.w),
+        {"w": lambda: weight(2, IN // 2, OUT)},
+        TOKENS,
+        {"w": Expected(lambda m: m.w.flatten(0, 1).T, same)},
+    ),
+    "einsum of a stack": Form(
+        lambda m, x: torch.einsum("beti,eio->teob", x, m.w),
+        {"w": lambda: weight(STACK, IN, OUT)},
+        IN_STACKS,
+        stack(lambda w: w.T, lambda x, at: x[:, at]),
+    ),
+    "einsum, all meet the stack": Form(
+        lambda m, x: torch.einsum("eti,eoi->eto", x.expand(STACK, -1, -1), m.w),
+        {"w": lambda: weight(STACK, OUT, IN)},
+        [activations(1, 5, IN, seed=1), activations(1, 4, IN, seed=2)],
+        stack(same, lambda x, at: x[0]),
+    ),
+    "grouped_mm": Form(
+        lambda m, x: F.grouped_mm(x, m.w.mT, offs=m.ends),
+        {"w": lambda: weight(STACK, OUT, IN), "ends": lambda: ends(2, 3, 5)},
+        [activations(5, IN, seed=1), activations(5, IN, seed=2)],
+        stack(same, lambda x, at: x[(0, 2, 3)[at] : (2, 3, 5)[at]]),
+    ),
+    "matrices picked by an index": Form(
+        lambda m, x: torch.bmm(x, m.w[m.index]),
+        {"w": lambda: weight(STACK, IN, OUT), "index": lambda: index(2, 0, 1, 2)},
+        [activations(4, 5, IN, seed=1), activations(4, 3, IN, seed=2)],
+        stack(lambda w: w.T, lambda x, at: x[torch.tensor([2, 0, 1, 2]) == at]),
+    ),
+    "matrices picked by an index, weight first": Form(
+        lambda m, x: torch.bmm(m.w[m.index], x.mT),
+        {"w": lambda: weight(STACK, OUT, IN), "index": lambda: index(2, 0, 1, 2)},
+        [activations(4, 5, IN, seed=1), activations(4, 3, IN, seed=2)],
+        stack(same, lambda x, at: x[torch.tensor([2, 0, 1, 2]) == at]),
+    ),
+    "matrices picked by index_select": Form(
+        lambda m, x: torch.einsum("kti,koi->kto", x, m.w.index_select(0, m.index)),
+        {"w": lambda: weight(STACK, OUT, IN), "index": lambda: index(2, 0, 1, 2)},
+        [activations(4, 5, IN, seed=1), activations(4, 3, IN, seed=2)],
+        stack(same, lambda x, at: x[torch.tensor([2, 0, 1, 2]) == at]),
     ),
     "a weight and a shape of it": Form(
         lambda m, x: F.linear(x, m.w) * m.w.shape[0] / m.w.numel(),

@@ -406,8 +406,8 @@ LEFT_ALONE: dict[str, tuple[Callable[..., Any], dict[str, Any], list[Any], dict[
         {"conv.weight": r"read by aten\.conv1d: no matmul that can be rewritten"},
     ),
     "an einsum": (
-        lambda m, x: m.a(torch.einsum("bti,oi->bto", x, m.w)),
-        {"a": linear(), "w": weight(IN, IN)},
+        lambda m, x: m.a(torch.einsum("bti,oij->bto", x, m.w)),
+        {"a": linear(), "w": weight(IN, IN, 2)},
         TOKENS,
         {"w": r"read by aten\.einsum: no matmul that can be rewritten"},
     ),
@@ -499,15 +499,19 @@ def test_a_parametrised_weight_is_left_alone(
         assert re.search(r"read by aten\.\w+, after .* computed the weight", reason)
 
 
-def test_a_linear_in_an_autocast_region_is_reported() -> None:
+def test_a_linear_in_an_autocast_region_is_found() -> None:
     def function(m: Any, x: Tensor) -> Any:
         with torch.autocast("cpu", torch.bfloat16):
             y = m.a(x)
         return m.b(y.float())
 
     analysis = analyse(Formula(function, a=linear(), b=linear(OUT, OUT)), TOKENS)
-    assert analysis.shapes == {"b.weight": (OUT, OUT)}
-    assert "read by the sub-graph of wrap_with_autocast" in analysis.reasons["a.weight"]
+    assert analysis.shapes == {"a.weight": (OUT, IN), "b.weight": (OUT, OUT)}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        outputs = [analysis.model.get_submodule("a")(x).float() for x in TOKENS]
+    grams = collect(analysis)
+    assert_gram(grams["a.weight"].gram, gram_of(*TOKENS))
+    assert_gram(grams["b.weight"].gram, gram_of(*outputs))
 
 
 def test_an_operand_that_is_a_buffer_is_an_input() -> None:

@@ -1,0 +1,111 @@
+"""A value of the running graph → the tokens that reach each weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from magr_fx.passes.padding import TokenMask
+from magr_fx.passes.shared_gram import SharedGram
+from magr_fx.passes.trace import TracedBatch
+from magr_fx.passes.weight_uses import Call
+
+
+class Taken(NamedTuple):
+    """Tokens ``[tokens, in]``, which of them count, and whose they are."""
+
+    grams: list[SharedGram]
+    tokens: torch.Tensor
+    keep: torch.Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """One distinct activation, taken just before the first call that reads it.
+
+    Attributes:
+        call: one of the calls that read it.
+        mask: which of its tokens are padding.
+        grams: whose it is: by the place of the matrix in its stack where the call has a route,
+            else all at one place.
+    """
+
+    call: Call
+    mask: TokenMask | None
+    grams: dict[int, list[SharedGram]] = field(default_factory=dict)
+
+    @property
+    def reads(self) -> tuple[fx.Node, ...]:
+        """The nodes whose values :meth:`take` looks up."""
+        return self.call.reads if self.mask is None else (*self.call.reads, *self.mask.gathers)
+
+    def add(self, call: Call, gram: SharedGram) -> None:
+        """One more reader of the same activation."""
+        grams = self.grams.setdefault(_place(call), [])
+        if gram not in grams:
+            grams.append(gram)
+
+    def take(self, env: Mapping[fx.Node, Any], batch: TracedBatch) -> Iterator[Taken]:
+        """The tokens among the values of a run."""
+        rows = self.call.rows.of(env[self.call.input])
+        keep = self._keep(rows, env, batch)
+        route = self.call.route
+        if route is None:
+            (grams,) = self.grams.values()
+            yield self._of_matrix(grams, rows, keep)
+            return
+        places = env[route.node]
+        if route.ends:  # rows [tokens, in]
+            rows, keep = rows.unsqueeze(1), None if keep is None else keep.unsqueeze(1)
+        elif places.dim() == 0:  # all go to one
+            rows, keep = rows.flatten(0, -2), None if keep is None else keep.flatten()
+            rows, keep = rows.unsqueeze(0), None if keep is None else keep.unsqueeze(0)
+        else:  # rows [*places, tokens, in], or broadcast to that
+            last = rows.shape[-2:]
+            rows = rows.expand(*places.shape, *last).flatten(0, -3)
+            if keep is not None:
+                keep = keep.expand(*places.shape, last[0]).flatten(0, -2)
+        for place, index in route.split(places):
+            if place in self.grams:
+                at = index.to(rows.device)
+                own = None if keep is None else keep[at].reshape(-1)
+                yield Taken(self.grams[place], rows[at].reshape(-1, rows.shape[-1]), own)
+
+    def _keep(
+        self, rows: torch.Tensor, env: Mapping[fx.Node, Any], batch: TracedBatch
+    ) -> torch.Tensor | None:
+        """``[..., tokens]``: which of the rows count; None where all do."""
+        if self.mask is None:
+            return None
+        keep = self.mask.keep(batch.values, env)
+        if keep is not None:
+            every, single = rows.shape[:-1], rows.shape[self.call.rows.stacked : -1]
+            if keep.numel() in (every.numel(), single.numel()):  # of all, or of each in the stack
+                shape = every if keep.numel() == every.numel() else single
+                return keep.to(rows.device).reshape(shape).expand(every)
+        if self.mask.misses_padding(batch.values, rows[..., 0].numel()):
+            for shared in (gram for grams in self.grams.values() for gram in grams):
+                shared.padding_counted = True
+        return None
+
+    def _of_matrix(
+        self, grams: list[SharedGram], rows: torch.Tensor, keep: torch.Tensor | None
+    ) -> Taken:
+        """What meets one matrix of a stack, which the call's batch picks."""
+        for axis, index in enumerate(reversed(self.call.batch)):  # from the innermost dimension
+            dim = rows.dim() - 3 - axis
+            if index >= 0 and dim >= 0:
+                place = min(index, rows.shape[dim] - 1)  # a size of 1 is broadcast over the stack
+                rows = rows.narrow(dim, place, 1)
+                keep = None if keep is None else keep.narrow(dim, place, 1)
+        tokens = rows.reshape(-1, rows.shape[-1])
+        return Taken(grams, tokens, None if keep is None else keep.reshape(-1))
+
+
+def _place(call: Call) -> int:
+    """Of the call's matrix in the stack that a route leads to; a stack of one has no index."""
+    return -1 if call.route is None else max(call.batch[-1], 0)
