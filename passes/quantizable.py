@@ -21,6 +21,7 @@ from torchao.quantization import quantize_
 from torchao.quantization.transform_module import _QUANTIZE_CONFIG_HANDLER
 
 from magr_fx.errors import ConfigError
+from magr_fx.passes.as_linears import Rebuilt, rebuildable
 from magr_fx.passes.calibration import Batch
 from magr_fx.passes.find_linears import UNREACHED, FilterFn, Found, Site
 from magr_fx.passes.trace import TracedBatch
@@ -46,11 +47,17 @@ class Place(NamedTuple):
 
 
 class Quantizable(NamedTuple):
-    """A whole parameter that torchao is to quantize, and every place that holds it."""
+    """A weight that torchao is to quantize: a whole parameter, and every place that holds it.
+
+    Or a part of one, or one that is stored transposed: then ``rebuilt`` is the module that has to
+    be built anew with linears, and ``path`` the linear in it that will hold the weight.
+    """
 
     name: str
-    parameter: nn.Parameter
+    weight: torch.Tensor
     places: list[Place]
+    rebuilt: Rebuilt | None = None
+    path: str = ""
 
     @property
     def is_linear(self) -> bool:
@@ -76,8 +83,11 @@ def leave_out_unquantizable(
     """
     places = _places(model)
     reasons: dict[str, str] = {}
-    weights = []
+    weights = _in_rebuilt_modules(model, found, group_size)
+    in_rebuilt = {weight.name for weight in weights}
     for site in found.sites:
+        if site.name in in_rebuilt:
+            continue
         reason = _cannot_quantize(site, places[site.view], target)
         if reason is None:
             weights.append(Quantizable(site.name, site.parameter, places[site.view]))
@@ -85,6 +95,8 @@ def leave_out_unquantizable(
             reasons[site.name] = reason
     for unreached in (r for r in found.rejections if r.reason == UNREACHED):
         parameter = unreached.parameter
+        if unreached.shape != tuple(parameter.shape):
+            continue  # a part of one
         weight = Quantizable(unreached.name, parameter, places[WeightView.of(parameter)])
         if (
             parameter.dim() == 2
@@ -130,6 +142,50 @@ def leave_out_unrunnable(
             reason = f"not rewritten: {owner.__name__} does not run with {key} quantized ({error})"
             reasons.update((member.name, reason) for member in members)
     return _without(reasons, found), [w for w in weights if w.name not in reasons]
+
+
+def _in_rebuilt_modules(
+    model: nn.Module, found: Found, group_size: int | None
+) -> list[Quantizable]:
+    """The weights that linears will hold, in modules that are built anew.
+
+    All of a module's weights are then quantized: also those of experts that saw no token.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    sites = {site.view: site.name for site in found.sites}
+    refused = {id(r.parameter) for r in found.rejections if r.reason != UNREACHED}
+    # What is the model itself has nothing that holds it, and that could hold another.
+    modules = [rebuilt for rebuilt in rebuildable(model) if rebuilt.module is not model]
+    holders: dict[WeightView, set[nn.Module]] = defaultdict(set)
+    for rebuilt in modules:
+        for held in rebuilt.weights:
+            holders[WeightView.of(held.matrix)].add(rebuilt.module)
+    strangers = {s.view for s in found.sites if not _read_within(model, holders[s.view], s)}
+    weights = []
+    for rebuilt in modules:
+        views = [WeightView.of(held.matrix) for held in rebuilt.weights]
+        whole = all(
+            (view in sites or id(held.parameter) not in refused)
+            and view not in strangers
+            and view.shape[1] % (group_size or 1) == 0
+            for held, view in zip(rebuilt.weights, views, strict=True)
+        )
+        if whole and any(view in sites for view in views):
+            for (parameter, matrix, path), view in zip(rebuilt.weights, views, strict=True):
+                name = sites.get(view, names[parameter] + view.name(parameter))
+                weights.append(Quantizable(name, matrix, [], rebuilt, path))
+    return weights
+
+
+def _read_within(model: nn.Module, holders: set[nn.Module], site: Site) -> bool:
+    """Whether nobody but these modules reads the weight, which will be elsewhere."""
+    names = [name for name, m in model.named_modules(remove_duplicate=False) if m in holders]
+    for call in site.calls:
+        stack = list((call.node.meta.get("nn_module_stack") or {}).values())
+        path = stack[-1][0] if stack else ""
+        if not any(path == name or path.startswith(f"{name}.") for name in names):
+            return False
+    return True
 
 
 def quantized_copy(weight: torch.Tensor, target: AOBaseConfig) -> torch.Tensor:
@@ -185,7 +241,7 @@ def _error_when_quantized(
     # Copies of buffers and inputs too: the model may work on them in place.
     stand_ins = {name: buffer.clone() for name, buffer in model.named_buffers()}
     for weight in weights:
-        copy = quantized_copy(weight.parameter, target)
+        copy = quantized_copy(weight.weight, target)
         stand_ins.update((place.name, copy) for place in weight.places)
     args, kwargs = tree_map_only(torch.Tensor, torch.clone, (batch.args, batch.kwargs))
     try:

@@ -16,7 +16,8 @@ from torchao.quantization.utils import recommended_inductor_config_setter
 from torchao.utils import TorchAOBaseTensor
 
 from magr_fx.errors import ConfigError, HandoverError
-from magr_fx.passes.quantizable import Quantizable, quantized_copy
+from magr_fx.passes.as_linears import Rebuilt, replace_module
+from magr_fx.passes.quantizable import Place, Quantizable, quantized_copy
 from magr_fx.passes.torchao_rounding import GPTQ_CONFIGS, has_grid
 
 # The field that holds the weight's granularity, by the name of the config: names, because some of
@@ -139,6 +140,22 @@ def try_target(
             )
 
 
+def _with_places(model: nn.Module, weights: Iterable[Quantizable]) -> list[Quantizable]:
+    """The weights, each with the places that hold it, once modules are built anew for them."""
+    built: dict[Rebuilt, nn.Module] = {}
+    result = []
+    for weight in weights:
+        if weight.rebuilt is None:
+            result.append(weight)
+            continue
+        if weight.rebuilt not in built:
+            built[weight.rebuilt] = replace_module(model, weight.rebuilt)
+        linear = built[weight.rebuilt].get_submodule(weight.path)
+        name = ".".join(part for part in (weight.rebuilt.name, weight.path, "weight") if part)
+        result.append(weight._replace(places=[Place(linear, "weight", name)]))
+    return result
+
+
 def hand_over(
     model: nn.Module,
     target: AOBaseConfig,
@@ -154,7 +171,7 @@ def hand_over(
     Raises:
         HandoverError: a weight is no torchao tensor afterwards; the message lists which.
     """
-    weights = list(weights)
+    weights = _with_places(model, weights)
     places = [place for weight in weights for place in weight.places]
 
     def is_open(module: nn.Module, key: str) -> bool:
