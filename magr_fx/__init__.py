@@ -9,11 +9,13 @@ from magr_fx.config import MagRConfig
 from magr_fx.errors import (
     CalibrationError,
     ConfigError,
+    CoverageError,
     HandoverError,
     MagRError,
     ModelError,
     TraceError,
 )
+from magr_fx.passes.as_linears import as_linears
 from magr_fx.passes.magr_pass import MagRPass
 from magr_fx.prox import project_l1_ball, prox_linf
 from magr_fx.report import MagRReport, SiteReport
@@ -23,6 +25,7 @@ from magr_fx.solver import solve_magr, solve_magr_path
 __all__ = [
     "CalibrationError",
     "ConfigError",
+    "CoverageError",
     "HandoverError",
     "MagRConfig",
     "MagRError",
@@ -33,6 +36,7 @@ __all__ = [
     "Solution",
     "Status",
     "TraceError",
+    "as_linears",
     "magr_quantize",
     "magr_transform",
     "project_l1_ball",

@@ -9,8 +9,8 @@ from torch import nn
 
 from magr_fx.config import Handling, MagRConfig
 from magr_fx.errors import ConfigError
-from magr_fx.passes.calibration import read_calib
-from magr_fx.passes.check_model import check_group_size, check_model
+from magr_fx.passes.calibration import Batch, read_calib
+from magr_fx.passes.check_model import check_group_size, check_model, check_not_frozen
 from magr_fx.passes.find_linears import FilterFn, check_filter, find_linears
 from magr_fx.passes.pipeline import resolve_config, rewrite_sites, target_for_rewriting
 from magr_fx.passes.quantizable import (
@@ -20,8 +20,15 @@ from magr_fx.passes.quantizable import (
 )
 from magr_fx.passes.quantized_weights import Target
 from magr_fx.passes.read_exported import trace_or_read
+from magr_fx.passes.to_pt2e import (
+    export_for_pt2e,
+    is_pt2e_quantizer,
+    quantize_graph,
+    still_read,
+)
 from magr_fx.passes.to_torchao import describe, hand_over, try_target
 from magr_fx.passes.trace import calibration_mode, unwrap
+from magr_fx.passes.trace_batches import Tracing
 from magr_fx.report import MagRReport
 
 logger = logging.getLogger("magr_fx")
@@ -37,6 +44,9 @@ def magr_transform(
     propagate: bool | None = None,
     holdout: float = 0.1,
     filter_fn: FilterFn | None = None,
+    trace: str = "auto",
+    calibrate_all_experts: bool = False,
+    strict: bool = False,
     progress: bool | None = None,
 ) -> Model:
     """Shrink every weight's largest magnitudes in place, leaving its outputs on ``calib`` alone.
@@ -46,7 +56,7 @@ def magr_transform(
     al., "MagR", NeurIPS 2024, arXiv 2406.00800, section 3), per group where there are groups.
 
     Args:
-        model: any module that torch.export can trace, compiled or not, or its exported graph.
+        model: any module that runs, compiled or not, or its exported graph.
         calib: an iterable of model inputs, a DataLoader for instance, read once: a tensor is the
             first argument, a tuple or list the arguments, a mapping the keyword arguments.
             Batch sizes and lengths may differ. What ``attention_mask`` marks as padding does
@@ -63,6 +73,12 @@ def magr_transform(
             to where torchao takes part: the report has the output error on them as well.
         filter_fn: ``(module, fqn) -> bool``, as in torchao, for the module that owns a weight;
             None takes every weight but those that an embedding shares.
+        trace: ``"export"``, one graph for batches of all sizes; ``"make_fx"``, which runs the
+            model once more for each batch and follows control flow that depends on values; or
+            ``"auto"``, the second where torch.export refuses the model.
+        calibrate_all_experts: send every token to every expert of transformers' mixture-of-experts
+            layers for the statistics; the layers' outputs stay what they are.
+        strict: raise if a weight that meets an input would be left as it is.
         progress: shows progress bars; None shows them on a terminal only.
 
     Returns:
@@ -74,9 +90,10 @@ def magr_transform(
             a layer's inputs, or torchao cannot quantize a layer on this machine.
         CalibrationError: ``calib`` is empty, of the wrong type, or leads to NaN or Inf.
         ModelError: no weight matmul, or weights on the meta device, quantized, NaN or Inf.
-        TraceError: torch.export refused the model.
+        TraceError: the model cannot be traced.
+        CoverageError: ``strict``, and a weight is not rewritten.
         Nothing was changed then, but for a CalibrationError that says that a quantized model
-        failed: the log then names the weights that were rewritten before.
+        failed, and a CoverageError that says that a solve did: both name what was rewritten.
 
     Example:
         >>> import torch
@@ -88,12 +105,15 @@ def magr_transform(
     """
     config = resolve_config(config, target)
     taking_part = target_for_rewriting(config, target, propagate, holdout)
+    tracing = Tracing(trace, calibrate_all_experts)
     _run(
         model,
-        calib,
+        _read(model, calib, filter_fn),
         config,
         taking_part,
         filter_fn=filter_fn,
+        tracing=tracing,
+        strict=strict,
         progress=progress,
         quantize=False,
     )
@@ -109,21 +129,29 @@ def magr_quantize(
     rounding: str = "nearest",
     act_order: bool = True,
     refine: int = 0,
-    propagate: bool | None = True,
+    propagate: bool | None = None,
     holdout: float = 0.1,
     filter_fn: FilterFn | None = None,
+    trace: str = "auto",
+    calibrate_all_experts: bool = False,
+    strict: bool = False,
     progress: bool | None = None,
 ) -> Model:
     """:func:`magr_transform` for ``target``, then torchao's ``quantize_`` with it, then proof.
 
-    A weight that torchao cannot quantize (stored transposed, or as a slice of a parameter; in a
-    module that its tensors do not run in, such as nn.MultiheadAttention), or that an embedding
-    shares, is not rewritten either, and reported as skipped with its reason. A linear that no
-    calibration input reaches is quantized by torchao alone.
+    transformers' Conv1D (GPT-2) and layers of fused experts, whose weights torchao passes by, are
+    replaced by the same with nn.Linear (see :func:`magr_fx.as_linears`). A weight that torchao
+    still cannot quantize (a slice of a parameter; in a module that its tensors do not run in, such
+    as nn.MultiheadAttention), or that an embedding shares, is not rewritten either, and reported
+    as skipped with its reason. A linear, or an expert, that no calibration input reaches is
+    quantized by torchao alone.
 
     Args:
-        model, calib, config, holdout, filter_fn, progress: as for :func:`magr_transform`.
-        target: the torchao config: int weight-only or dynamic-activation int weight.
+        model, calib, config, holdout, filter_fn, trace, calibrate_all_experts, strict, progress:
+            as for :func:`magr_transform`.
+        target: the torchao config: int weight-only or dynamic-activation int weight. Or one of
+            PT2E's quantizers: then the weights are rewritten with one alpha, without regard to
+            the rounding, and ``config.group_size`` has to say what groups the quantizer makes.
         rounding: ``"nearest"``, by torchao, or ``"gptq"`` (Frantar et al., ICLR 2023) on the
             grids that torchao chooses, for configs of whole-number codes: IntxWeightOnly,
             Int8WeightOnly, Int8DynamicActivationIntxWeight, Int8DynamicActivationInt8Weight,
@@ -136,48 +164,85 @@ def magr_quantize(
             model.
 
     Returns:
-        ``model`` itself, with every rewritten weight a torchao tensor.
+        ``model`` itself, with every rewritten weight a torchao tensor. With a PT2E quantizer the
+        converted ``torch.fx.GraphModule``, which is called as the model was; ``model`` keeps its
+        rewritten weights.
 
     Raises:
         HandoverError: torchao left a rewritten weight unquantized; the message lists which.
-        ConfigError, CalibrationError, ModelError, TraceError: as for :func:`magr_transform`.
+        ConfigError, CalibrationError, ModelError, TraceError, CoverageError: as for
+            :func:`magr_transform`.
     """
-    handling = Handling(rounding, act_order, refine, propagate is None or propagate, holdout)
+    handling = Handling(rounding, act_order, refine, propagate is not False, holdout)
+    options: dict[str, Any] = {
+        "filter_fn": filter_fn,
+        "tracing": Tracing(trace, calibrate_all_experts),
+        "strict": strict,
+        "progress": progress,
+    }
+    if is_pt2e_quantizer(target):
+        if rounding != "nearest" or propagate:
+            raise ConfigError(
+                'rounding="gptq" and propagate=True need a torchao config as target, which can '
+                "be asked what it makes of a weight; a PT2E quantizer cannot"
+            )
+        return _quantize_graph(model, calib, target, resolve_config(config, None), options)
     config = resolve_config(config, target, required=True)
     if config.alpha == 0 and rounding == "nearest":
         raise ConfigError('alpha=0 shrinks nothing; with it only rounding="gptq" makes sense')
-    _run(
-        model,
-        calib,
-        config,
-        Target(target, handling),
-        filter_fn=filter_fn,
-        progress=progress,
-        quantize=True,
-    )
+    batches = _read(model, calib, filter_fn)
+    _run(model, batches, config, Target(target, handling), quantize=True, **options)
     return model
+
+
+def _quantize_graph(
+    model: Model, calib: Any, quantizer: Any, config: MagRConfig, options: dict[str, Any]
+) -> Model:
+    """The way of PT2E: the graph is made first, so that what cannot be exported stays as it was."""
+    target_for_rewriting(config, None, None, 0.0)
+    batches = _read(model, calib, options["filter_fn"])
+    inner = unwrap(model)
+    with calibration_mode(inner):
+        graph_module, inputs = export_for_pt2e(inner, batches)
+    report = _run(model, batches, config, None, quantize=False, **options)
+    with report.timed("quantize"), calibration_mode(inner):
+        converted = quantize_graph(graph_module, quantizer, inputs)
+    report.target = type(quantizer).__name__
+    read = still_read(converted)
+    owned = dict(inner.named_parameters())
+    parts = {site.name: owned.get(site.name.partition("[")[0]) for site in report.sites}
+    report.mark_quantized({n for n, p in parts.items() if p is not None and id(p) not in read})
+    converted.meta["magr"] = converted.magr_report = report  # type: ignore[assignment]
+    return converted  # type: ignore[return-value]
+
+
+def _read(model: nn.Module, calib: Any, filter_fn: FilterFn | None) -> list[Batch]:
+    check_filter(filter_fn)
+    inner = unwrap(model)
+    check_model(inner)
+    check_not_frozen(model)
+    return read_calib(calib, inner)
 
 
 def _run(
     model: nn.Module,
-    calib: Any,
+    batches: list[Batch],
     config: MagRConfig,
     target: Target | None,
     *,
     filter_fn: FilterFn | None,
+    tracing: Tracing,
+    strict: bool,
     progress: bool | None,
     quantize: bool,
-) -> None:
-    check_filter(filter_fn)
+) -> MagRReport:
     inner = unwrap(model)
-    check_model(inner)
     quantizer = target if quantize else None
     report = MagRReport(config, "" if quantizer is None else describe(quantizer.config))
-    batches = read_calib(calib, inner)
     weights: list[Quantizable] = []
     with calibration_mode(inner):
         with report.timed("trace"):
-            traced = trace_or_read(inner, batches)
+            traced = trace_or_read(inner, batches, tracing)
         found = find_linears(dict.fromkeys(b.trace for b in traced), inner, filter_fn)
         if quantizer is not None:
             found, weights = leave_out_unquantizable(
@@ -187,7 +252,7 @@ def _run(
         if target is not None:
             with report.timed("quantize"):
                 matrices = [(site.name, site.weight) for site in found.sites]
-                matrices += [(weight.name, weight.parameter) for weight in weights]
+                matrices += [(weight.name, weight.weight) for weight in weights]
                 try_target(matrices, target.config, gptq=target.handling.rounding == "gptq")
                 if quantizer is not None:
                     found, weights = leave_out_unrunnable(
@@ -200,6 +265,8 @@ def _run(
                 config,
                 report,
                 target=target,
+                strict=strict,
+                filter_fn=filter_fn,
                 progress=progress,
             )
         finally:
@@ -210,3 +277,4 @@ def _run(
             hand_over(inner, quantizer.config, weights, tensors)
         report.mark_quantized({weight.name for weight in weights})
     logger.info("%s", report.totals())
+    return report

@@ -20,7 +20,11 @@ class ModelError(MagRError, ValueError):
 
 
 class TraceError(MagRError, RuntimeError):
-    """``torch.export`` refused the model; nothing was changed."""
+    """The model cannot be traced; nothing was changed."""
+
+
+class CoverageError(MagRError, RuntimeError):
+    """With ``strict``: a weight that meets an input was not rewritten; the message says which."""
 
 
 class HandoverError(MagRError, RuntimeError):

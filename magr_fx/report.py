@@ -167,6 +167,8 @@ class MagRReport:
         target: the torchao config that quantized the model, in brief; empty where none did.
         batches: how many calibration batches were run.
         traces: how many graphs it took to run them.
+        tracer: what traced the model: "export" or "make_fx"; empty for a graph that was given.
+        refusal: why torch.export did not, where it was asked to.
         seconds: wall time per stage: trace, check, grams, solve, rewrite, quantize.
         peak_memory: the highest of the sites' ``memory``, in MiB.
     """
@@ -176,6 +178,8 @@ class MagRReport:
     sites: list[SiteReport] = field(default_factory=list)
     batches: int = 0
     traces: int = 0
+    tracer: str = ""
+    refusal: str = ""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
     @property
@@ -225,9 +229,12 @@ class MagRReport:
             parts.append(f"output error after quantization:\n{table}")
         for title, sites in (("failed", self.failed), ("skipped", self.skipped), ("notes", notes)):
             if sites:
-                rows = [(s.name, _shape(s.shape), s.reason) for s in sites]
-                parts.append(f"{title}:\n{_table(rows, (0, 2))}")
+                rows = [(s.name, _shape(s.shape), self._share(s), s.reason) for s in sites]
+                parts.append(f"{title}:\n{_table(rows, (0, 3))}")
         return "\n\n".join([*parts, self.totals()])
+
+    def _share(self, site: SiteReport) -> str:
+        return f"{math.prod(site.shape) / sum(math.prod(s.shape) for s in self.sites):.1%}"
 
     def totals(self) -> str:
         """The run in a few lines: sites, magnitudes, output error, time and memory."""
@@ -256,10 +263,20 @@ class MagRReport:
         if self.target:
             quantized = sum(site.quantized for site in self.sites)
             lines.append(f"{quantized} quantized by torchao: {self.target}")
+            left = [site for site in self.sites if not site.quantized]
+            if left:
+                size = sum(math.prod(site.shape) for site in left)
+                lines.append(
+                    f"{len(left)} left as they are, {size / all_parameters:.1%} of the matrix "
+                    f"parameters: {', '.join(s.name for s in left[:3])}"
+                    f"{', ...' if len(left) > 3 else ''}"
+                )
         stages = ", ".join(f"{name} {t:.1f}" for name, t in self.seconds.items() if t)
         memory = "" if math.isnan(self.peak_memory) else f"; peak memory {self.peak_memory:.0f} MiB"
+        by = f" (by {self.tracer})" if self.tracer else ""
         lines += [
-            f"{self.batches} calibration batches, {self.traces} traced graphs{memory}",
+            f"{self.batches} calibration batches, {self.traces} traced graphs{by}{memory}",
+            *([f"because {self.refusal}"] if self.refusal else []),
             f"seconds: {stages}",
         ]
         return "\n".join(lines)
@@ -267,10 +284,12 @@ class MagRReport:
     def to_json(self, path: str | PathLike[str]) -> None:
         """Write everything but the per-channel arrays to ``path``."""
         record = {
-            "config": asdict(self.config.resolved()),
+            "config": self.config.resolved().as_dict(),
             "target": self.target,
             "batches": self.batches,
             "traces": self.traces,
+            "tracer": self.tracer,
+            "refusal": self.refusal,
             "seconds": self.seconds,
             "sites": [site.as_dict() for site in self.sites],
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +33,27 @@ def check_model(model: nn.Module) -> None:
     for name, flag in finite.items():
         if not bool(flag):
             raise ModelError(f"{name} holds NaN or Inf; repair or reload the model's weights")
+
+
+def check_not_frozen(model: nn.Module) -> None:
+    """Refuse a model that is compiled with inductor's ``freezing``.
+
+    The compiled code then holds copies of the weights, and would go on with the old ones.
+
+    Raises:
+        ModelError: it is; the message names the module.
+    """
+    for name, module in model.named_modules():
+        compiled: Any = getattr(module, "_compiled_call_impl", None)  # by module.compile()
+        config = getattr(getattr(module, "dynamo_ctx", None), "compiler_config", None)
+        if config is None and hasattr(compiled, "get_compiler_config"):
+            config = compiled.get_compiler_config()
+        if isinstance(config, dict) and config.get("freezing"):
+            raise ModelError(
+                f"{name or type(module).__name__} is compiled with inductor's freezing, whose code "
+                "keeps copies of the weights: what MagR writes would not be seen. Call MagR on the "
+                "model first and compile what it returns"
+            )
 
 
 def check_group_size(sites: Iterable[Site], group_size: int | None) -> None:

@@ -11,12 +11,13 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from magr_fx.config import MagRConfig
 from magr_fx.errors import ModelError
 from magr_fx.passes.calibration import read_calib
-from magr_fx.passes.check_model import check_group_size, check_model
+from magr_fx.passes.check_model import check_group_size, check_model, check_not_frozen
 from magr_fx.passes.find_linears import FilterFn, check_filter, find_linears
 from magr_fx.passes.pipeline import resolve_config, rewrite_sites, target_for_rewriting
 from magr_fx.passes.read_exported import trace_or_read
 from magr_fx.passes.to_torchao import try_target
 from magr_fx.passes.trace import calibration_mode
+from magr_fx.passes.trace_batches import Tracing
 from magr_fx.report import MagRReport
 
 logger = logging.getLogger("magr_fx")
@@ -31,10 +32,10 @@ class MagRPass(PassBase):
     ``graph_module.meta["magr"]``.
 
     Args:
-        calib, config, target, propagate, holdout, filter_fn, progress: as for
-            :func:`magr_fx.magr_transform`; a ``calib`` that can be iterated only once serves only
-            one call of the pass. In an exported graph the modules are bare containers:
-            ``filter_fn`` should go by the name.
+        calib, config, target, propagate, holdout, filter_fn, trace, calibrate_all_experts, strict,
+            progress: as for :func:`magr_fx.magr_transform`; a ``calib`` that can be iterated only
+            once serves only one call of the pass. In an exported graph the modules are bare
+            containers: ``filter_fn`` should go by the name.
 
     Raises:
         CalibrationError: a calibration input does not fit the graph's shapes; also what
@@ -61,6 +62,9 @@ class MagRPass(PassBase):
         propagate: bool | None = None,
         holdout: float = 0.1,
         filter_fn: FilterFn | None = None,
+        trace: str = "auto",
+        calibrate_all_experts: bool = False,
+        strict: bool = False,
         progress: bool | None = None,
     ) -> None:
         self.calib = calib
@@ -68,6 +72,8 @@ class MagRPass(PassBase):
         self.config = resolve_config(config, target)
         self.target = target_for_rewriting(self.config, target, propagate, holdout)
         self.filter_fn = filter_fn
+        self.tracing = Tracing(trace, calibrate_all_experts)
+        self.strict = strict
         self.progress = progress
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -78,11 +84,12 @@ class MagRPass(PassBase):
                 "for a module that is not traced use magr_transform"
             )
         check_model(graph_module)
+        check_not_frozen(graph_module)
         report = MagRReport(self.config)
         batches = read_calib(self.calib, graph_module)
         with calibration_mode(graph_module):
             with report.timed("trace"):
-                traced = trace_or_read(graph_module, batches)
+                traced = trace_or_read(graph_module, batches, self.tracing)
             found = find_linears(
                 dict.fromkeys(b.trace for b in traced), graph_module, self.filter_fn
             )
@@ -97,6 +104,8 @@ class MagRPass(PassBase):
                     self.config,
                     report,
                     target=self.target,
+                    strict=self.strict,
+                    filter_fn=self.filter_fn,
                     progress=self.progress,
                 )
             finally:

@@ -19,7 +19,9 @@ from magr_fx.errors import ConfigError, MagRError
 from magr_fx.gram import damped, output_error
 from magr_fx.memory import high_water_mark
 from magr_fx.passes.collect_grams import CalibrationRun
-from magr_fx.passes.find_linears import Found, Site
+from magr_fx.passes.coverage import refuse_failed, refuse_uncovered
+from magr_fx.passes.few_tokens import fill_up
+from magr_fx.passes.find_linears import FilterFn, Found, Site
 from magr_fx.passes.quantizable import quantized_copy
 from magr_fx.passes.quantized_weights import Target, quantized_weights
 from magr_fx.passes.rewrite_weights import laid_out, refusal, rewrite_weight
@@ -46,6 +48,12 @@ def resolve_config(config: MagRConfig | None, target: Any, *, required: bool = F
             "goes into target"
         )
     config = config or MagRConfig()
+    if config.step is not None:
+        raise ConfigError(
+            f'a MagRConfig with step="{config.step}" belongs into torchao\'s quantize_(model, '
+            "config), with the calibration run in between; leave step and base_config out here, "
+            "and give the torchao config as target"
+        )
     if target is None and not required:
         if config.alpha == "auto":
             raise ConfigError(
@@ -82,6 +90,8 @@ def rewrite_sites(
     report: MagRReport,
     *,
     target: Target | None = None,
+    strict: bool = False,
+    filter_fn: FilterFn | None = None,
     progress: bool | None = None,
 ) -> dict[str, torch.Tensor]:
     """Check the calibration, then solve and rewrite every site, block by block, into ``report``.
@@ -95,6 +105,8 @@ def rewrite_sites(
         config: how to solve.
         report: what is filled.
         target: what will quantize the sites, and takes part; None rewrites without it.
+        strict: whether every weight that meets an input has to be rewritten, but for those that
+            ``filter_fn`` leaves out.
         progress: whether to show bars.
 
     Returns:
@@ -102,9 +114,11 @@ def rewrite_sites(
 
     Raises:
         CalibrationError: an activation is NaN or Inf.
+        CoverageError: ``strict``, and a weight is not rewritten.
     """
     report.batches = len(traced)
     report.traces = len({batch.trace for batch in traced})
+    report.tracer, report.refusal = traced[0].trace.tracer, traced[0].trace.refusal
     handling = Handling(propagate=False, holdout=0.0) if target is None else target.handling
     run = CalibrationRun(
         traced, found.sites, propagate=handling.propagate, holdout=handling.holdout
@@ -112,6 +126,8 @@ def rewrite_sites(
     tensors: dict[str, torch.Tensor] = {}
     with report.timed("check"):
         run.check(progress=progress)
+    if strict:
+        refuse_uncovered(found.rejections, run.unfed(), filter_fn)
     finished = run.collect(progress=progress)
     try:
         with closing(finished):  # gives the model its buffers back, whatever happens here
@@ -120,6 +136,7 @@ def rewrite_sites(
                     shared = next(finished, None)
                 if shared is None:
                     break
+                fill_up(shared)
                 for together in _batches(shared):
                     device = together[0].sites[0].parameter.device.type
                     with torch.autocast(device, enabled=False):  # the caller's is for the forward
@@ -147,7 +164,30 @@ def rewrite_sites(
             len(report.overfitted),
             report.overfitted[0].name,
         )
+    if strict:
+        refuse_failed(report, written=handling.rounding != "gptq")
     return tensors
+
+
+def rewrite_alone(shared: SharedGram, config: MagRConfig, target: Target | None) -> SiteReport:
+    """Solve and rewrite the one site of a gram that is complete, outside of any graph.
+
+    Args:
+        shared: its site, its gram and the number of tokens in that.
+        config: how to solve, resolved for the target.
+        target: what will quantize the site, and takes part, without propagation and to the
+            nearest; None rewrites without it.
+
+    Returns:
+        What happened to the site. A failed one keeps its weight.
+    """
+    report = MagRReport(config)
+    with torch.autocast(shared.sites[0].parameter.device.type, enabled=False):
+        if target is None:
+            _solve_and_rewrite([shared], config, report)
+        else:
+            _quantize_and_rewrite(shared, config, target, report)
+    return report.sites[0]
 
 
 def _batches(finished: list[SharedGram]) -> list[list[SharedGram]]:
@@ -198,9 +238,12 @@ def _quantize_and_rewrite(
     config: MagRConfig,
     target: Target,
     report: MagRReport,
-    run: CalibrationRun,
+    run: CalibrationRun | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Choose and round the sites of one gram, write them, and let the run go on with them."""
+    """Choose and round the sites of one gram, write them, and let the run go on with them.
+
+    Without a run there is nothing to propagate to.
+    """
     if not _is_fed(shared, report):
         return {}
     before = report.seconds["solve"]
@@ -228,7 +271,7 @@ def _quantize_and_rewrite(
             if target.handling.rounding == "gptq":  # no weight is left that is to be quantized
                 done = replace(done, output_error=math.nan)
             done = replace(done, quantization=one.report, seconds=seconds * site.shape[0])
-            if target.handling.propagate:
+            if run is not None and target.handling.propagate:
                 _go_on_with(site, one.tensor, run)
             if target.handling.rounding == "gptq":
                 tensors[site.name] = one.tensor
@@ -246,9 +289,9 @@ def _go_on_with(site: Site, tensor: torch.Tensor, run: CalibrationRun) -> None:
     run.replace(site.parameter, tensor)
 
 
-def _go_on_with_torchao_alone(site: Site, target: Target, run: CalibrationRun) -> None:
+def _go_on_with_torchao_alone(site: Site, target: Target, run: CalibrationRun | None) -> None:
     """A site that failed keeps its weight, which torchao will quantize."""
-    if target.handling.propagate:
+    if run is not None and target.handling.propagate:
         _go_on_with(site, quantized_copy(site.weight, target.config), run)
 
 
@@ -320,12 +363,11 @@ def _rewritten(
     site: Site, new: torch.Tensor, shared: SharedGram, status: str, steps: int
 ) -> SiteReport:
     old = site.weight
-    note = "padding is counted: the input's shape does not tell which tokens are padding"
     return SiteReport(
         name=site.name,
         shape=site.shape,
         outcome="rewritten",
-        reason=note if shared.padding_counted else "",
+        reason=shared.notes,
         calls=len(site.calls),
         tokens=int(shared.tokens),
         channel_max_before=_channel_max(old),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import text_calib, tiny_llama
+from tiny_models import text_calib, tiny_llama, tiny_mixtral
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torchao.quantization import (
@@ -20,7 +20,7 @@ from torchao.quantization import (
 )
 from toys import INT, Shapes, changed, mlp, report_of, state, vectors
 
-from magr_fx import magr_quantize, magr_transform
+from magr_fx import ModelError, magr_quantize, magr_transform
 
 INT3 = IntxWeightOnlyConfig(weight_dtype=INT[3])
 # On a CPU inductor writes C++, for which not every machine has a compiler.
@@ -176,3 +176,57 @@ def test_the_same_graph_module_compiles_as_before() -> None:
     magr_transform(graph_module, [x])
     torch.testing.assert_close(compiled(x), graph_module(x))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["torch.compile", "module.compile"])
+def test_freezing_is_refused_with_the_remedy(whole: bool) -> None:
+    model = mlp()
+    before = state(model)
+    options: dict[str, Any] = {"freezing": True}
+    if whole:
+        compiled: Any = torch.compile(model, options=options)
+    else:
+        compiled, inner = model, model[0]
+        inner.compile(options=options)
+    with pytest.raises(ModelError, match=r"inductor's freezing.*Call MagR on the model first"):
+        magr_transform(compiled, vectors())
+    with pytest.raises(ModelError, match="inductor's freezing"):
+        magr_quantize(compiled, vectors(), INT3)
+    assert changed(model, before) == []
+
+
+@torch.no_grad()
+def test_freezing_afterwards_is_right() -> None:
+    if "inductor" not in BACKENDS:
+        pytest.skip("needs a C++ compiler")
+    model, (x, *_) = mlp(), vectors()
+    magr_transform(model, vectors())
+    compiled: Any = torch.compile(model, options={"freezing": True})
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+@torch.no_grad()
+def test_each_layer_compiled_by_itself() -> None:
+    model = tiny_llama()
+    counter = CompileCounterWithBackend("aot_eager")
+    for layer in model.model.layers:
+        layer.compile(backend=counter, fullgraph=True)
+    ids = text_calib()[0]
+    before, frames = model(ids).logits, counter.frame_count
+    assert frames > 0
+    magr_transform(model, text_calib())
+    after = model(ids).logits
+    assert counter.frame_count == frames
+    assert (after - before).abs().max() > 1e-4
+    for layer in model.model.layers:
+        layer._compiled_call_impl = None
+    torch.testing.assert_close(after, model(ids).logits)
+
+
+@torch.no_grad()
+def test_quantized_experts_compile_as_one_graph_and_agree_with_eager() -> None:
+    model = tiny_mixtral()
+    magr_quantize(model, text_calib(), INT3)
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for ids in text_calib():
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)

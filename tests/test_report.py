@@ -51,7 +51,8 @@ def test_every_site_is_in_the_table(mixed: MagRReport) -> None:
     table, failed, skipped, totals = sections(mixed)
     assert [line.split()[0] for line in table] == ["site", "0.weight", "3.weight"]
     assert failed[0] == "failed:"
-    assert failed[1:] == ["2.weight  16x48  CalibrationError: no luck"]
+    share = 16 * 48 / (48 * 32 + 8 * 16 + 16 * 48 + 2 * 3 + 1000 * 8)
+    assert failed[1:] == [f"2.weight  16x48  {share:.1%}  CalibrationError: no luck"]
     assert skipped[0] == "skipped:"
     assert [line.split()[:2] for line in skipped[1:]] == [["idle", "2x3"], ["4.weight", "1000x8"]]
     assert "\n".join(totals) == mixed.totals()
@@ -96,7 +97,7 @@ def test_totals_add_up(mixed: MagRReport) -> None:
         f"before quantization: median {sum(errors) / 2:.2%}, worst {max(errors):.2%}"
     )
     memory = f"peak memory {mixed.peak_memory:.0f} MiB"
-    assert run == f"2 calibration batches, 1 traced graphs; {memory}"
+    assert run == f"2 calibration batches, 1 traced graphs (by export); {memory}"
     assert seconds.startswith(f"seconds: trace {mixed.seconds['trace']:.1f}, check ")
     assert "quantize" not in seconds
     assert "quantized by torchao" not in mixed.totals()
@@ -167,7 +168,9 @@ def test_json_holds_every_figure(mixed: MagRReport, tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     mixed.to_json(path)
     record = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    assert record.keys() == {"config", "target", "batches", "traces", "seconds", "sites"}
+    general = {"config", "target", "batches", "traces", "tracer", "refusal", "seconds"}
+    assert record.keys() == {*general, "sites"}
+    assert (record["tracer"], record["refusal"]) == ("export", "")
     assert record["config"] == {
         "alpha": 1e-3,
         "group_size": None,
@@ -210,7 +213,7 @@ def test_notes_are_listed(tmp_path: Path) -> None:
         channel_max_before=np.ones(1, np.float32), channel_max_after=np.ones(1, np.float32),
     )  # fmt: skip
     report = MagRReport(MagRConfig(), sites=[site])
-    assert sections(report)[1] == ["notes:", "w  1x2  padding is counted"]
+    assert sections(report)[1] == ["notes:", "w  1x2  100.0%  padding is counted"]
 
 
 # The picture
@@ -400,3 +403,13 @@ def test_json_knows_what_the_target_made_of_it(holdout: float, tmp_path: Path) -
         }
     site = judged("w", math.inf, math.nan)
     assert site.as_dict()["quantization"]["error_alone"] is None
+
+
+def test_what_is_left_unquantized_is_listed_with_its_share() -> None:
+    model = mlp()
+    report = report_of(magr_quantize(model, vectors(), INT3, filter_fn=lambda _, name: name == "0"))
+    share = 16 * 48 / (16 * 48 + 48 * 32)
+    line = f"1 left as they are, {share:.1%} of the matrix parameters: 2.weight"
+    assert line in report.totals().splitlines()
+    whole = report_of(magr_quantize(mlp(), vectors(), INT3))
+    assert "left as they are" not in whole.totals()

@@ -14,6 +14,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     T5Config,
@@ -48,6 +50,14 @@ def tiny_qwen2(**changes: Any) -> Qwen2ForCausalLM:
 def tiny_gpt_neox() -> GPTNeoXForCausalLM:
     torch.manual_seed(0)
     return GPTNeoXForCausalLM(GPTNeoXConfig(**_SIZES)).eval()
+
+
+def tiny_mixtral(**changes: Any) -> MixtralForCausalLM:
+    """Each of its two layers has 4 experts, fused in two parameters."""
+    torch.manual_seed(0)
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    sizes = {**_SIZES, "num_key_value_heads": 2, **experts, **changes}
+    return MixtralForCausalLM(MixtralConfig(**sizes)).eval()
 
 
 def tiny_bert() -> BertModel:

@@ -1,0 +1,187 @@
+"""magr_quantize with a PT2E quantizer: rewritten, exported, prepared, calibrated, converted."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from graph_helpers import Formula
+from tiny_models import text_calib, tiny_bert, tiny_llama
+from torch import Tensor, fx, nn
+from torchao.quantization.pt2e import PerChannelMinMaxObserver
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantizer import (
+    QuantizationAnnotation,
+    QuantizationSpec,
+    Quantizer,
+)
+from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+    X86InductorQuantizer,
+    get_default_x86_inductor_quantization_config,
+)
+from toys import changed, mlp, report_of, state, vectors
+
+from magr_fx import (
+    CalibrationError,
+    ConfigError,
+    HandoverError,
+    MagRConfig,
+    TraceError,
+    magr_quantize,
+    magr_transform,
+)
+
+DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_channel.default
+
+
+class WeightOnly(Quantizer):  # type: ignore[misc]
+    """int8 rows of every linear's weight, activations as they are."""
+
+    def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
+        spec = QuantizationSpec(
+            dtype=torch.int8,
+            quant_min=-128,
+            quant_max=127,
+            qscheme=torch.per_channel_symmetric,
+            ch_axis=0,
+            observer_or_fake_quant_ctr=PerChannelMinMaxObserver.with_args(),
+        )
+        for node in model.graph.find_nodes(
+            op="call_function", target=torch.ops.aten.linear.default
+        ):
+            node.meta["quantization_annotation"] = QuantizationAnnotation(
+                input_qspec_map={node.args[1]: spec}, _annotated=True
+            )
+        return model
+
+    def validate(self, model: fx.GraphModule) -> None:
+        pass
+
+
+def x86() -> Quantizer:
+    return X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
+
+
+def dequantized(graph_module: fx.GraphModule) -> list[Tensor]:
+    """The quantized weights' values, in running order."""
+    values = []
+    for node in graph_module.graph.find_nodes(op="call_function", target=DEQUANTIZE):
+        args = [
+            getattr(graph_module, str(arg.target)) if isinstance(arg, fx.Node) else arg
+            for arg in node.args
+        ]
+        values.append(DEQUANTIZE(*args))
+    return values
+
+
+@pytest.mark.parametrize("quantizer", [x86, WeightOnly], ids=["x86", "weight only"])
+def test_the_graph_holds_the_rewritten_weights_quantized(quantizer: Any) -> None:
+    model = mlp()
+    by_hand = magr_transform(copy.deepcopy(model), vectors())
+    converted: Any = magr_quantize(model, vectors(), quantizer())
+    assert isinstance(converted, fx.GraphModule)
+    weights = dequantized(converted)
+    assert len(weights) == 2
+    for values, index in zip(weights, (0, 2), strict=True):
+        rewritten = by_hand.get_parameter(f"{index}.weight").detach()
+        written = model.get_parameter(f"{index}.weight").detach()
+        torch.testing.assert_close(written, rewritten, rtol=0, atol=0)
+        step = rewritten.abs().amax(1, keepdim=True) / 127
+        assert bool(((values - rewritten).abs() <= 0.51 * step).all())
+        assert not torch.equal(values, rewritten)
+    for x in vectors():
+        torch.testing.assert_close(converted(x), model(x), rtol=0, atol=0.05)
+
+
+def test_it_is_what_pt2e_makes_of_the_rewritten_model() -> None:
+    model = mlp()
+    converted = magr_quantize(model, vectors(), x86())
+    exported = torch.export.export(
+        model.eval(), (vectors()[0],), dynamic_shapes=({0: torch.export.Dim.AUTO},)
+    )
+    prepared = prepare_pt2e(exported.module(), x86())
+    for x in vectors():
+        prepared(x)
+    expected = convert_pt2e(prepared)
+    for x in vectors():
+        torch.testing.assert_close(converted(x), expected(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bert])
+def test_a_language_model(make: Any) -> None:
+    model = make()
+    ids = text_calib()[0]
+    with torch.no_grad():
+        before = model(input_ids=ids)[0]
+    calib = [{"input_ids": x} for x in text_calib()]
+    converted = magr_quantize(model, calib, WeightOnly(), MagRConfig(damping=1e-3))
+    report = report_of(converted)
+    assert report is report_of(model)
+    assert all(site.quantized for site in report.rewritten)
+    assert report.target == "WeightOnly"
+    assert converted.meta["magr"] is report
+    with torch.no_grad():
+        after, rewritten = converted(input_ids=ids)[0], model(input_ids=ids)[0]
+    assert 0 < float((after - rewritten).norm() / rewritten.norm()) < 0.05
+    assert 0 < float((rewritten - before).norm() / before.norm()) < 0.3
+
+
+def test_an_exported_graph_is_the_graph() -> None:
+    shapes = ({0: torch.export.Dim.AUTO},)
+    graph = torch.export.export(mlp(), (vectors()[0],), dynamic_shapes=shapes).module()
+    converted = magr_quantize(graph, vectors(), WeightOnly())
+    assert len(dequantized(converted)) == 2
+    assert [site.quantized for site in report_of(converted).rewritten] == [True, True]
+
+
+def test_what_the_quantizer_leaves_alone_is_not_reported_as_quantized() -> None:
+    class OnlyTheFirst(WeightOnly):
+        def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
+            super().annotate(model)
+            last = model.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)[
+                -1
+            ]
+            del last.meta["quantization_annotation"]
+            return model
+
+    report = report_of(magr_quantize(mlp(), vectors(), OnlyTheFirst()))
+    assert {site.name: site.quantized for site in report.rewritten} == {
+        "0.weight": True,
+        "2.weight": False,
+    }
+
+
+def test_a_quantizer_without_configuration_is_an_error() -> None:
+    with pytest.raises(HandoverError, match="X86InductorQuantizer quantized nothing in the graph"):
+        magr_quantize(mlp(), vectors(), X86InductorQuantizer())
+
+
+@pytest.mark.parametrize("options", [{"rounding": "gptq"}, {"propagate": True}])
+def test_what_a_quantizer_cannot_be_asked(options: dict[str, Any]) -> None:
+    model = mlp()
+    before = state(model)
+    with pytest.raises(ConfigError, match="need a torchao config as target"):
+        magr_quantize(model, vectors(), WeightOnly(), **options)
+    with pytest.raises(ConfigError, match="give a target, the torchao config"):
+        magr_quantize(model, vectors(), WeightOnly(), MagRConfig(alpha="auto"))
+    assert changed(model, before) == []
+
+
+def test_a_model_that_cannot_be_exported_stays_as_it_was() -> None:
+    model = Formula(lambda m, x: m.a(x) if x.sum() > 0 else x, a=nn.Linear(32, 4))
+    before = state(model)
+    with pytest.raises(TraceError, match=r"PT2E needs the graph of torch\.export, which refuses"):
+        magr_quantize(model, vectors(), WeightOnly())
+    assert changed(model, before) == []
+
+
+def test_batches_of_another_form_are_refused() -> None:
+    model = tiny_bert()
+    before = state(model)
+    ids = text_calib()[0]
+    calib = [{"input_ids": ids}, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    with pytest.raises(CalibrationError, match="batch 1 has other arguments than batch 0"):
+        magr_quantize(model, calib, WeightOnly())
+    assert changed(model, before) == []
