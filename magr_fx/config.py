@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from enum import Enum
 from numbers import Integral, Real
+from typing import Any
 
 import torch
+from torchao.core.config import AOBaseConfig
 
 from magr_fx.errors import ConfigError
 
@@ -15,6 +18,7 @@ PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 
 ALPHA_WORDS = ("auto", "published")
 ROUNDINGS = ("nearest", "gptq")
+STEPS = ("prepare", "convert")
 # Section 4.1 of the paper and its code: penalty relative to the gram's largest eigenvalue.
 PUBLISHED_ALPHA_PER_CHANNEL = 1e-3
 PUBLISHED_ALPHA_PER_GROUP = 1e-4
@@ -92,8 +96,11 @@ class SolverOptions:
 
 
 @dataclass(frozen=True)
-class MagRConfig:
+class MagRConfig(AOBaseConfig):  # type: ignore[misc]
     """Options of MagR; immutable, so that one config can serve many models.
+
+    With a ``step`` it is what torchao's own ``quantize_`` takes, see
+    :func:`magr_fx.passes.torchao_flow.prepare_or_convert`; everything else takes it without.
 
     Args:
         alpha: penalty weight, relative to λmax of the gram (dimensionless). ``"published"`` is
@@ -114,6 +121,9 @@ class MagRConfig:
             the directions that the calibration hardly reaches. The report's output errors
             always use the calibration gram itself.
         precision: ``"float32"`` or ``"float64"``, of the solver, whatever the weight's dtype.
+        step: of torchao's flow: ``"prepare"``, which starts to sum the grams (the options above
+            wait for the other step), or ``"convert"``, which solves with them and quantizes.
+        base_config: the torchao config that ``"convert"`` quantizes with.
 
     Raises:
         ConfigError: an option is out of its range; the message says what is allowed.
@@ -126,6 +136,9 @@ class MagRConfig:
     tol: float | None = None
     damping: float | None = None
     precision: str = "float32"
+    step: str | None = None
+    # Not hashed: most of torchao's configs can be compared only.
+    base_config: AOBaseConfig | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.alpha, str):
@@ -140,6 +153,34 @@ class MagRConfig:
         SolverOptions(self.solver, self.max_steps, self.tol, self.precision)
         if not (_is_number(self.regularisation) and self.regularisation >= 0):
             raise ConfigError(f"damping must be a finite number of at least 0, got {self.damping}")
+        self._check_step()
+
+    def _check_step(self) -> None:
+        if isinstance(self.step, Enum):  # torchao's QuantizationStep, whose hash is not the word's
+            object.__setattr__(self, "step", self.step.value)
+        if self.step not in (None, *STEPS):
+            raise ConfigError(
+                f"step must be {' or '.join(map(repr, STEPS))}, for torchao's quantize_, or None, "
+                f"got {self.step!r}"
+            )
+        if self.base_config is None:
+            if self.step == "convert":
+                raise ConfigError(
+                    'step="convert" needs a base_config, the torchao config to quantize with, such '
+                    "as IntxWeightOnlyConfig(weight_dtype=torch.int3)"
+                )
+        elif self.step != "convert":
+            raise ConfigError(
+                f'base_config belongs to step="convert", got it with step={self.step!r}; '
+                "magr_transform and magr_quantize take the torchao config as target"
+            )
+        elif isinstance(self.base_config, MagRConfig) or not isinstance(
+            self.base_config, AOBaseConfig
+        ):
+            raise ConfigError(
+                "base_config must be an instance of a torchao config that quantizes, such as "
+                f"IntxWeightOnlyConfig(weight_dtype=torch.int3), got {self.base_config!r}"
+            )
 
     @classmethod
     def published(cls, group_size: int | None = None) -> MagRConfig:
@@ -172,6 +213,16 @@ class MagRConfig:
             tol=SEARCH_TOL if loose else options.tol,
             damping=self.regularisation,
         )
+
+    def without_step(self) -> MagRConfig:
+        """This config as magr_transform takes it: how to solve, and no more."""
+        return replace(self, step=None, base_config=None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """How to solve, as JSON knows it: every option but ``step`` and ``base_config``."""
+        options = asdict(self.without_step())
+        del options["step"], options["base_config"]
+        return options
 
     def for_groups_of(self, group_size: int | None) -> MagRConfig:
         """This config for a target that quantizes groups of ``group_size`` (None: whole rows).

@@ -24,6 +24,8 @@ def test_defaults() -> None:
         "tol": None,
         "damping": None,
         "precision": "float32",
+        "step": None,
+        "base_config": None,
     }
 
 
