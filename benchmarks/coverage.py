@@ -1,0 +1,45 @@
+"""Which weights of which families are found and quantized? Writes the table in README.md.
+
+    python benchmarks/coverage.py          # a minute or two
+
+Builds every family of tests/model_zoo.py from its config, with tiny sizes and random weights, and
+quantizes it to int4. "by hooks" are the weights that hooks on nn.Linear would see; an expert counts
+as a weight for each of its matrices. The share is of the parameters that meet an input: those of
+embeddings, norms and convolutions are not in it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+from solver import align
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from coverage_table import HEADER, coverage  # noqa: E402
+from model_zoo import ZOO  # noqa: E402
+
+BEGIN, END = "<!-- coverage: python benchmarks/coverage.py -->", "<!-- end of coverage -->"
+
+
+def main() -> None:
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    rows = []
+    for name in ZOO:
+        rows.append(coverage(name))
+        print(*rows[-1], flush=True)
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    table = align(HEADER, rows)
+    readme.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
