@@ -1,0 +1,117 @@
+"""What does the search of alpha="auto" cost beside one solve with a single alpha?
+
+    python benchmarks/search.py        # about 5 minutes on 2 CPU cores
+
+For some layers of SmolLM2-135M, in this process, one after the other: the solve of the published
+alpha to its default tolerance, and the search, of which the calls of the quantizer (torchao's own
+rounding, or GPTQ on torchao's grids) are a part. Writes its table to benchmarks/search.md.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from layers import Layer, language_model_layers
+from solver import align
+from torch import Tensor
+from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerAxis, PerGroup
+
+from magr_fx import MagRConfig, solve_magr
+from magr_fx.gptq import compensation
+from magr_fx.gram import damped
+from magr_fx.passes.torchao_rounding import TorchaoRounding
+from magr_fx.rounding import Nearest, OnGrid, Rounded, Rounding
+from magr_fx.search import choose
+
+LAYERS = (60, 61, 62, 63)  # of the middle block: q, k, v; o; gate, up; down
+
+
+class Timed:
+    """A rounding that counts its calls and their seconds."""
+
+    def __init__(self, rounding: Rounding) -> None:
+        self.rounding, self.calls, self.seconds = rounding, 0, 0.0
+
+    def __call__(self, rows: Tensor, clipped: Tensor) -> Rounded:
+        start = time.perf_counter()
+        rounded = self.rounding(rows, clipped)
+        self.calls, self.seconds = self.calls + 1, self.seconds + time.perf_counter() - start
+        return rounded
+
+
+def cost(layer: Layer, group: int | None, gptq: bool) -> list[str]:
+    """One row of the table."""
+    target = IntxWeightOnlyConfig(
+        weight_dtype=torch.int3,  # type: ignore[attr-defined]
+        granularity=PerGroup(group) if group else PerAxis(0),
+        mapping_type=MappingType.ASYMMETRIC,
+    )
+    config = MagRConfig(alpha="auto", group_size=group)
+    single = MagRConfig(group_size=group)
+    gram = damped(layer.gram, single.regularisation)
+    torchao = TorchaoRounding(target, [len(layer.weight)])
+    start = Rounded(torchao.values(layer.weight), (layer.weight,))
+
+    once = time.perf_counter()
+    solve_magr(layer.weight, gram, alpha=single.penalty, group_size=group)
+    once = time.perf_counter() - once
+
+    total = time.perf_counter()
+    inner: Rounding = Nearest(torchao.values)
+    if gptq:
+        inner = OnGrid(torchao.grid, compensation(gram, by_activation=True))
+        start = inner(layer.weight, layer.weight)
+    rounding = Timed(inner)
+    choose(
+        layer.weight,
+        gram,
+        rounding,
+        start,
+        config,
+        dtype=layer.weight.dtype,
+        one_weight=not gptq,
+    )
+    total = time.perf_counter() - total
+    out, columns = layer.weight.shape
+    return [
+        f"{layer.name} [{out}, {columns}]",
+        f"groups of {group}" if group else "per channel",
+        "GPTQ" if gptq else "nearest",
+        f"{once:.2f}",
+        f"{total - rounding.seconds:.2f}",
+        f"{(total - rounding.seconds) / once:.1f}",
+        str(rounding.calls),
+        f"{rounding.seconds:.2f}",
+    ]
+
+
+def main() -> None:
+    layers = language_model_layers()
+    header = [
+        "layer [out, in]",
+        "int3",
+        "rounding",
+        "one alpha, s",
+        "search without the quantizer, s",
+        "ratio",
+        "quantizer calls",
+        "their seconds",
+    ]
+    chosen = [layers[at] for at in LAYERS]
+    cost(chosen[0], None, gptq=False)  # warm-up
+    rows = [
+        cost(layer, group, gptq)
+        for gptq in (False, True)
+        for group in (None, 64)
+        for layer in chosen
+    ]
+    title = f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, SmolLM2-135M."
+    table = f"{title}\n\n{align(header, rows)}\n"
+    print(table)
+    Path(__file__).with_suffix(".md").write_text(table, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
