@@ -15,6 +15,7 @@ from magr_fx.passes.find_linears import FilterFn, check_filter, find_linears
 from magr_fx.passes.pipeline import resolve_config, rewrite_sites, target_for_rewriting
 from magr_fx.passes.quantizable import (
     Quantizable,
+    keep_stacks,
     leave_out_unquantizable,
     leave_out_unrunnable,
 )
@@ -140,11 +141,12 @@ def magr_quantize(
     """:func:`magr_transform` for ``target``, then torchao's ``quantize_`` with it, then proof.
 
     transformers' Conv1D (GPT-2) and layers of fused experts, whose weights torchao passes by, are
-    replaced by the same with nn.Linear (see :func:`magr_fx.as_linears`). A weight that torchao
-    still cannot quantize (a slice of a parameter; in a module that its tensors do not run in, such
-    as nn.MultiheadAttention), or that an embedding shares, is not rewritten either, and reported
-    as skipped with its reason. A linear, or an expert, that no calibration input reaches is
-    quantized by torchao alone.
+    replaced by the same with nn.Linear (see :func:`magr_fx.as_linears`); experts stay fused where
+    torchao's tensor of the whole stack runs as they are implemented (int8, "eager"). A weight that
+    torchao still cannot quantize (a slice of a parameter; in a module that its tensors do not run
+    in, such as nn.MultiheadAttention), or that an embedding shares, is not rewritten either, and
+    reported as skipped with its reason. A linear, or an expert, that no calibration input reaches
+    is quantized by torchao alone.
 
     Args:
         model, calib, config, holdout, filter_fn, trace, calibrate_all_experts, strict, progress:
@@ -258,6 +260,8 @@ def _run(
                     found, weights = leave_out_unrunnable(
                         found, weights, inner, quantizer.config, traced=traced, batches=batches
                     )
+                    if quantizer.handling.rounding == "nearest":
+                        weights = keep_stacks(weights, inner, quantizer.config, batches[0])
         try:
             tensors = rewrite_sites(
                 traced,
@@ -275,6 +279,7 @@ def _run(
     if quantizer is not None:
         with report.timed("quantize"):
             hand_over(inner, quantizer.config, weights, tensors)
-        report.mark_quantized({weight.name for weight in weights})
+        done = {name for weight in weights for name in (weight.name, *weight.covers)}
+        report.mark_quantized(done)
     logger.info("%s", report.totals())
     return report

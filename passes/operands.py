@@ -69,17 +69,19 @@ class Route:
     count: int = 0
 
     def split(self, route: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """Each matrix that any row goes to, with the indices of those rows."""
-        if not self.ends:
+        """Each matrix that any row goes to, with the indices of those rows; one sync for all."""
+        if self.ends:
+            ends = route.tolist()
+            rows = torch.arange(max(ends, default=0), device=route.device)
+        else:
             places = route.reshape(-1)
             places = places % self.count if self.count else places
-            for matrix in torch.unique(places).tolist():
-                yield matrix, (places == matrix).nonzero().squeeze(-1)
-            return
+            rows = torch.argsort(places, stable=True)
+            ends = torch.bincount(places).cumsum(0).tolist()
         start = 0
-        for matrix, end in enumerate(route.tolist()):
+        for matrix, end in enumerate(ends):
             if end > start:
-                yield matrix, torch.arange(start, end, device=route.device)
+                yield matrix, rows[start:end]
                 start = end
 
 

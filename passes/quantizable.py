@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._pytree import tree_map_only
 from torchao.core.config import AOBaseConfig
-from torchao.quantization import quantize_
+from torchao.quantization import FqnToConfig, quantize_
 from torchao.quantization.transform_module import _QUANTIZE_CONFIG_HANDLER
 
 from magr_fx.errors import ConfigError
@@ -58,6 +58,7 @@ class Quantizable(NamedTuple):
     places: list[Place]
     rebuilt: Rebuilt | None = None
     path: str = ""
+    covers: tuple[str, ...] = ()  # of a stack: the names of its matrices
 
     @property
     def is_linear(self) -> bool:
@@ -188,8 +189,61 @@ def _read_within(model: nn.Module, holders: set[nn.Module], site: Site) -> bool:
     return True
 
 
+def keep_stacks(
+    weights: list[Quantizable], model: nn.Module, target: AOBaseConfig, batch: Batch
+) -> list[Quantizable]:
+    """Leave fused experts fused where torchao's tensor of the whole stack runs in their forward.
+
+    The stack is then one parameter that is quantized by its name. Whether its tensor runs there
+    depends on the target and on how the experts are implemented: the model is run to see.
+
+    Args:
+        weights: what is to be quantized.
+        model, target: the model, and torchao's config.
+        batch: what to run it on.
+    """
+    if not _takes_parameter_names(target):
+        return weights
+    kinds: dict[type[nn.Module], dict[Rebuilt, list[Quantizable]]] = defaultdict(dict)
+    for rebuilt in dict.fromkeys(weight.rebuilt for weight in weights if weight.rebuilt):
+        stacks = _stacks(rebuilt, [weight for weight in weights if weight.rebuilt is rebuilt])
+        if stacks:
+            kinds[type(rebuilt.module)][rebuilt] = stacks
+    for modules in kinds.values():
+        stacks = [stack for stacks in modules.values() for stack in stacks]
+        if _error_when_quantized(model, stacks, target, batch) is None:
+            weights = [weight for weight in weights if weight.rebuilt not in modules] + stacks
+    return weights
+
+
+def _stacks(rebuilt: Rebuilt, own: list[Quantizable]) -> list[Quantizable]:
+    """The parameters ``[experts, out, in]`` of a module; none where it holds anything else."""
+    matrices: dict[nn.Parameter, list[str]] = defaultdict(list)
+    for held, weight in zip(rebuilt.weights, own, strict=True):
+        matrices[held.parameter].append(weight.name)
+        if held.parameter.dim() != 3 or held.matrix.stride() != held.parameter.stride()[1:]:
+            return []
+    keys = {parameter: key for key, parameter in rebuilt.module.named_parameters(recurse=False)}
+    if any(parameter not in keys for parameter in matrices):
+        return []
+    return [
+        Quantizable(
+            name=f"{rebuilt.name}.{keys[parameter]}",
+            weight=parameter,
+            places=[Place(rebuilt.module, keys[parameter], f"{rebuilt.name}.{keys[parameter]}")],
+            covers=tuple(names),
+        )
+        for parameter, names in matrices.items()
+    ]
+
+
 def quantized_copy(weight: torch.Tensor, target: AOBaseConfig) -> torch.Tensor:
-    """What torchao's ``quantize_`` makes of a weight of an nn.Linear."""
+    """What torchao's ``quantize_`` makes of a weight of an nn.Linear, or of a stack by its name."""
+    if weight.dim() > 2:
+        holder = nn.Module()
+        holder.stack = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        quantize_(holder, FqnToConfig(OrderedDict(stack=target)), filter_fn=None)
+        return holder.stack
     linear = nn.Linear(1, 1, bias=False, device="meta")
     linear.out_features, linear.in_features = weight.shape
     linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
@@ -240,11 +294,11 @@ def _error_when_quantized(
     """What the model raises with quantized copies in the place of these weights."""
     # Copies of buffers and inputs too: the model may work on them in place.
     stand_ins = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    for weight in weights:
-        copy = quantized_copy(weight.weight, target)
-        stand_ins.update((place.name, copy) for place in weight.places)
     args, kwargs = tree_map_only(torch.Tensor, torch.clone, (batch.args, batch.kwargs))
     try:
+        for weight in weights:
+            copy = quantized_copy(weight.weight, target)
+            stand_ins.update((place.name, copy) for place in weight.places)
         with torch.compiler.set_stance("force_eager"):
             torch.func.functional_call(model, stand_ins, args, kwargs, tie_weights=False)
     except Exception as error:  # whatever torchao, or the model itself, raises

@@ -12,7 +12,7 @@ import torch
 from expert_models import MODELS, fused, logits
 from graph_helpers import Formula
 from targets import ASYMMETRIC, intx
-from tiny_models import activations, token_ids
+from tiny_models import activations, text_calib, tiny_mixtral, token_ids
 from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from torchao.utils import TorchAOBaseTensor
@@ -29,7 +29,9 @@ from magr_fx import (
 )
 from magr_fx.passes import pipeline
 from magr_fx.passes.as_linears import as_linears
+from magr_fx.passes.quantizable import quantized_copy
 from magr_fx.passes.quantized_weights import quantized_weights
+from magr_fx.passes.to_torchao import is_quantized
 
 CALIB = [token_ids(4, 19, seed=1)]
 ONE_TOKEN = [token_ids(1, 1, seed=5)]
@@ -458,3 +460,43 @@ def test_the_quantized_model_compiles_to_one_graph() -> None:
     model = nearest("mixtral")
     compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(logits(compiled, IDS), logits(model, IDS), rtol=1e-5, atol=1e-5)
+
+
+# Stacks that stay what they are.
+
+
+def test_int8_experts_stay_fused_where_their_tensor_runs() -> None:
+    model = tiny_mixtral()
+    model.set_experts_implementation("eager")
+    by_hand = copy.deepcopy(model)
+    target = Int8WeightOnlyConfig()
+    magr_quantize(model, text_calib(), target, propagate=False)
+    report = report_of(model)
+    assert len(report.rewritten) == 27
+    assert all(site.quantized for site in report.rewritten)
+    experts = model.model.layers[0].mlp.experts
+    assert {name for name, _ in experts.named_parameters()} == {"gate_up_proj", "down_proj"}
+    # Each matrix is what torchao makes of the rewritten one.
+    magr_transform(by_hand, text_calib(), target=target, propagate=False)
+    for key in ("gate_up_proj", "down_proj"):
+        stack = getattr(experts, key)
+        assert is_quantized(stack)
+        for matrix, rewritten in zip(
+            stack.dequantize(), getattr(by_hand.model.layers[0].mlp.experts, key), strict=True
+        ):
+            expected = quantized_copy(rewritten, target).dequantize()
+            torch.testing.assert_close(matrix, expected, rtol=0, atol=0)
+    with torch.no_grad():
+        assert bool(model(text_calib()[0]).logits.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("experts", "options"),
+    [("grouped_mm", {}), ("batched_mm", {}), ("eager", {"rounding": "gptq"})],
+)
+def test_elsewhere_they_become_linears(experts: str, options: dict[str, Any]) -> None:
+    model = tiny_mixtral()
+    model.set_experts_implementation(experts)
+    magr_quantize(model, text_calib(), Int8WeightOnlyConfig(), **options)
+    assert all(site.quantized for site in report_of(model).rewritten)
+    assert isinstance(model.model.layers[0].mlp.experts.up_proj[0], nn.Linear)
