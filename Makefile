@@ -27,7 +27,7 @@ help:
 
 test: lint
 	@echo "-- pytest"
-	@$(PY) -m pytest -q
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q --numprocesses auto --dist loadfile
 
 lint: .venv/ready
 	@echo "-- ruff check"

@@ -10,7 +10,7 @@ from magr_fx.matmul_precision import full_float32
 # The share of the gram's mean diagonal that holds the weight where the inputs hardly reach: less
 # than the search's own damping, or what was lost in all the small directions stays lost
 # (benchmarks/README.md). Where the gram is too singular for it, more: at least LEAST, by a factor.
-DAMPING, LEAST, RAISE = 0.01, 1e-6, 10.0
+DAMPING, LEAST, RAISE = 0.05, 1e-6, 10.0
 
 
 @full_float32()
