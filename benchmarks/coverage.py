@@ -15,6 +15,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from readme import put_table
 from solver import align
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,8 +23,6 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from coverage_table import HEADER, coverage  # noqa: E402
 from model_zoo import ZOO  # noqa: E402
-
-BEGIN, END = "<!-- coverage: python benchmarks/coverage.py -->", "<!-- end of coverage -->"
 
 
 def main() -> None:
@@ -33,12 +32,7 @@ def main() -> None:
     for name in ZOO:
         rows.append(coverage(name))
         print(*rows[-1], flush=True)
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    table = align(HEADER, rows)
-    readme.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", encoding="utf-8")
+    put_table("coverage", align(HEADER, rows))
 
 
 if __name__ == "__main__":

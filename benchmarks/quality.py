@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from layers import Layer, encoder, language_model, real_layers, sentences
+from readme import put_table
 from solver import align
 from texts import DATA, TEXT, random_windows
 from torch import Tensor, nn
@@ -248,6 +249,33 @@ def tables(results: dict[str, dict[str, float]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def summary(results: dict[str, dict[str, float]]) -> str:
+    """Perplexity of SmolLM2 on speeches / on the novel, by method, bits and granularity."""
+    places = [(bits, group) for bits in ("4", "3", "2") for group in ("0", "64")]
+    header = [
+        "",
+        *(f"int{b}, {'per channel' if g == '0' else f'groups of {g}'}" for b, g in places),
+    ]
+    measured: dict[tuple[str, str, str], list[dict[str, float]]] = {}
+    for key, figures in results.items():
+        name, bits, group, method, _ = key.split("|")
+        if name == "smollm2":
+            measured.setdefault((method, bits, group), []).append(figures)
+    rows = []
+    for method in dict.fromkeys(method for method, _, _ in measured):
+        cells = [_both(measured.get((method, *place), [])) for place in places]
+        rows.append([method, *cells])
+    known = list(METHODS)
+    rows.sort(key=lambda row: known.index(row[0]) if row[0] in known else len(known))
+    return align(header, rows)
+
+
+def _both(runs: list[dict[str, float]]) -> str:
+    texts = ("perplexity, sotu_heldout", "perplexity, moby_dick")
+    means = [mean(run[text] for run in runs) for text in texts] if runs else []
+    return " / ".join(f"{value:,.{1 if value < 100 else 0}f}" for value in means)
+
+
 def _cell(values: list[float]) -> str:
     if not values:
         return ""
@@ -272,6 +300,7 @@ def main() -> None:
     for name in args.models:
         measure(subjects[name](), args, name, results)
     RESULTS.with_suffix(".md").write_text(tables(results), encoding="utf-8")
+    put_table("quality", summary(results))
 
 
 def language_model_subject() -> Subject:

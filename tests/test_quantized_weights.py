@@ -24,7 +24,7 @@ from magr_fx.passes.to_torchao import describe, target_group_size
 from magr_fx.passes.torchao_rounding import grid_of
 
 ROWS = (16, 32)
-DAMPING, DRIFT_DAMPING = 0.1, 0.01
+DAMPING, DRIFT_DAMPING = 0.1, 0.05
 TOKENS, HELD = 200, 50
 pytestmark = pytest.mark.usefixtures("one_thread")
 
