@@ -31,25 +31,28 @@ class Certificate(NamedTuple):
     bound: Tensor  # [..., out]: at most the optimum, hence objective - bound bounds the excess
 
 
-def certify(problem: Problem, weight: Tensor, candidate: Tensor) -> Certificate:
+def certify(
+    problem: Problem, weight: Tensor, candidate: Tensor, dtype: torch.dtype = torch.float64
+) -> Certificate:
     """Objective of each row of ``candidate`` in the place of ``weight``'s, and a lower bound.
 
     Both are ``[..., out, in]``, of any floating dtype. The bound is :func:`dual_value` in the
     direction ŵ - w; at the optimum it equals the objective.
     """
     # ŵ - w is long exactly where G is almost singular: that is how MagR works. There dᵀGd is a
-    # small remainder of products of size λmax‖d‖², and float32 would lose it, so everything here
-    # is float64: one product, against the many that the iteration takes in float32.
+    # small remainder of products of size λmax‖d‖², and float32 would lose it, so what is to be
+    # exact is float64: one product, against the many that the iteration takes in float32.
     parts: list[Certificate] = []
     for rows in _blocks(weight.shape[-2]):
-        original = weight[..., rows, :].to(torch.float64)
-        chosen = candidate[..., rows, :].to(torch.float64)
+        original = weight[..., rows, :].to(dtype)
+        chosen = candidate[..., rows, :].to(dtype)
         moved = chosen - original
         slope = _slope(problem, moved)
         objective = 0.5 * (moved * slope).sum(-1) + penalty(problem, chosen)
         bound = dual_value(problem, original, moved, slope)
         parts.append(Certificate(penalty(problem, original), objective, bound))
-    return Certificate(*(torch.cat(column, -1) for column in zip(*parts, strict=True)))
+    columns = (torch.cat(column, -1) for column in zip(*parts, strict=True))
+    return Certificate(*(column.to(torch.float64) for column in columns))
 
 
 def lower_bound(problem: Problem, weight: Tensor, moved: Tensor) -> Tensor:
@@ -96,11 +99,11 @@ def penalty(problem: Problem, rows: Tensor) -> Tensor:
 
 
 def _slope(problem: Problem, moved: Tensor) -> Tensor:
-    """Gd/λmax in float64, without a float64 copy of the whole gram."""
+    """Gd/λmax in the dtype of d, without such a copy of the whole gram."""
     slope = torch.empty_like(moved)
     for columns in _blocks(moved.shape[-1]):
-        slope[..., columns] = moved @ problem.gram[..., columns].to(torch.float64)
-    return slope.div_(problem.peak.to(torch.float64)[..., None, None])
+        slope[..., columns] = moved @ problem.gram[..., columns].to(moved.dtype)
+    return slope.div_(problem.peak.to(moved.dtype)[..., None, None])
 
 
 def _blocks(size: int) -> list[slice]:

@@ -24,7 +24,7 @@ ALPHAS_GROUPS = (3e-3, 8e-4, 2e-4, 5e-5)
 # tried around each row's best, once up and once down.
 CLIPS = (1.0, 0.8, 0.6)
 FINER = (0.1, 0.05)
-# For groups, which are clipped by themselves after their row has chosen.
+# For groups that can be clipped by themselves after their row has chosen.
 FINER_GROUPS = (0.2, 0.1, 0.05)
 LEAST_CLIP = 0.05
 # What float32 sums in another order may differ by.
@@ -90,13 +90,15 @@ def choose(
     for alpha, solution in zip(alphas, _path(aim, gram, alphas, config), strict=True):
         search.add(alpha, solution)
     search.try_each(CLIPS)
-    search.refine(FINER)
-    if not one_weight:
-        search.try_aim()
-        return search.choice()
-    if config.group_size is not None and units is None:
+    separable = one_weight and config.group_size is not None and units is None
+    if separable:
         search.refine_groups(FINER_GROUPS)
-    search.settle(start)
+    else:
+        search.refine(FINER)
+    if one_weight:
+        search.settle(start)
+    else:
+        search.try_aim()
     return search.choice()
 
 
@@ -111,6 +113,7 @@ def _path(aim: Tensor, gram: Tensor, alphas: Sequence[float], config: MagRConfig
         max_steps=options.max_steps,
         tol=options.tol,
         precision=options.precision,
+        exact=False,  # rows are judged by what is left of them after rounding
     )
 
 

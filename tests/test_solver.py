@@ -577,6 +577,18 @@ def test_every_solution_of_a_path_is_certified(
         assert torch.allclose(solution.objective, alone.objective, rtol=2e-4)
 
 
+@pytest.mark.parametrize("problems", [None, 3])
+def test_an_inexact_path_has_the_same_rows(problems: int | None) -> None:
+    weight, gram = problem(seed=14) if problems is None else batch(problems)
+    exact = solve_magr_path(weight, gram, ALPHAS)
+    rough = solve_magr_path(weight, gram, ALPHAS, exact=False)
+    for one, other in zip(exact, rough, strict=True):
+        assert torch.equal(one.weight, other.weight)
+        assert torch.equal(one.status, other.status)
+        assert torch.allclose(one.objective, other.objective, rtol=1e-3)
+        assert not torch.equal(one.objective, other.objective)
+
+
 def test_a_path_takes_fewer_steps_than_its_solves() -> None:
     weight, gram = problem(rows=30, columns=48, tokens=200, seed=14)
     alphas = [0.1 * 0.8**i for i in range(8)]
