@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from layers import Layer, language_model_layers
@@ -41,8 +42,22 @@ class Timed:
         return rounded
 
 
-def cost(layer: Layer, group: int | None, gptq: bool) -> list[str]:
-    """One row of the table."""
+class Cost(NamedTuple):
+    """Seconds of one solve, of the search without the quantizer, and of the quantizer's calls."""
+
+    once: float
+    search: float
+    quantizer: float
+    calls: int
+
+    def cells(self) -> list[str]:
+        ratio = self.search / self.once
+        numbers = [f"{n:.2f}" for n in (self.once, self.search)]
+        return [*numbers, f"{ratio:.1f}", str(self.calls), f"{self.quantizer:.2f}"]
+
+
+def cost(layer: Layer, group: int | None, gptq: bool) -> Cost:
+    """What one layer's search takes."""
     target = IntxWeightOnlyConfig(
         weight_dtype=torch.int3,  # type: ignore[attr-defined]
         granularity=PerGroup(group) if group else PerAxis(0),
@@ -74,17 +89,7 @@ def cost(layer: Layer, group: int | None, gptq: bool) -> list[str]:
         one_weight=not gptq,
     )
     total = time.perf_counter() - total
-    out, columns = layer.weight.shape
-    return [
-        f"{layer.name} [{out}, {columns}]",
-        f"groups of {group}" if group else "per channel",
-        "GPTQ" if gptq else "nearest",
-        f"{once:.2f}",
-        f"{total - rounding.seconds:.2f}",
-        f"{(total - rounding.seconds) / once:.1f}",
-        str(rounding.calls),
-        f"{rounding.seconds:.2f}",
-    ]
+    return Cost(once, total - rounding.seconds, rounding.seconds, rounding.calls)
 
 
 def main() -> None:
@@ -101,12 +106,16 @@ def main() -> None:
     ]
     chosen = [layers[at] for at in LAYERS]
     cost(chosen[0], None, gptq=False)  # warm-up
-    rows = [
-        cost(layer, group, gptq)
-        for gptq in (False, True)
-        for group in (None, 64)
-        for layer in chosen
-    ]
+    rows = []
+    for gptq in (False, True):
+        for group in (None, 64):
+            how = [f"groups of {group}" if group else "per channel", "GPTQ" if gptq else "nearest"]
+            costs = [cost(layer, group, gptq) for layer in chosen]
+            for layer, one in zip(chosen, costs, strict=True):
+                out, columns = layer.weight.shape
+                rows.append([f"{layer.name} [{out}, {columns}]", *how, *one.cells()])
+            together = Cost(*(sum(column) for column in zip(*costs, strict=True)))
+            rows.append(["together", *how, *together.cells()])
     title = f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, SmolLM2-135M."
     table = f"{title}\n\n{align(header, rows)}\n"
     print(table)

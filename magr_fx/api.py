@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 from torch import nn
 
 from magr_fx.config import Handling, MagRConfig
-from magr_fx.errors import ConfigError
+from magr_fx.errors import ConfigError, ModelError
 from magr_fx.passes.calibration import Batch, read_calib
 from magr_fx.passes.check_model import check_group_size, check_model, check_not_frozen
 from magr_fx.passes.find_linears import FilterFn, check_filter, find_linears
+from magr_fx.passes.offloaded import Resident, all_resident, at_hand, is_offloaded
 from magr_fx.passes.pipeline import resolve_config, rewrite_sites, target_for_rewriting
 from magr_fx.passes.quantizable import (
     Quantizable,
@@ -57,7 +58,8 @@ def magr_transform(
     al., "MagR", NeurIPS 2024, arXiv 2406.00800, section 3), per group where there are groups.
 
     Args:
-        model: any module that runs, compiled or not, or its exported graph.
+        model: any module that runs, compiled or not, or its exported graph; also one that
+            accelerate offloads to memory or disk, a block of which is then in memory at a time.
         calib: an iterable of model inputs, a DataLoader for instance, read once: a tensor is the
             first argument, a tuple or list the arguments, a mapping the keyword arguments.
             Batch sizes and lengths may differ. What ``attention_mask`` marks as padding does
@@ -107,17 +109,26 @@ def magr_transform(
     config = resolve_config(config, target)
     taking_part = target_for_rewriting(config, target, propagate, holdout)
     tracing = Tracing(trace, calibrate_all_experts)
-    _run(
-        model,
-        _read(model, calib, filter_fn),
-        config,
-        taking_part,
-        filter_fn=filter_fn,
-        tracing=tracing,
-        strict=strict,
-        progress=progress,
-        quantize=False,
-    )
+    check_filter(filter_fn)
+    inner = unwrap(model)
+    offloaded = is_offloaded(inner)
+    check_model(inner, offloaded=offloaded)
+    check_not_frozen(model)
+    if offloaded:
+        tracing = tracing.without_values()
+    with at_hand(inner) as resident:
+        _run(
+            model,
+            read_calib(calib, inner),
+            config,
+            taking_part,
+            filter_fn=filter_fn,
+            tracing=tracing,
+            resident=resident,
+            strict=strict,
+            progress=progress,
+            quantize=False,
+        )
     return model
 
 
@@ -221,6 +232,12 @@ def _quantize_graph(
 def _read(model: nn.Module, calib: Any, filter_fn: FilterFn | None) -> list[Batch]:
     check_filter(filter_fn)
     inner = unwrap(model)
+    if is_offloaded(inner):
+        raise ModelError(
+            "the model is offloaded by accelerate, which cannot offload torchao's tensors: call "
+            "magr_transform(model, calib, target=target) and model.save_pretrained(folder), then "
+            "load that with from_pretrained(folder, quantization_config=TorchAoConfig(target))"
+        )
     check_model(inner)
     check_not_frozen(model)
     return read_calib(calib, inner)
@@ -237,6 +254,7 @@ def _run(
     strict: bool,
     progress: bool | None,
     quantize: bool,
+    resident: Resident = all_resident,
 ) -> MagRReport:
     inner = unwrap(model)
     quantizer = target if quantize else None
@@ -255,7 +273,8 @@ def _run(
             with report.timed("quantize"):
                 matrices = [(site.name, site.weight) for site in found.sites]
                 matrices += [(weight.name, weight.weight) for weight in weights]
-                try_target(matrices, target.config, gptq=target.handling.rounding == "gptq")
+                with resident({(w.shape, w.dtype): w for _, w in matrices}.values()):
+                    try_target(matrices, target.config, gptq=target.handling.rounding == "gptq")
                 if quantizer is not None:
                     found, weights = leave_out_unrunnable(
                         found, weights, inner, quantizer.config, traced=traced, batches=batches
@@ -269,6 +288,7 @@ def _run(
                 config,
                 report,
                 target=target,
+                resident=resident,
                 strict=strict,
                 filter_fn=filter_fn,
                 progress=progress,

@@ -14,8 +14,12 @@ from magr_fx.passes.find_linears import Site
 from magr_fx.passes.to_torchao import is_quantized
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module, *, offloaded: bool = False) -> None:
     """Refuse a model that cannot be worked on as it is, naming the parameter and the remedy.
+
+    Args:
+        model: the model.
+        offloaded: whether weights on the meta device have their values elsewhere.
 
     Raises:
         ModelError: a parameter is on the meta device, already quantized, NaN or Inf; or
@@ -27,6 +31,8 @@ def check_model(model: nn.Module) -> None:
         _check_module(name or type(module).__name__, module)
     finite: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
+        if parameter.is_meta and offloaded:
+            continue
         _check_parameter(name, parameter)
         if parameter.is_floating_point():
             finite[name] = parameter.detach().isfinite().all()

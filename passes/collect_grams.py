@@ -33,6 +33,7 @@ from magr_fx.passes.decisions import (
 )
 from magr_fx.passes.find_linears import Site
 from magr_fx.passes.inline import autocast_of
+from magr_fx.passes.offloaded import Resident, all_resident, read_by
 from magr_fx.passes.padding import token_masks
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.taps import Taken, Tap
@@ -63,6 +64,7 @@ class CalibrationRun:
         propagate: take what the model computes with the weights that :meth:`replace` was given,
             and by how much that misses what it computed originally.
         holdout: the share of each activation's tokens, its last ones, that is kept aside.
+        resident: has those weights in memory that a block reads.
     """
 
     def __init__(
@@ -72,8 +74,9 @@ class CalibrationRun:
         *,
         propagate: bool = False,
         holdout: float = 0.0,
+        resident: Resident = all_resident,
     ) -> None:
-        self.batches = batches
+        self.batches, self._resident = batches, resident
         self.propagate, self.holdout = propagate, holdout
         self.grams = _share(sites)
         self._taps: dict[fx.Node, list[Tap]] = defaultdict(list)
@@ -105,24 +108,25 @@ class CalibrationRun:
             CalibrationError: a counted token of an activation is NaN or Inf; the message names
                 the site and the batch.
         """
-        batches = tqdm(self.batches, "checking", unit="batch", disable=_disable(progress))
+        stream = [self._start(batch) for batch in self.batches]
+        steps = list(in_step(self._blocks.values()))
         with buffers_kept(self._blocks):
-            for batch in batches:
-                names: list[str] = []
-                finite: list[torch.Tensor] = []  # read together: one sync per batch
-                look = partial(self._look, names, finite)
-                environment = self._start(batch)
-                for block in self._blocks[batch.trace]:
-                    self._run(block, batch, environment, look)
+            for step in tqdm(steps, "checking", unit="block", disable=_disable(progress)):
+                seen: list[tuple[str, int]] = []
+                finite: list[torch.Tensor] = []  # read together: one sync per step
+                with self._resident(read_by(step)):
+                    for block, batch, (environment,) in self._runs(step, [stream]):
+                        look = partial(self._look, batch, seen, finite)
+                        self._run(block, batch, environment, look)
                 flags = (
                     torch.stack([f.to(finite[0].device) for f in finite]).tolist() if finite else []
                 )
                 if not all(flags):
-                    name = names[flags.index(False)]
+                    name, index = seen[flags.index(False)]
                     raise CalibrationError(
-                        f"the input of {name} holds NaN or Inf in calibration batch "
-                        f"{batch.index}; nothing was changed. Look for overflow (float16?) or "
-                        "broken values before that layer, or leave the batch out"
+                        f"the input of {name} holds NaN or Inf in calibration batch {index}; "
+                        "nothing was changed. Look for overflow (float16?) or broken values "
+                        "before that layer, or leave the batch out"
                     )
 
     def unfed(self) -> list[Site]:
@@ -146,29 +150,27 @@ class CalibrationRun:
         with buffers_kept(self._blocks):
             for step in tqdm(steps, "magr", unit="block", disable=_disable(progress)):
                 visited = {node for block in step for node in block.nodes}
-                runs = [
-                    (block, batch, environments)
-                    for block in step
-                    for batch, *environments in zip(self.batches, *streams, strict=True)
-                    if batch.trace is block.trace
-                ]
-                decisions = [Decisions() for _ in runs]
-                for (block, batch, environments), decided in zip(runs, decisions, strict=True):
-                    if not self.propagate:
-                        self._run(block, batch, environments[0], self._add)
-                        continue
-                    self._take_both(block, batch, *environments)
-                    # The original run goes ahead while the weights are still what they were.
-                    self._run(block, batch, environments[1], None, record=decided)
                 for shared in waiting:
                     shared.pending -= visited
                 finished = [shared for shared in waiting if not shared.pending]
-                if finished:
-                    yield finished
-                for shared in finished:
-                    shared.let_go()
                 waiting = [shared for shared in waiting if shared.pending]
-                if self.propagate:
+                parameters = [site.parameter for shared in finished for site in shared.sites]
+                with self._resident([*read_by(step), *parameters]):
+                    runs = self._runs(step, streams)
+                    decisions = [Decisions() for _ in runs]
+                    for (block, batch, environments), decided in zip(runs, decisions, strict=True):
+                        if not self.propagate:
+                            self._run(block, batch, environments[0], self._add)
+                            continue
+                        self._take_both(block, batch, *environments)
+                        # The original run goes ahead while the weights are what they were.
+                        self._run(block, batch, environments[1], None, record=decided)
+                    if finished:
+                        yield finished
+                    for shared in finished:
+                        shared.let_go()
+                    if not self.propagate:
+                        continue
                     _swap(buffers, other)
                     for (block, batch, environments), decided in zip(runs, decisions, strict=True):
                         self._run(
@@ -184,6 +186,17 @@ class CalibrationRun:
     def replacement(self, parameter: nn.Parameter) -> torch.Tensor:
         """What is in the parameter's place, or else itself."""
         return self._replaced.get(WeightView.of(parameter), parameter)
+
+    def _runs(
+        self, step: list[Block], streams: list[list[Environment]]
+    ) -> list[tuple[Block, TracedBatch, list[Environment]]]:
+        """What a step runs: each of its blocks on each batch of its trace, with their values."""
+        return [
+            (block, batch, environments)
+            for block in step
+            for batch, *environments in zip(self.batches, *streams, strict=True)
+            if batch.trace is block.trace
+        ]
 
     def _marks(self) -> dict[fx.Node, Hashable]:
         """For each matmul before which something is taken, what it is taken for, in all traces."""
@@ -253,9 +266,15 @@ class CalibrationRun:
                             taken.tokens, taken.keep, original=was.tokens, holdout=self.holdout
                         )
 
-    def _look(self, names: list[str], finite: list[torch.Tensor], taken: Taken) -> None:
+    def _look(
+        self,
+        batch: TracedBatch,
+        seen: list[tuple[str, int]],
+        finite: list[torch.Tensor],
+        taken: Taken,
+    ) -> None:
         good = taken.tokens.isfinite().all(-1)
-        names.append(taken.grams[0].sites[0].name)
+        seen.append((taken.grams[0].sites[0].name, batch.index))
         finite.append((good if taken.keep is None else good | ~taken.keep).all())
         for shared in taken.grams:
             counted = len(good) if taken.keep is None else taken.keep.sum()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from magr_fx.errors import TraceError
 from magr_fx.passes.trace import Trace, TracedBatch, all_nodes, buffers_kept
 
 AUTOCAST = "magr_autocast"  # in a node's meta: what torch.autocast is to be called with, by device
@@ -30,8 +31,12 @@ _INLINED = frozenset({_AUTOCAST_REGION, _GRAD_REGION, _COND, _ENTER, _EXIT, _GRA
 Autocast = dict[str, tuple[Any, ...]]
 
 
-def inline_regions(batches: list[TracedBatch]) -> list[TracedBatch]:
-    """The batches on graphs without such regions; a graph that has none stays the same object."""
+def inline_regions(batches: list[TracedBatch], *, has_values: bool = True) -> list[TracedBatch]:
+    """The batches on graphs without such regions; a graph that has none stays the same object.
+
+    Raises:
+        TraceError: which branch to take depends on weights that are not ``has_values``.
+    """
     flat: dict[tuple[Trace, tuple[bool, ...]], Trace] = {}
     result = []
     for batch in batches:
@@ -42,6 +47,11 @@ def inline_regions(batches: list[TracedBatch]) -> list[TracedBatch]:
             continue
         decided: tuple[bool, ...] = ()
         if _COND in targets:
+            if not has_values:
+                raise TraceError(
+                    "the model chooses between branches (torch.cond) by values, which an "
+                    "offloaded model does not have while it is traced; load it as a whole"
+                )
             with buffers_kept([trace]):
                 decided = _Predicates(trace.graph_module).of(batch.values)
         key = (trace, decided)

@@ -22,6 +22,7 @@ from magr_fx.passes.collect_grams import CalibrationRun
 from magr_fx.passes.coverage import refuse_failed, refuse_uncovered
 from magr_fx.passes.few_tokens import fill_up
 from magr_fx.passes.find_linears import FilterFn, Found, Site
+from magr_fx.passes.offloaded import Resident, all_resident
 from magr_fx.passes.quantizable import quantized_copy
 from magr_fx.passes.quantized_weights import Target, quantized_weights
 from magr_fx.passes.rewrite_weights import laid_out, refusal, rewrite_weight
@@ -90,6 +91,7 @@ def rewrite_sites(
     report: MagRReport,
     *,
     target: Target | None = None,
+    resident: Resident = all_resident,
     strict: bool = False,
     filter_fn: FilterFn | None = None,
     progress: bool | None = None,
@@ -105,6 +107,7 @@ def rewrite_sites(
         config: how to solve.
         report: what is filled.
         target: what will quantize the sites, and takes part; None rewrites without it.
+        resident: has those weights in memory that are worked on.
         strict: whether every weight that meets an input has to be rewritten, but for those that
             ``filter_fn`` leaves out.
         progress: whether to show bars.
@@ -121,7 +124,11 @@ def rewrite_sites(
     report.tracer, report.refusal = traced[0].trace.tracer, traced[0].trace.refusal
     handling = Handling(propagate=False, holdout=0.0) if target is None else target.handling
     run = CalibrationRun(
-        traced, found.sites, propagate=handling.propagate, holdout=handling.holdout
+        traced,
+        found.sites,
+        propagate=handling.propagate,
+        holdout=handling.holdout,
+        resident=resident,
     )
     tensors: dict[str, torch.Tensor] = {}
     with report.timed("check"):

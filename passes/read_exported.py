@@ -41,7 +41,8 @@ def trace_or_read(
                 "give the model itself to magr_transform"
             )
         return inline_regions(_read(model, batches))
-    return inline_regions(trace_batches(model, batches, tracing))
+    traced = trace_batches(model, batches, tracing)
+    return inline_regions(traced, has_values=tracing.has_values)
 
 
 def _is_exported(graph_module: fx.GraphModule) -> bool:

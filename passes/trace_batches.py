@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Tracing:
         tracer: "export", "make_fx", or "auto": the first, and the second for all batches where
             that refuses the model.
         all_experts: whether every token meets every expert.
+        has_values: whether the weights have their values while the model is traced.
 
     Raises:
         ConfigError: no such tracer.
@@ -41,10 +42,20 @@ class Tracing:
 
     tracer: str = "auto"
     all_experts: bool = False
+    has_values: bool = True
 
     def __post_init__(self) -> None:
         if self.tracer not in TRACERS:
             raise ConfigError(f"trace must be one of {', '.join(TRACERS)}, got {self.tracer!r}")
+
+    def without_values(self) -> Tracing:
+        """The same for a model whose weights are elsewhere, which therefore cannot be run."""
+        if self.tracer == "make_fx":
+            raise ConfigError(
+                'trace="make_fx" runs the model, which an offloaded one cannot be as a whole; '
+                'trace by "export", or load the model as a whole'
+            )
+        return replace(self, tracer="export", has_values=False)
 
 
 AUTO = Tracing()
@@ -74,7 +85,7 @@ def trace_batches(
     """
     if tracing.all_experts:
         with all_experts(model):
-            return trace_batches(model, batches, Tracing(tracing.tracer))
+            return trace_batches(model, batches, replace(tracing, all_experts=False))
     if tracing.tracer == "make_fx":
         return _run(model, batches, "")
     try:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny_llama, token_ids
+from transformers import AutoModelForCausalLM
 
 from magr_fx import MagRConfig
 
@@ -16,6 +17,7 @@ README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding=
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded:UserWarning")
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[-1][:40])
 def test_block_runs(
     block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -24,11 +26,15 @@ def test_block_runs(
     model = tiny_llama(intermediate_size=64)  # divisible by the groups of 32 of one block
     model.config.use_cache = False
     before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    if '"checkpoint"' in block:
+        model.save_pretrained("checkpoint")
     names: dict[str, Any] = {"model": model, "calib": [token_ids(2, 8), token_ids(3, 8, seed=1)]}
     exec(compile(block, "README.md", "exec"), names)
     if "magr_fx import solve_magr" in block:
         assert "converged: 64 rows" in capsys.readouterr().out
     else:  # whatever way it was done, a weight of the model is another one now
+        if '"checkpoint"' in block:
+            model = AutoModelForCausalLM.from_pretrained("rewritten")
         chosen = model.model.layers[0].mlp.up_proj
         assert not torch.equal(chosen.weight.dequantize(), before)
 

@@ -1,0 +1,267 @@
+"""Models whose weights accelerate keeps elsewhere: each weight in memory only while it is needed.
+
+While we work on such a model, each of its weights is an ordinary CPU tensor whose addresses hold
+no memory yet, an anonymous mapping that nobody has written to. So it can be traced and looked for
+as any other. To use a weight is to copy its values there; afterwards they go back to where they
+came from, if they changed, and the mapping's pages to the system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from magr_fx.errors import ModelError
+from magr_fx.passes.blocks import Block
+from magr_fx.passes.trace import attribute
+from magr_fx.passes.weight_views import COPIES, VIEWS
+
+# glibc keeps what was freed in pieces of up to 32 MB, which adds up to the size of a small model.
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)
+_ALIASES = VIEWS | COPIES  # some copies are none where there is nothing to change
+
+# Has the values of these weights in memory while it is open; all others are left as they are.
+Resident = Callable[[Iterable[torch.Tensor]], AbstractContextManager[None]]
+
+
+def all_resident(_: Iterable[torch.Tensor]) -> AbstractContextManager[None]:
+    """A :data:`Resident` of a model that is in memory as a whole."""
+    return contextlib.nullcontext()
+
+
+def read_by(blocks: Iterable[Block]) -> list[torch.Tensor]:
+    """The stored tensors that the blocks read, or something that may share their memory."""
+    found: dict[int, torch.Tensor] = {}
+    for block in blocks:
+        for node in block.nodes:
+            for value in (node, *node.all_input_nodes):
+                tensor = attribute(block.trace, _origin(value))
+                if tensor is not None:
+                    found[id(tensor)] = tensor
+    return list(found.values())
+
+
+def _origin(value: fx.Node) -> fx.Node:
+    while value.target in _ALIASES and value.all_input_nodes:
+        value = value.all_input_nodes[0]
+    return value
+
+
+def is_offloaded(model: object) -> bool:
+    """Whether accelerate keeps some of the model's weights elsewhere."""
+    return isinstance(model, nn.Module) and any(map(_offloading_hook, model.modules()))
+
+
+@contextlib.contextmanager
+def at_hand(model: nn.Module) -> Iterator[Resident]:
+    """Give every offloaded weight an address, and a way to its values, for as long as it is open.
+
+    accelerate's hooks are off meanwhile. The model has its own Parameter objects back afterwards.
+
+    Raises:
+        ModelError: the weights cannot be had, would be wanted on another device than the CPU, or
+            are NaN or Inf. The model is as it was then.
+    """
+    if not is_offloaded(model):
+        yield all_resident
+        return
+    with contextlib.ExitStack() as restored:
+        weights = _find(model)
+        for module, key, buffer in list(_buffers(model)):
+            restored.callback(module._buffers.__setitem__, key, module._buffers[key])
+            module._buffers[key] = buffer
+        for module in model.modules():
+            unhooked: Any = getattr(module, "_old_forward", None)
+            if unhooked is not None:
+                restored.callback(setattr, module, "forward", module.forward)
+                module.forward = unhooked
+        for weight in weights:
+            for module, key in weight.places:
+                restored.callback(module._parameters.__setitem__, key, module._parameters[key])
+                module._parameters[key] = weight.parameter
+        pages = _Pages(weights)
+        pages.check()
+        yield pages.resident
+
+
+@dataclass(frozen=True, eq=False)
+class _Weight:
+    """An offloaded weight: who has it, where its values are kept, and what stands for it."""
+
+    name: str
+    places: list[tuple[nn.Module, str]]
+    kept: list[tuple[Any, str]]  # the mappings, and the keys in them
+    parameter: nn.Parameter
+    pages: mmap.mmap
+
+    def load(self) -> torch.Tensor:
+        values, key = self.kept[0]
+        value: torch.Tensor = values[key]
+        return value
+
+    def store(self, weight: torch.Tensor) -> None:
+        for values, key in self.kept:
+            _store(values, key, weight)
+
+
+class _Pages:
+    def __init__(self, weights: Collection[_Weight]) -> None:
+        self._weights = weights
+        self._of = {w.parameter.untyped_storage().data_ptr(): w for w in weights}
+        self._versions: dict[_Weight, int] = {}  # of those in memory, as they were loaded
+
+    def check(self) -> None:
+        """Load every weight once.
+
+        Raises:
+            ModelError: one is NaN or Inf.
+        """
+        for weight in self._weights:
+            with self.resident([weight.parameter]):
+                if not bool(weight.parameter.detach().isfinite().all()):
+                    raise ModelError(
+                        f"{weight.name} holds NaN or Inf; repair or reload the model's weights"
+                    )
+
+    @contextlib.contextmanager
+    def resident(self, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+        """Have these weights, or those that these are views of, in memory."""
+        found = (self._of.get(tensor.untyped_storage().data_ptr()) for tensor in tensors)
+        weights = {w for w in found if w is not None and w not in self._versions}
+        try:
+            with torch.no_grad():
+                for weight in weights:
+                    weight.parameter.copy_(weight.load())
+                    self._versions[weight] = weight.parameter._version
+            yield
+        finally:
+            for weight in weights:
+                version = self._versions.pop(weight, None)
+                if version is not None and weight.parameter._version != version:
+                    weight.store(weight.parameter.detach())
+                weight.pages.madvise(mmap.MADV_DONTNEED)
+            _TRIM(0)
+
+
+def _find(model: nn.Module) -> list[_Weight]:
+    """The offloaded weights; what several names share, in the model or where it is kept, is one."""
+    weights: dict[Any, _Weight] = {}
+    # Of transformers: name → the name it shares its weight with. accelerate keeps two copies.
+    tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
+    for hook, module, prefix, path in _hooked(model):
+        for key, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_meta:
+                continue
+            values, kept_as = _unprefixed(hook.weights_map, path + key)
+            name = prefix + path + key
+            _check_place(name, hook, values, kept_as)
+            partner = tied.get(name, name)
+            identity = partner if partner in tied.values() else _identity(values, kept_as)
+            if identity not in weights:
+                weights[identity] = _Weight(name, [], [], *_addresses(parameter))
+            weights[identity].places.append((module, key))
+            weights[identity].kept.append((values, kept_as))
+    return list(weights.values())
+
+
+def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+    """The offloaded buffers, which are small, with their values."""
+    for hook, module, prefix, path in _hooked(model):
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                values, kept_as = _unprefixed(hook.weights_map, path + key)
+                _check_place(prefix + path + key, hook, values, kept_as)
+                yield module, key, values[kept_as].clone()
+
+
+def _hooked(model: nn.Module) -> Iterator[tuple[Any, nn.Module, str, str]]:
+    """Each module that is offloaded: the hook, itself, the name of the hook's module, and the rest.
+
+    The names end in a dot where they are not empty.
+    """
+    known: set[nn.Module] = set()
+    for name, outer in model.named_modules():
+        hook = _offloading_hook(outer)
+        if hook is None:
+            continue
+        for path, module in outer.named_modules() if hook.place_submodules else [("", outer)]:
+            if module not in known:
+                known.add(module)
+                yield hook, module, f"{name}." if name else "", f"{path}." if path else ""
+
+
+def _check_place(name: str, hook: Any, values: Any, key: str) -> None:
+    if torch.device(hook.execution_device or "cpu").type != "cpu":
+        raise ModelError(
+            f"{name} is offloaded by accelerate, to run on {hook.execution_device}; MagR works on "
+            'offloaded weights on the CPU: load the model with device_map={"": "disk"} on a '
+            "machine without an accelerator, call cpu_offload or disk_offload with "
+            'execution_device="cpu", or load it as a whole'
+        )
+    if values is None or key not in values:
+        raise ModelError(f"{name} is offloaded by accelerate, but its values are nowhere to be had")
+    if not isinstance(values, dict) and key not in values.state_dict and not values.save_folder:
+        raise ModelError(
+            f"{name} is offloaded by accelerate to a file that is not to be written to; give the "
+            "model a folder to offload to: offload_folder in from_pretrained"
+        )
+
+
+def _addresses(like: torch.Tensor) -> tuple[nn.Parameter, mmap.mmap]:
+    """A parameter on the CPU whose elements take up memory only once they are written."""
+    size = like.numel() * like.element_size()
+    pages = mmap.mmap(-1, max(1, size))
+    values = torch.frombuffer(pages, dtype=torch.uint8)[:size].view(like.dtype).view(like.shape)
+    return nn.Parameter(values, like.requires_grad), pages
+
+
+def _offloading_hook(module: nn.Module) -> Any:
+    """accelerate's hook that fetches the module's weights, or None."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):  # a SequentialHook has several
+        if getattr(one, "offload", False):
+            return one
+    return None
+
+
+def _unprefixed(values: Any, key: str) -> tuple[Any, str]:
+    """The dict, or accelerate's OffloadedWeightsLoader, that has the values, and the key there."""
+    while hasattr(values, "prefix"):
+        values, key = values.dataset, values.prefix + key
+    return values, key
+
+
+def _identity(values: Any, key: str) -> Any:
+    """What is equal for two names of one weight."""
+    in_memory = values if isinstance(values, dict) else values.state_dict
+    if key in in_memory:
+        return in_memory[key].untyped_storage().data_ptr(), in_memory[key].storage_offset()
+    entry = values.index[key]
+    if entry.get("safetensors_file") is not None:
+        return entry["safetensors_file"], entry.get("weight_name", key)
+    return str(values.save_folder), key
+
+
+def _store(values: Any, key: str, weight: torch.Tensor) -> None:
+    """Write a weight where it is kept; a checkpoint's own file is left as it is."""
+    in_memory = values if isinstance(values, dict) else values.state_dict
+    if key in in_memory:
+        in_memory[key].copy_(weight)
+        return
+    from accelerate.utils import offload_weight  # an offloaded model comes with it
+
+    # First under another name: what is there under this one is always whole.
+    unfinished = f"{key}.unfinished"
+    entry = offload_weight(weight, unfinished, values.save_folder, {})[unfinished]
+    folder = Path(values.save_folder)
+    (folder / f"{unfinished}.dat").replace(folder / f"{key}.dat")
+    values.index[key] = entry

@@ -1,0 +1,239 @@
+"""Models that accelerate offloads: the same result as in memory, a few weights at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from targets import ASYMMETRIC, intx
+from tiny_models import token_ids
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from magr_fx import ConfigError, ModelError, magr_quantize, magr_transform
+from magr_fx.passes import offloaded
+from magr_fx.passes.trace_batches import Tracing
+
+CALIB = [token_ids(3, 17, seed=1), token_ids(2, 9, seed=2)]
+INT3 = intx(3, ASYMMETRIC, None)
+WAYS = ("from_pretrained", "cpu_offload", "disk_offload")
+
+
+def llama(*, tied: bool = False, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+        tie_word_embeddings=tied,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def offload(model: nn.Module, way: str, folder: Path, **options: Any) -> Any:
+    """A copy of the model that is offloaded in this way."""
+    if way == "cpu_offload":
+        return cpu_offload(copy.deepcopy(model), **options)
+    if way == "disk_offload":
+        return disk_offload(copy.deepcopy(model), str(folder / "offload"), **options)
+    saved: Any = model
+    saved.save_pretrained(folder / "saved")
+    return AutoModelForCausalLM.from_pretrained(
+        folder / "saved",
+        device_map={"": "disk"},
+        offload_folder=str(folder / "offload"),
+        dtype=next(model.parameters()).dtype,
+    )
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(CALIB[0]).logits
+    return found
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("options", [{}, {"target": INT3}], ids=["alone", "for a target"])
+def test_the_same_weights_as_in_memory(
+    way: str, tied: bool, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = llama(tied=tied)
+    offloaded = offload(model, way, tmp_path)
+    wanted = magr_transform(copy.deepcopy(model), CALIB, **options)
+    before = list(offloaded.parameters())
+    assert magr_transform(offloaded, CALIB, **options) is offloaded
+    assert all(a is b for a, b in zip(before, offloaded.parameters(), strict=True))
+    assert all(parameter.is_meta for parameter in offloaded.parameters())
+    assert torch.equal(logits(offloaded), logits(wanted))
+    assert not torch.equal(logits(offloaded), logits(model))
+    names = [[site.name for site in m.magr_report.rewritten] for m in (offloaded, wanted)]
+    assert names[0] == names[1]
+
+
+def test_the_checkpoint_stays_and_the_result_can_be_saved(tmp_path: Path) -> None:
+    model = llama(tied=True, dtype=torch.bfloat16)
+    offloaded = offload(model, "from_pretrained", tmp_path)
+    original = (tmp_path / "saved" / "model.safetensors").read_bytes()
+    magr_transform(offloaded, CALIB)
+    assert (tmp_path / "saved" / "model.safetensors").read_bytes() == original
+    with pytest.warns(UserWarning, match="offloaded modules"):
+        offloaded.save_pretrained(tmp_path / "new")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype=torch.bfloat16)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+    wanted = magr_transform(whole, CALIB)
+    state = loaded.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in wanted.state_dict().items())
+    assert not list((tmp_path / "offload").glob("*unfinished*"))
+
+
+def test_a_second_forward_pass_unties_nothing(tmp_path: Path) -> None:
+    """accelerate makes new Parameter objects for each name whenever it has run a module."""
+    offloaded = offload(llama(tied=True), "from_pretrained", tmp_path)
+    logits(offloaded)
+    assert offloaded.lm_head.weight is not offloaded.model.embed_tokens.weight
+    magr_transform(offloaded, CALIB)
+    skipped = [site.name for site in offloaded.magr_report.skipped]
+    assert skipped == ["model.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize("way", ["cpu_offload", "disk_offload"])
+def test_buffers_can_be_offloaded_too(way: str, tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 6)
+            self.register_buffer("scale", torch.arange(1.0, 9.0))
+
+        def forward(self, x: torch.Tensor) -> Any:
+            scale: Any = self.scale
+            return self.linear(x * scale)
+
+    model = Scaled()
+    calib = [torch.randn(20, 8, generator=torch.Generator().manual_seed(1))]
+    hooked = offload(model, way, tmp_path, offload_buffers=True)
+    assert hooked.scale.is_meta
+    magr_transform(hooked, calib)
+    assert hooked.scale.is_meta
+    assert torch.equal(hooked(calib[0]), magr_transform(model, calib)(calib[0]))
+
+
+def test_a_part_that_is_in_memory_stays_there(tmp_path: Path) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path / "saved")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.rotary_emb": "cpu"}
+    rest = dict.fromkeys(("model.layers.1", "model.norm", "lm_head"), "disk")
+    partly = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", device_map={**places, **rest}, offload_folder=str(tmp_path / "offload")
+    )
+    magr_transform(partly, CALIB)
+    assert not partly.model.layers[0].mlp.up_proj.weight.is_meta
+    assert partly.model.layers[1].mlp.up_proj.weight.is_meta
+    assert torch.equal(logits(partly), logits(magr_transform(model, CALIB)))
+
+
+def test_no_more_than_a_block_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    whole: Callable[..., Any] = offloaded._Pages.resident
+
+    def counted(self: Any, tensors: Any) -> Any:
+        context = whole(self, tensors)
+
+        class Counting:
+            def __enter__(self) -> None:
+                context.__enter__()
+                sizes.append(sum(w.parameter.numel() for w in pages._versions))
+
+            def __exit__(self, *error: Any) -> None:
+                context.__exit__(*error)
+
+        pages = self
+        return Counting()
+
+    monkeypatch.setattr(offloaded._Pages, "resident", counted)
+    hooked = offload(llama(), "disk_offload", tmp_path)
+    magr_transform(hooked, CALIB)
+    embedding = 100 * 32
+    layer = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 64 + 2 * 32
+    assert 0 < max(sizes) <= layer + embedding + 32
+
+
+def resident_mebibytes() -> float:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_what_is_not_needed_takes_up_no_memory(tmp_path: Path) -> None:
+    each = 16  # MiB
+    layers = [nn.Linear(2048, each * 128, bias=False) for _ in range(8)]
+    hooked = disk_offload(nn.Sequential(*layers), str(tmp_path))
+    layers.clear()
+    with offloaded.at_hand(hooked) as resident:
+        before = resident_mebibytes()
+        for layer in hooked:
+            with resident([layer.weight.T[:7]]):  # a view will do
+                assert each - 2 < resident_mebibytes() - before < 2 * each
+                assert float(layer.weight.detach().abs().amin()) >= 0
+                layer.weight.detach().add_(1)
+        assert resident_mebibytes() - before < each / 2
+    assert 0.9 < float(hooked[5]._hf_hook.weights_map["weight"].mean()) < 1.1
+
+
+# What is refused.
+
+
+def broken(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
+    return model
+
+
+def test_broken_values_are_found_before_anything_is_changed(tmp_path: Path) -> None:
+    model = broken(llama())
+    hooked = offload(model, "disk_offload", tmp_path)
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
+        magr_transform(hooked, CALIB)
+    assert all(parameter.is_meta for parameter in hooked.parameters())
+    assert torch.equal(logits(hooked), logits(model)) or logits(hooked).isnan().any()
+
+
+def test_what_only_a_model_in_memory_can_do_is_refused(tmp_path: Path) -> None:
+    hooked = offload(llama(), "disk_offload", tmp_path)
+    with pytest.raises(ModelError, match="TorchAoConfig"):
+        magr_quantize(hooked, CALIB, INT3)
+    with pytest.raises(ConfigError, match="make_fx"):
+        magr_transform(hooked, CALIB, trace="make_fx")
+    assert Tracing().without_values().tracer == "export"
+
+
+def test_another_device_to_run_on_is_refused(tmp_path: Path) -> None:
+    hooked = offload(llama(), "disk_offload", tmp_path)
+    hooked.lm_head._hf_hook.execution_device = torch.device("cuda:0")
+    with pytest.raises(ModelError, match="to run on cuda:0"):
+        magr_transform(hooked, CALIB)
+
+
+def test_a_folder_to_write_to_is_needed(tmp_path: Path) -> None:
+    hooked = offload(llama(), "from_pretrained", tmp_path)
+    for module in hooked.modules():
+        if getattr(module, "_hf_hook", None) is not None and module._hf_hook.offload:
+            module._hf_hook.weights_map.dataset.save_folder = None
+    with pytest.raises(ModelError, match="offload_folder"):
+        magr_transform(hooked, CALIB)
+
+
+def test_weights_on_meta_without_a_hook_are_refused() -> None:
+    with torch.device("meta"):
+        model = nn.Linear(4, 4)
+    with pytest.raises(ModelError, match="meta device"):
+        magr_transform(model, [torch.randn(2, 4)])
