@@ -8,6 +8,7 @@ from magr_fx.api import magr_quantize, magr_transform
 from magr_fx.config import MagRConfig
 from magr_fx.errors import (
     CalibrationError,
+    CheckpointError,
     ConfigError,
     CoverageError,
     HandoverError,
@@ -24,6 +25,7 @@ from magr_fx.solver import solve_magr, solve_magr_path
 
 __all__ = [
     "CalibrationError",
+    "CheckpointError",
     "ConfigError",
     "CoverageError",
     "HandoverError",

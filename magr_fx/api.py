@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 from torch import nn
@@ -11,6 +13,7 @@ from magr_fx.config import Handling, MagRConfig
 from magr_fx.errors import ConfigError, ModelError
 from magr_fx.passes.calibration import Batch, read_calib
 from magr_fx.passes.check_model import check_group_size, check_model, check_not_frozen
+from magr_fx.passes.checkpoint import Checkpoint, fingerprint
 from magr_fx.passes.find_linears import FilterFn, check_filter, find_linears
 from magr_fx.passes.offloaded import Resident, all_resident, at_hand, is_offloaded
 from magr_fx.passes.pipeline import resolve_config, rewrite_sites, target_for_rewriting
@@ -49,6 +52,7 @@ def magr_transform(
     trace: str = "auto",
     calibrate_all_experts: bool = False,
     strict: bool = False,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Model:
     """Shrink every weight's largest magnitudes in place, leaving its outputs on ``calib`` alone.
@@ -82,6 +86,9 @@ def magr_transform(
         calibrate_all_experts: send every token to every expert of transformers' mixture-of-experts
             layers for the statistics; the layers' outputs stay what they are.
         strict: raise if a weight that meets an input would be left as it is.
+        checkpoint_dir: a directory to save each block's weights in, and what the next block needs,
+            as soon as it is done. A run with the directory of one that was cut short, and the same
+            original model, calibration and options, goes on from there, to the same bits.
         progress: shows progress bars; None shows them on a terminal only.
 
     Returns:
@@ -95,8 +102,10 @@ def magr_transform(
         ModelError: no weight matmul, or weights on the meta device, quantized, NaN or Inf.
         TraceError: the model cannot be traced.
         CoverageError: ``strict``, and a weight is not rewritten.
+        CheckpointError: ``checkpoint_dir`` belongs to another run, or cannot be used.
         Nothing was changed then, but for a CalibrationError that says that a quantized model
-        failed, and a CoverageError that says that a solve did: both name what was rewritten.
+        failed, a CoverageError that says that a solve did, and a CheckpointError of a full disk:
+        the log names what was rewritten.
 
     Example:
         >>> import torch
@@ -126,6 +135,7 @@ def magr_transform(
             tracing=tracing,
             resident=resident,
             strict=strict,
+            checkpoint_dir=checkpoint_dir,
             progress=progress,
             quantize=False,
         )
@@ -147,6 +157,7 @@ def magr_quantize(
     trace: str = "auto",
     calibrate_all_experts: bool = False,
     strict: bool = False,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Model:
     """:func:`magr_transform` for ``target``, then torchao's ``quantize_`` with it, then proof.
@@ -160,8 +171,8 @@ def magr_quantize(
     is quantized by torchao alone.
 
     Args:
-        model, calib, config, holdout, filter_fn, trace, calibrate_all_experts, strict, progress:
-            as for :func:`magr_transform`.
+        model, calib, config, holdout, filter_fn, trace, calibrate_all_experts, strict,
+        checkpoint_dir, progress: as for :func:`magr_transform`.
         target: the torchao config: int weight-only or dynamic-activation int weight. Or one of
             PT2E's quantizers: then the weights are rewritten with one alpha, without regard to
             the rounding, and ``config.group_size`` has to say what groups the quantizer makes.
@@ -183,14 +194,15 @@ def magr_quantize(
 
     Raises:
         HandoverError: torchao left a rewritten weight unquantized; the message lists which.
-        ConfigError, CalibrationError, ModelError, TraceError, CoverageError: as for
-            :func:`magr_transform`.
+        ConfigError, CalibrationError, ModelError, TraceError, CoverageError, CheckpointError: as
+            for :func:`magr_transform`.
     """
     handling = Handling(rounding, act_order, refine, propagate is not False, holdout)
     options: dict[str, Any] = {
         "filter_fn": filter_fn,
         "tracing": Tracing(trace, calibrate_all_experts),
         "strict": strict,
+        "checkpoint_dir": checkpoint_dir,
         "progress": progress,
     }
     if is_pt2e_quantizer(target):
@@ -252,6 +264,7 @@ def _run(
     filter_fn: FilterFn | None,
     tracing: Tracing,
     strict: bool,
+    checkpoint_dir: str | os.PathLike[str] | None,
     progress: bool | None,
     quantize: bool,
     resident: Resident = all_resident,
@@ -281,6 +294,17 @@ def _run(
                     )
                     if quantizer.handling.rounding == "nearest":
                         weights = keep_stacks(weights, inner, quantizer.config, batches[0])
+        checkpoint = None
+        if checkpoint_dir is not None:
+            options = {
+                "config": config.as_dict(),
+                "target": None if target is None else describe(target.config),
+                "handling": None if target is None else asdict(target.handling),
+                "sites": [site.name for site in found.sites],
+                "strict": strict,
+            }
+            owned = [*inner.named_parameters(), *inner.named_buffers()]
+            checkpoint = Checkpoint(checkpoint_dir, fingerprint(traced, owned, options, resident))
         try:
             tensors = rewrite_sites(
                 traced,
@@ -289,6 +313,7 @@ def _run(
                 report,
                 target=target,
                 resident=resident,
+                checkpoint=checkpoint,
                 strict=strict,
                 filter_fn=filter_fn,
                 progress=progress,

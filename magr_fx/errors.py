@@ -27,5 +27,9 @@ class CoverageError(MagRError, RuntimeError):
     """With ``strict``: a weight that meets an input was not rewritten; the message says which."""
 
 
+class CheckpointError(MagRError, RuntimeError):
+    """A run's checkpoint directory cannot be written, is damaged, or belongs to another run."""
+
+
 class HandoverError(MagRError, RuntimeError):
     """torchao left a rewritten weight unquantized; the message lists which."""

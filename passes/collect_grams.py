@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from magr_fx.errors import CalibrationError
 from magr_fx.passes.blocks import Block, cut_into_blocks, in_step
+from magr_fx.passes.boundary import Environment, boundary, restore
 from magr_fx.passes.decisions import (
     Decisions,
     is_decision,
@@ -41,15 +42,13 @@ from magr_fx.passes.trace import (
     Trace,
     TracedBatch,
     attribute,
+    attributes,
     buffers_kept,
     is_mutation,
     written_in_place,
 )
 from magr_fx.passes.weight_uses import Call
 from magr_fx.passes.weight_views import WeightView
-
-Environment = dict[fx.Node, Any]
-
 
 Take = Callable[[Taken], None]
 Weights = Mapping[WeightView, torch.Tensor]  # what to read in the place of parameters
@@ -133,27 +132,45 @@ class CalibrationRun:
         """After :meth:`check`: the sites that no counted token reaches."""
         return [s for shared in self.grams if not int(self._seen[shared]) for s in shared.sites]
 
-    def collect(self, *, progress: bool | None = None) -> Generator[list[SharedGram], None, None]:
+    def collect(
+        self,
+        *,
+        after: tuple[int, Any] | None = None,
+        save: Callable[[int, Any], None] | None = None,
+        progress: bool | None = None,
+    ) -> Generator[list[SharedGram], None, None]:
         """Sum the grams block by block; yields those whose last activation a block had, together.
 
         One block's grams and one boundary (the values that later blocks read) per batch are
         alive at a time. The caller may rewrite the yielded sites' weights at once: every call
         that reads them has run.
+
+        Args:
+            after: a step's number and its boundary, to go on after.
+            save: is called after each step with the same.
+            progress: whether to show a bar.
         """
         streams = [
             [self._start(batch) for batch in self.batches] for _ in range(1 + self.propagate)
         ]
         steps = list(in_step(self._blocks.values()))
         waiting = list(self.grams)
-        buffers = written_in_place(self._blocks) if self.propagate else []
+        buffers = written_in_place(self._blocks)
         other = [buffer.detach().clone() for buffer in buffers]  # of the quantized run
+        stored = [t for trace in self._blocks for t in attributes(trace.graph_module)]
         with buffers_kept(self._blocks):
-            for step in tqdm(steps, "magr", unit="block", disable=_disable(progress)):
+            if after is not None:
+                graphs = [batch.trace.graph_module.graph for batch in self.batches]
+                restore(after[1], streams, graphs, self.grams, [*buffers, *other], stored)
+            bar = tqdm(steps, "magr", unit="block", disable=_disable(progress))
+            for number, step in enumerate(bar):
                 visited = {node for block in step for node in block.nodes}
                 for shared in waiting:
                     shared.pending -= visited
                 finished = [shared for shared in waiting if not shared.pending]
                 waiting = [shared for shared in waiting if shared.pending]
+                if after is not None and number <= after[0]:
+                    continue
                 parameters = [site.parameter for shared in finished for site in shared.sites]
                 with self._resident([*read_by(step), *parameters]):
                     runs = self._runs(step, streams)
@@ -169,15 +186,14 @@ class CalibrationRun:
                         yield finished
                     for shared in finished:
                         shared.let_go()
-                    if not self.propagate:
-                        continue
-                    _swap(buffers, other)
-                    for (block, batch, environments), decided in zip(runs, decisions, strict=True):
-                        self._run(
-                            block, batch, environments[0], None, self._replaced, follow=decided
-                        )
-                    _swap(buffers, other)
-                    self._replaced.clear()  # everything that reads them has run
+                    if self.propagate:
+                        _swap(buffers, other)
+                        for (block, batch, envs), decided in zip(runs, decisions, strict=True):
+                            self._run(block, batch, envs[0], None, self._replaced, follow=decided)
+                        _swap(buffers, other)
+                        self._replaced.clear()  # everything that reads them has run
+                if save is not None:
+                    save(number, boundary(streams, self.grams, [*buffers, *other], stored))
 
     def replace(self, parameter: nn.Parameter, quantized: torch.Tensor) -> None:
         """Go on with ``quantized`` in the place of a parameter whose sites were just yielded."""

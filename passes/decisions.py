@@ -59,13 +59,14 @@ def random_state(state: State | None) -> Iterator[None]:
         return
     before = torch_state()
     try:
-        _set(state)
+        set_torch_state(state)
         yield
     finally:
-        _set(before)
+        set_torch_state(before)
 
 
-def _set(state: State) -> None:
+def set_torch_state(state: State) -> None:
+    """The inverse of :func:`torch_state`."""
     torch.set_rng_state(state[0])
     if state[1]:
         torch.cuda.set_rng_state_all(state[1])

@@ -31,7 +31,7 @@ from magr_fx import (
     magr_transform,
     solve_magr,
 )
-from magr_fx.passes import pipeline
+from magr_fx.passes import solve_sites
 from magr_fx.solution import Solution, Status
 
 LinAlgError: Any = torch.linalg.LinAlgError  # type: ignore[attr-defined]
@@ -279,7 +279,7 @@ def test_an_interrupted_run_says_exactly_what_it_has_rewritten(
 ) -> None:
     model = Counted().train()
     before = state(model)
-    monkeypatch.setattr(pipeline, "solve_magr", failing_at(3, error))
+    monkeypatch.setattr(solve_sites, "solve_magr", failing_at(3, error))
     with pytest.raises(type(error)) as caught:
         magr_transform(model, vectors())
     assert caught.value is error  # and its traceback, which holds every frame, is still alive
@@ -309,7 +309,7 @@ def test_an_interruption_between_the_sites_of_one_gram_is_reported_as_exactly(
 
     model = Shared()
     before = state(model)
-    monkeypatch.setattr(pipeline, "rewrite_weight", torch.no_grad()(write))
+    monkeypatch.setattr(solve_sites, "rewrite_weight", torch.no_grad()(write))
     with pytest.raises(KeyboardInterrupt):
         magr_transform(model, vectors())
     assert [site.name for site in report_of(model).rewritten] == ["query.weight", "key.weight"]
@@ -322,7 +322,7 @@ def test_a_site_whose_solve_fails_keeps_its_weight_and_the_run_goes_on(
 ) -> None:
     model = Counted()
     before = state(model)
-    monkeypatch.setattr(pipeline, "solve_magr", failing_at(2, error))
+    monkeypatch.setattr(solve_sites, "solve_magr", failing_at(2, error))
     magr_transform(model, vectors())
     report = report_of(model)
     assert changed(model, before) == [f"layers.{i}.weight" for i in (0, 2, 3)]
@@ -380,7 +380,7 @@ def test_a_solution_that_must_not_be_written_is_not(
 
     model = mlp()
     before = state(model)
-    monkeypatch.setattr(pipeline, "solve_magr", solve)
+    monkeypatch.setattr(solve_sites, "solve_magr", solve)
     magr_transform(model, vectors())
     (site,) = report_of(model).failed
     assert (site.name, site.tokens) == ("2.weight", 64)

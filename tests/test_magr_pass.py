@@ -27,7 +27,7 @@ from magr_fx import (
     magr_transform,
     solve_magr,
 )
-from magr_fx.passes import pipeline
+from magr_fx.passes import solve_sites
 
 
 def exported(model: nn.Module, *, check_guards: bool = True) -> fx.GraphModule:
@@ -197,7 +197,7 @@ def test_modified_is_honest(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **options: Any) -> Any:
         raise CalibrationError("no")
 
-    monkeypatch.setattr(pipeline, "solve_magr", fail)
+    monkeypatch.setattr(solve_sites, "solve_magr", fail)
     graph_module = exported(mlp())
     assert apply(graph_module, vectors()).modified is False
     assert len(report_in(graph_module).failed) == 2
@@ -241,7 +241,7 @@ def test_an_interrupted_pass_reports_what_it_rewrote(monkeypatch: pytest.MonkeyP
             raise KeyboardInterrupt
         return solve_magr(*args, **options)
 
-    monkeypatch.setattr(pipeline, "solve_magr", second_call_fails)
+    monkeypatch.setattr(solve_sites, "solve_magr", second_call_fails)
     before, graph_module = state(model), exported(model)
     with pytest.raises(KeyboardInterrupt):
         apply(graph_module, vectors())

@@ -27,13 +27,13 @@ from toys import INT, WIDTH, Shapes, changed, mlp, recorded_inputs, report_of, s
 
 from magr_fx import MagRConfig, MagRPass, magr_quantize, magr_transform
 from magr_fx.errors import CalibrationError
-from magr_fx.passes import pipeline as pipeline_module
+from magr_fx.passes import solve_sites as solve_sites_module
 from magr_fx.passes.collect_grams import CalibrationRun
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.to_torchao import describe
 
 INT3 = intx(3, SYMMETRIC, None)
-pipeline: Any = pipeline_module  # what it has imported is looked up as its own
+solve_sites: Any = solve_sites_module  # what it has imported is looked up as its own
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -50,7 +50,7 @@ class Watch:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.grams: dict[str, SharedGram] = {}
-        solve = pipeline.quantized_weights
+        solve = solve_sites.quantized_weights
 
         def watched(shared: SharedGram, *args: Any) -> Any:
             kept = SharedGram(
@@ -63,7 +63,7 @@ class Watch:
             self.grams.update((site.name, kept) for site in shared.sites)
             return solve(shared, *args)
 
-        monkeypatch.setattr(pipeline, "quantized_weights", watched)
+        monkeypatch.setattr(solve_sites, "quantized_weights", watched)
 
 
 @pytest.fixture
@@ -416,7 +416,7 @@ def test_nothing_is_held_where_the_target_takes_no_part() -> None:
 
 def failing_at(number: int, error: BaseException) -> Callable[..., Any]:
     """quantized_weights, but for one gram."""
-    solve, calls = pipeline.quantized_weights, iter(range(1, 1000))
+    solve, calls = solve_sites.quantized_weights, iter(range(1, 1000))
 
     def failing(*args: Any) -> Any:
         if next(calls) == number:
@@ -432,7 +432,7 @@ def test_an_interrupted_gptq_has_changed_nothing(
 ) -> None:
     model = deep()
     before, objects = state(model), [id(p) for p in model.parameters()]
-    monkeypatch.setattr(pipeline, "quantized_weights", failing_at(2, error))
+    monkeypatch.setattr(solve_sites, "quantized_weights", failing_at(2, error))
     with caplog.at_level(logging.ERROR, "magr_fx"), pytest.raises(type(error)):
         magr_quantize(model, vectors(), INT3, rounding="gptq")
     assert changed(model, before) == []
@@ -446,7 +446,7 @@ def test_an_interrupted_run_to_the_nearest_names_what_is_rewritten(
 ) -> None:
     model = deep()
     before = state(model)
-    monkeypatch.setattr(pipeline, "quantized_weights", failing_at(3, KeyboardInterrupt()))
+    monkeypatch.setattr(solve_sites, "quantized_weights", failing_at(3, KeyboardInterrupt()))
     with caplog.at_level(logging.ERROR, "magr_fx"), pytest.raises(KeyboardInterrupt):
         magr_quantize(model, vectors(), INT3)
     assert changed(model, before) == ["0.weight", "2.weight"]
@@ -460,7 +460,7 @@ def test_a_gram_that_fails_leaves_its_sites_to_torchao_alone(
 ) -> None:
     model, watch = deep(), Watch(monkeypatch)
     error = CalibrationError("too large")
-    monkeypatch.setattr(pipeline, "quantized_weights", failing_at(2, error))
+    monkeypatch.setattr(solve_sites, "quantized_weights", failing_at(2, error))
     magr_quantize(model, vectors(), INT3, rounding=rounding, holdout=0)
     report = report_of(model)
     assert [(s.name, s.reason) for s in report.failed] == [
@@ -540,14 +540,14 @@ class Routed(nn.Module):
 def captured(monkeypatch: pytest.MonkeyPatch) -> dict[str, SharedGram]:
     """Every shared gram that is solved from here on, by the names of its sites."""
     found: dict[str, SharedGram] = {}
-    solve = pipeline.quantized_weights
+    solve = solve_sites.quantized_weights
 
     def solve_and_keep(shared: SharedGram, *args: Any) -> Any:
         for site in shared.sites:
             found[site.name] = copy.copy(shared)  # its matrices outlive let_go
         return solve(shared, *args)
 
-    monkeypatch.setattr(pipeline, "quantized_weights", solve_and_keep)
+    monkeypatch.setattr(solve_sites, "quantized_weights", solve_and_keep)
     return found
 
 
@@ -620,7 +620,9 @@ def test_traces_that_differ_by_a_layer_stay_in_step(monkeypatch: pytest.MonkeyPa
 
 def test_a_failed_site_goes_on_as_torchao_will_quantize_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mlp()
-    monkeypatch.setattr(pipeline, "quantized_weights", failing_at(1, CalibrationError("singular")))
+    monkeypatch.setattr(
+        solve_sites, "quantized_weights", failing_at(1, CalibrationError("singular"))
+    )
     seen = captured(monkeypatch)
     magr_quantize(model, vectors(), INT3, holdout=0.0)
     assert [site.name for site in report_of(model).failed] == ["0.weight"]

@@ -27,7 +27,7 @@ from magr_fx import (
     magr_quantize,
     magr_transform,
 )
-from magr_fx.passes import pipeline
+from magr_fx.passes import solve_sites
 from magr_fx.passes.as_linears import as_linears
 from magr_fx.passes.quantizable import quantized_copy
 from magr_fx.passes.quantized_weights import quantized_weights
@@ -328,7 +328,7 @@ def test_an_interrupted_gptq_leaves_the_model_unchanged(monkeypatch: pytest.Monk
 
     model = MODELS["gpt_oss"]()
     before, modules = state(model), list(model.named_modules())
-    monkeypatch.setattr(pipeline, "quantized_weights", interrupted)
+    monkeypatch.setattr(solve_sites, "quantized_weights", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quantize(model, INT4, rounding="gptq")
     assert_unchanged(model, before, modules)
@@ -343,7 +343,7 @@ def test_an_expert_whose_solve_fails_is_left_to_torchao(
             raise CalibrationError("provoked")
         return quantized_weights(shared, *args)
 
-    monkeypatch.setattr(pipeline, "quantized_weights", failing)
+    monkeypatch.setattr(solve_sites, "quantized_weights", failing)
     model = quantize(MODELS["gpt_oss"](), INT4, rounding="gptq", propagate=propagate)
     (failed,) = report_of(model).failed
     assert (failed.name, failed.quantized) == ("model.layers.0.mlp.experts.gate_up_proj[1]", True)

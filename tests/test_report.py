@@ -20,7 +20,7 @@ from toys import INT, WIDTH, Shapes, mlp, report_of, vectors
 from magr_fx import CalibrationError, MagRConfig, MagRReport, SiteReport, magr_quantize
 from magr_fx import magr_transform as transform
 from magr_fx.memory import high_water_mark
-from magr_fx.passes import pipeline
+from magr_fx.passes import solve_sites
 from magr_fx.report import STAGES, Quantization
 from magr_fx.solver import solve_magr
 
@@ -36,7 +36,7 @@ def mixed(monkeypatch: pytest.MonkeyPatch) -> MagRReport:
             raise CalibrationError("no luck")
         return solve_magr(weight, *args, **options)
 
-    monkeypatch.setattr(pipeline, "solve_magr", solve)
+    monkeypatch.setattr(solve_sites, "solve_magr", solve)
     model = nn.Sequential(*mlp(), nn.Linear(16, 8), nn.Linear(8, 1000))
     model.register_parameter("idle", nn.Parameter(torch.ones(2, 3)))
     transform(model, vectors(), filter_fn=lambda module, name: name != "4")

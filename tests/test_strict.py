@@ -25,7 +25,7 @@ from magr_fx import (
     magr_transform,
 )
 from magr_fx.errors import CoverageError
-from magr_fx.passes import pipeline
+from magr_fx.passes import solve_sites
 from magr_fx.passes.quantized_weights import quantized_weights
 from magr_fx.solver import solve_magr
 
@@ -333,7 +333,7 @@ def fail_for(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
             raise CalibrationError("provoked")
         return solve_magr(weight, *args, **options)
 
-    monkeypatch.setattr(pipeline, "solve_magr", solve)
+    monkeypatch.setattr(solve_sites, "solve_magr", solve)
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -372,7 +372,7 @@ def test_a_failure_keeps_magr_quantize_from_quantizing_anything(
 ) -> None:
     model = mlp()
     before = state(model)
-    monkeypatch.setattr(pipeline, "quantized_weights", failing("provoked", "0."))
+    monkeypatch.setattr(solve_sites, "quantized_weights", failing("provoked", "0."))
     with pytest.raises(CoverageError, match="nothing was quantized") as caught:
         quantize(model, vectors(), strict=True)
     assert "0.weight: CalibrationError: provoked" in str(caught.value)
@@ -387,7 +387,7 @@ def test_after_a_failure_with_gptq_the_report_says_what_was_changed(
 ) -> None:
     model = mlp()
     before = state(model)
-    monkeypatch.setattr(pipeline, "quantized_weights", failing("provoked", "0."))
+    monkeypatch.setattr(solve_sites, "quantized_weights", failing("provoked", "0."))
     with pytest.raises(CoverageError, match=r"0\.weight: CalibrationError: provoked"):
         quantize(model, vectors(), strict=True, rounding="gptq")
     assert tensors(model) == []

@@ -1,0 +1,196 @@
+"""What a run has done so far, on disk: after a crash the next one goes on from there.
+
+After every step the weights that it rewrote, the report's rows and the values that later steps read
+are written, each file first under another name: a file that has its name is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_leaves
+
+from magr_fx.errors import CheckpointError
+from magr_fx.passes.offloaded import Resident
+from magr_fx.passes.trace import TracedBatch
+from magr_fx.report import Quantization, SiteReport
+
+_FINGERPRINT = "fingerprint.json"
+# How many values of each weight tell one model from another.
+_SAMPLE = 4096
+_ARRAYS = ("channel_max_before", "channel_max_after")
+
+
+class Checkpoint:
+    """The directory of one run.
+
+    Args:
+        folder: the directory; it is made if there is none.
+        fingerprint: what must be the same for a run to be taken up again, see :func:`fingerprint`.
+
+    Raises:
+        CheckpointError: the directory belongs to another run, or cannot be written.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], fingerprint: dict[str, str]) -> None:
+        self.folder = Path(folder)
+        path = self.folder / _FINGERPRINT
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"checkpoint_dir {self.folder} cannot be used: {error}; give another directory"
+            ) from error
+        if known is None:
+            text = json.dumps(fingerprint, indent=1) + "\n"
+            self._write(_FINGERPRINT, lambda file: file.write(text.encode()))
+            return
+        differing = [key for key in fingerprint if known.get(key) != fingerprint[key]]
+        if differing:
+            raise CheckpointError(
+                f"checkpoint_dir {self.folder} belongs to another run, which differs in: "
+                f"{', '.join(differing)}; give another directory, or empty this one to start anew"
+            )
+
+    def last(self) -> dict[str, Any] | None:
+        """What was saved last: ``step``, ``boundary`` and ``rows``; None in a new directory."""
+        states = sorted(self.folder.glob("state-*.pt"))
+        if not states:
+            return None
+        state: dict[str, Any] = self._load(states[-1])
+        return {**state, "rows": [_row(plain) for plain in state["rows"]]}
+
+    def weights(self, last: int) -> Iterator[dict[str, torch.Tensor]]:
+        """The weights of each step up to the last one, by the names of their sites."""
+        for path in sorted(self.folder.glob("weights-*.pt")):
+            if int(path.stem.partition("-")[2]) <= last:
+                yield self._load(path)
+
+    def save(
+        self, step: int, boundary: Any, rows: list[SiteReport], weights: dict[str, torch.Tensor]
+    ) -> None:
+        """Write a step that is done.
+
+        Args:
+            step: its number.
+            boundary: what the next step needs, as :meth:`CalibrationRun.boundary` gives it.
+            rows: the report's, of all steps so far.
+            weights: what this step made of its sites.
+
+        Raises:
+            CheckpointError: it cannot be written; what was saved before is still there.
+        """
+        if weights:
+            self._write(f"weights-{step:06d}.pt", lambda file: torch.save(weights, file))
+        state = {"step": step, "boundary": boundary, "rows": [_plain(row) for row in rows]}
+        name = f"state-{step:06d}.pt"
+        self._write(name, lambda file: torch.save(state, file))
+        for path in self.folder.glob("state-*.pt"):
+            if path.name < name:
+                path.unlink()
+
+    def _write(self, name: str, write: Callable[[Any], Any]) -> None:
+        unfinished = self.folder / f"{name}.unfinished"
+        try:
+            with unfinished.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(self.folder / name)
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch.save, of a full disk
+            unfinished.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"{self.folder / name} cannot be written: {error}. Free some space, or give "
+                "another checkpoint_dir; a run with this one goes on from what was saved before"
+            ) from error
+
+    def _load(self, path: Path) -> Any:
+        try:
+            return torch.load(path, weights_only=True)
+        except Exception as error:  # whatever a file raises that was damaged since
+            raise CheckpointError(
+                f"{path} cannot be read: {type(error).__name__}: {error}; empty {self.folder} to "
+                "start anew"
+            ) from error
+
+
+def fingerprint(
+    batches: Iterable[TracedBatch],
+    weights: Iterable[tuple[str, torch.Tensor]],
+    configuration: dict[str, Any],
+    resident: Resident,
+) -> dict[str, str]:
+    """What tells one run from another: digests of the model, calibration, graphs, configuration.
+
+    Args:
+        batches: the calibration batches, each with its trace.
+        weights: the model's parameters and buffers with their names.
+        configuration: how to work, as JSON knows it.
+        resident: has those weights in memory that are looked at.
+    """
+    batches = list(batches)
+    model = hashlib.blake2b()
+    for name, weight in weights:
+        with resident([weight]):
+            values = weight.detach().flatten()
+            values = values[:: max(1, values.numel() // _SAMPLE)]
+            model.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + _bytes(values))
+    calibration, graphs = hashlib.blake2b(), hashlib.blake2b()
+    for batch in batches:
+        for leaf in tree_leaves(batch.values):
+            what = f"{leaf.shape} {leaf.dtype}" if isinstance(leaf, torch.Tensor) else repr(leaf)
+            calibration.update(what.encode())
+            if isinstance(leaf, torch.Tensor):
+                calibration.update(_bytes(leaf))
+    for trace in dict.fromkeys(batch.trace for batch in batches):
+        for node in trace.graph_module.graph.nodes:
+            target = getattr(node.target, "__name__", node.target)
+            what = f"{node.name} {target} {node.args} {node.kwargs}\n"
+            graphs.update(what.encode())
+    return {
+        "model": model.hexdigest(),
+        "calibration": calibration.hexdigest(),
+        "graphs": graphs.hexdigest(),
+        "configuration": json.dumps(configuration, sort_keys=True),
+        "version of magr-fx": _version("magr-fx"),
+        "version of torch": torch.__version__,
+        "version of torchao": _version("torchao"),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a checkout
+        return "not installed"
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    contiguous = tensor.detach().cpu().contiguous()
+    raw = contiguous.view(-1).view(torch.uint8).numpy() if contiguous.numel() else np.empty(0)
+    return raw.tobytes()
+
+
+def _plain(row: SiteReport) -> dict[str, Any]:
+    """A row as what torch.load takes without running code."""
+    plain = asdict(row)
+    for name in _ARRAYS:
+        if plain[name] is not None:
+            plain[name] = torch.from_numpy(plain[name])
+    return plain
+
+
+def _row(plain: dict[str, Any]) -> SiteReport:
+    arrays = {name: plain[name].numpy() for name in _ARRAYS if plain[name] is not None}
+    quantization = plain["quantization"] and Quantization(**plain["quantization"])
+    return SiteReport(**{**plain, **arrays, "quantization": quantization})

@@ -1,0 +1,223 @@
+"""grams → rewritten weights: solve or quantize the sites of each gram that is complete."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import defaultdict
+from dataclasses import fields, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from magr_fx.config import MagRConfig
+from magr_fx.errors import MagRError
+from magr_fx.gram import damped, output_error
+from magr_fx.memory import high_water_mark
+from magr_fx.passes.collect_grams import CalibrationRun
+from magr_fx.passes.find_linears import Site
+from magr_fx.passes.quantizable import quantized_copy
+from magr_fx.passes.quantized_weights import Target, quantized_weights
+from magr_fx.passes.rewrite_weights import laid_out, refusal, rewrite_weight
+from magr_fx.passes.shared_gram import SharedGram
+from magr_fx.passes.torchao_rounding import dequantized
+from magr_fx.report import MagRReport, Outcome, SiteReport
+from magr_fx.solution import Solution, summary
+from magr_fx.solver import problems_at_once, solve_magr
+
+logger = logging.getLogger("magr_fx")
+
+
+def alike(finished: list[SharedGram]) -> list[list[SharedGram]]:
+    """What to solve at once: alike problems that are too small to fill the device by themselves.
+
+    The experts of a layer are such: as many grams as experts, all of one shape.
+    """
+    alike: dict[tuple[int, int, torch.dtype, torch.device], list[SharedGram]] = defaultdict(list)
+    for shared in finished:
+        weight = shared.sites[0].parameter
+        rows, columns = sum(site.shape[0] for site in shared.sites), shared.sites[0].shape[1]
+        alike[rows, columns, weight.dtype, weight.device].append(shared)
+    batches = []
+    for (rows, columns, _, device), group in alike.items():
+        most = problems_at_once((rows, columns), device)
+        batches += [group[i : i + most] for i in range(0, len(group), most)]
+    return batches
+
+
+def solve_and_rewrite(together: list[SharedGram], config: MagRConfig, report: MagRReport) -> None:
+    """Solve the sites of each gram as one stacked problem, and alike problems as one batch."""
+    fed = [shared for shared in together if _is_fed(shared, report)]
+    if not fed:
+        return
+    before = report.seconds["solve"]
+    try:
+        with report.timed("solve"):
+            solutions = _solve(fed, config)
+    except (MagRError, LinAlgError) as error:
+        if len(fed) > 1:  # one of them is to blame: the others are solved all the same
+            for shared in fed:
+                solve_and_rewrite([shared], config, report)
+            return
+        _failed(fed[0], error, report)
+        return
+    rows = sum(len(solution.weight) for solution in solutions)
+    seconds = (report.seconds["solve"] - before) / rows
+    with report.timed("rewrite"):
+        for shared, solution in zip(fed, solutions, strict=True):
+            parts = _split(solution, [site.shape[0] for site in shared.sites])
+            for site, part in zip(shared.sites, parts, strict=True):
+                # Into the report one by one: an interruption may come between two writes.
+                report.sites.append(_write(site, part, shared, seconds * site.shape[0]))
+
+
+def quantize_and_rewrite(
+    shared: SharedGram,
+    config: MagRConfig,
+    target: Target,
+    report: MagRReport,
+    run: CalibrationRun | None = None,
+) -> dict[str, torch.Tensor]:
+    """Choose and round the sites of one gram, write them, and let the run go on with them.
+
+    Without a run there is nothing to propagate to.
+    """
+    if not _is_fed(shared, report):
+        return {}
+    before = report.seconds["solve"]
+    try:
+        with report.timed("solve"):
+            quantized = quantized_weights(shared, config, target)
+    except (MagRError, LinAlgError) as error:
+        _failed(shared, error, report)
+        for site in shared.sites:
+            _go_on_with_torchao_alone(site, target, run)
+        return {}
+    rows = sum(site.shape[0] for site in shared.sites)
+    seconds = (report.seconds["solve"] - before) / rows
+    tensors = {}
+    with report.timed("rewrite"):
+        for one in quantized:
+            site, tokens = one.site, int(shared.tokens)
+            if one.refusal is not None:
+                logger.warning("%s failed and keeps its weight: %s", site.name, one.refusal)
+                report.sites.append(_untouched(site, "failed", one.refusal, tokens))
+                _go_on_with_torchao_alone(site, target, run)
+                continue
+            status, steps = summary(one.choice.status), int(one.choice.steps.max())
+            done = _rewritten(site, one.weight, shared, status, steps)
+            if target.handling.rounding == "gptq":  # no weight is left that is to be quantized
+                done = replace(done, output_error=math.nan)
+            done = replace(done, quantization=one.report, seconds=seconds * site.shape[0])
+            if run is not None and target.handling.propagate:
+                _go_on_with(site, one.tensor, run)
+            if target.handling.rounding == "gptq":
+                tensors[site.name] = one.tensor
+            else:
+                rewrite_weight(site, one.weight)
+            report.sites.append(done)
+    return tensors
+
+
+def _go_on_with(site: Site, tensor: torch.Tensor, run: CalibrationRun) -> None:
+    """Let the run read torchao's tensor, or its values, in the place of the site's weight."""
+    if not (site.view.covers(site.parameter) and all(call.direct for call in site.calls)):
+        # Not F.linear with the whole parameter, which is all that torchao's tensors run in.
+        tensor = laid_out(site, dequantized(tensor), run.replacement(site.parameter))
+    run.replace(site.parameter, tensor)
+
+
+def _go_on_with_torchao_alone(site: Site, target: Target, run: CalibrationRun | None) -> None:
+    """A site that failed keeps its weight, which torchao will quantize."""
+    if run is not None and target.handling.propagate:
+        _go_on_with(site, quantized_copy(site.weight, target.config), run)
+
+
+def _is_fed(shared: SharedGram, report: MagRReport) -> bool:
+    """Whether a token reached these sites; if not they are reported."""
+    if int(shared.tokens) > 0:
+        return True
+    reason = "no calibration token reaches it: there are none, or all are padding"
+    report.sites += [_untouched(site, "skipped", reason) for site in shared.sites]
+    return False
+
+
+def _failed(shared: SharedGram, error: Exception, report: MagRReport) -> None:
+    reason, tokens = f"{type(error).__name__}: {error}", int(shared.tokens)
+    logger.warning("%s failed: %s", ", ".join(s.name for s in shared.sites), reason)
+    report.sites += [_untouched(site, "failed", reason, tokens) for site in shared.sites]
+
+
+def _solve(together: list[SharedGram], config: MagRConfig) -> list[Solution]:
+    weights = [_stacked(shared.sites) for shared in together]
+    grams = [damped(shared.collected, config.regularisation) for shared in together]
+    single = len(together) == 1
+    solution = solve_magr(
+        weights[0] if single else torch.stack(weights),
+        grams[0] if single else torch.stack(grams),
+        alpha=config.penalty,
+        group_size=config.group_size,
+        solver=config.solver,
+        max_steps=config.max_steps,
+        tol=config.tol,
+        precision=config.precision,
+    )
+    if grams[0].is_cuda:
+        torch.cuda.synchronize(grams[0].device)
+    if single:
+        return [solution]
+    columns = zip(*(getattr(solution, f.name).unbind() for f in fields(Solution)), strict=True)
+    return [Solution(*column) for column in columns]
+
+
+def _stacked(sites: list[Site]) -> torch.Tensor:
+    weights = [site.weight for site in sites]
+    return torch.cat(weights) if len(weights) > 1 else weights[0]
+
+
+def _split(solution: Solution, rows: list[int]) -> list[Solution]:
+    """The stacked solution as one per site."""
+    columns = zip(*(getattr(solution, f.name).split(rows) for f in fields(Solution)), strict=True)
+    return [Solution(*column) for column in columns]
+
+
+def _untouched(site: Site, outcome: Outcome, reason: str, tokens: int = 0) -> SiteReport:
+    return SiteReport(site.name, site.shape, outcome, reason, len(site.calls), tokens)
+
+
+def _write(site: Site, solution: Solution, shared: SharedGram, seconds: float) -> SiteReport:
+    """Write one site's solution if it may be written, and say what happened."""
+    tokens = int(shared.tokens)
+    reason = refusal(solution)
+    if reason is not None:
+        logger.warning("%s failed and keeps its weight: %s", site.name, reason)
+        return _untouched(site, "failed", reason, tokens)
+    result = _rewritten(site, solution.weight, shared, solution.summary, int(solution.steps.max()))
+    rewrite_weight(site, solution.weight)
+    return replace(result, seconds=seconds)
+
+
+def _rewritten(
+    site: Site, new: torch.Tensor, shared: SharedGram, status: str, steps: int
+) -> SiteReport:
+    old = site.weight
+    return SiteReport(
+        name=site.name,
+        shape=site.shape,
+        outcome="rewritten",
+        reason=shared.notes,
+        calls=len(site.calls),
+        tokens=int(shared.tokens),
+        channel_max_before=_channel_max(old),
+        channel_max_after=_channel_max(new),
+        output_error=output_error(new.float() - old.float(), old, shared.collected),
+        status=status,
+        steps=steps,
+        memory=high_water_mark(old.device),
+    )
+
+
+def _channel_max(weight: torch.Tensor) -> npt.NDArray[np.float32]:
+    return weight.abs().amax(-1).float().cpu().numpy()

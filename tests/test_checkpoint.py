@@ -1,0 +1,278 @@
+"""Runs that are cut short, and go on where they were, to the same bits."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import disk_offload
+from targets import ASYMMETRIC, intx
+from tiny_models import tiny_llama, tiny_mixtral, token_ids
+from torch import nn
+from toys import report_of
+
+from magr_fx import CheckpointError, MagRConfig, magr_quantize, magr_transform
+from magr_fx.passes import solve_sites
+from magr_fx.passes.checkpoint import Checkpoint
+
+CALIB = [token_ids(3, 17, seed=1), token_ids(2, 9, seed=2)]
+INT3 = intx(3, ASYMMETRIC, None)
+
+
+class InterruptedRunError(Exception):
+    pass
+
+
+def transform(model: nn.Module, **options: Any) -> nn.Module:
+    return magr_transform(model, CALIB, **options)
+
+
+def for_target(model: nn.Module, **options: Any) -> nn.Module:
+    return magr_transform(model, CALIB, target=INT3, **options)
+
+
+def nearest(model: nn.Module, **options: Any) -> nn.Module:
+    return magr_quantize(model, CALIB, INT3, **options)
+
+
+def gptq(model: nn.Module, **options: Any) -> nn.Module:
+    return magr_quantize(model, CALIB, INT3, rounding="gptq", **options)
+
+
+WAYS = [transform, for_target, nearest, gptq]
+
+
+def same_bits(first: nn.Module, second: nn.Module) -> bool:
+    ours, theirs = first.state_dict(), second.state_dict()
+    assert ours.keys() == theirs.keys()
+    return all(torch.equal(_plain(ours[key]), _plain(theirs[key])) for key in ours)
+
+
+def _plain(tensor: Any) -> torch.Tensor:
+    plain: torch.Tensor = tensor.dequantize() if hasattr(tensor, "qdata") else tensor
+    return plain
+
+
+def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the run fail once that many steps are saved."""
+    whole = Checkpoint.save
+
+    def save(self: Checkpoint, step: int, *rest: Any) -> None:
+        if step == steps:
+            raise InterruptedRunError
+        whole(self, step, *rest)
+
+    monkeypatch.setattr(Checkpoint, "save", save)
+
+
+def cut_short(
+    way: Callable[..., nn.Module], model: nn.Module, folder: Path, steps: int, **options: Any
+) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt_after(steps, patched)
+        with pytest.raises(InterruptedRunError):
+            way(model, checkpoint_dir=folder, **options)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("steps", [0, 3])
+def test_it_goes_on_to_the_same_bits(
+    way: Callable[..., nn.Module], steps: int, tmp_path: Path
+) -> None:
+    steps = min(steps, 1) if way is transform else steps  # which has a step for each layer
+    wanted = way(tiny_llama())
+    cut_short(way, tiny_llama(), tmp_path, steps)
+    model = way(tiny_llama(), checkpoint_dir=tmp_path)
+    assert same_bits(model, wanted)
+    ours, theirs = report_of(model), report_of(wanted)
+    assert [site.name for site in ours.rewritten] == [site.name for site in theirs.rewritten]
+    for one, other in zip(ours.rewritten, theirs.rewritten, strict=True):
+        assert (one.cells()[:9], one.quantization) == (other.cells()[:9], other.quantization)
+
+
+def test_steps_that_are_done_are_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solved: list[str] = []
+    whole = solve_sites.quantized_weights  # type: ignore[attr-defined]
+
+    def counted(shared: Any, *rest: Any) -> Any:
+        solved.extend(site.name for site in shared.sites)
+        return whole(shared, *rest)
+
+    monkeypatch.setattr(solve_sites, "quantized_weights", counted)
+    cut_short(nearest, tiny_llama(), tmp_path, 4)
+    first = set(solved)
+    solved.clear()
+    model = nearest(tiny_llama(), checkpoint_dir=tmp_path)
+    rows = {site.name for site in report_of(model).rewritten}
+    again = first & set(solved)
+    assert first | set(solved) == rows
+    assert 0 < len(again) < len(first)  # what the last step, which was not saved, had done
+    solved.clear()
+    same = nearest(tiny_llama(), checkpoint_dir=tmp_path)
+    assert solved == []
+    assert same_bits(same, model)
+
+
+def test_experts_and_buffers_go_on(tmp_path: Path) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+            self.register_buffer("seen", torch.zeros(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen: Any = self.seen
+            for layer in self.layers:
+                seen.add_(x.mean(0))
+                x = torch.tanh(layer(x + seen))
+            return x
+
+    calib = [torch.randn(20, 8, generator=torch.Generator().manual_seed(s)) for s in range(3)]
+
+    def counted(model: nn.Module, **options: Any) -> nn.Module:
+        return magr_transform(model, calib, target=INT3, **options)
+
+    for way, make in ((counted, Counting), (for_target, tiny_mixtral)):
+        folder = tmp_path / make.__name__
+        wanted = way(make())
+        cut_short(way, make(), folder, 2)
+        assert same_bits(way(make(), checkpoint_dir=folder), wanted)
+
+
+def test_offloaded_models_go_on(tmp_path: Path) -> None:
+    model = tiny_llama()
+    wanted = for_target(copy.deepcopy(model))
+    first = disk_offload(copy.deepcopy(model), str(tmp_path / "one"))
+    cut_short(for_target, first, tmp_path / "checkpoint", 3)
+    second = disk_offload(copy.deepcopy(model), str(tmp_path / "two"))
+    for_target(second, checkpoint_dir=tmp_path / "checkpoint")
+    assert torch.equal(second(CALIB[0]).logits, wanted(CALIB[0]).logits)
+
+
+KILLED = """
+import sys, torch
+sys.path[:0] = {path!r}
+from test_checkpoint import gptq
+from tiny_models import tiny_llama
+print("started", flush=True)
+gptq(tiny_llama(), checkpoint_dir=sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_run_that_is_killed_goes_on(tmp_path: Path) -> None:
+    """Killed again and again, each time a bit later, until one comes to its end."""
+    wanted = gptq(tiny_llama())
+    script = KILLED.format(path=sys.path)
+    for kill in range(3):
+        run = subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        assert run.stdout is not None
+        assert run.stdout.readline() == "started\n"
+        deadline = time.monotonic() + 120
+        while run.poll() is None and time.monotonic() < deadline:
+            if len(list(tmp_path.glob("weights-*.pt"))) > 2 * kill:
+                os.kill(run.pid, signal.SIGKILL)
+                break
+            time.sleep(0.003)
+        assert run.wait() == -signal.SIGKILL
+        run.stdout.close()
+    assert list(tmp_path.glob("weights-*.pt"))
+    assert same_bits(gptq(tiny_llama(), checkpoint_dir=tmp_path), wanted)
+
+
+# What is refused, and what a full disk leaves.
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("calibration", {"calib": CALIB[:1]}),
+        ("configuration", {"config": MagRConfig(damping=0.2)}),
+        ("configuration", {"holdout": 0.2}),
+        ("configuration", {"target": intx(2, ASYMMETRIC, None)}),
+        ("graphs", {"model": tiny_llama(rms_norm_eps=1e-3)}),
+    ],
+)
+def test_another_run_is_refused(what: str, change: dict[str, Any], tmp_path: Path) -> None:
+    cut_short(for_target, tiny_llama(), tmp_path, 1)
+    model = tiny_llama()
+    before = copy.deepcopy(model.state_dict())
+    options = {"model": model, "calib": CALIB, "target": INT3, **change}
+    with pytest.raises(CheckpointError, match=rf"differs in: .*{what}"):
+        magr_transform(checkpoint_dir=tmp_path, **options)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_rewritten_model_is_another_one(tmp_path: Path) -> None:
+    model = for_target(tiny_llama(), checkpoint_dir=tmp_path)
+    with pytest.raises(CheckpointError, match="differs in: model"):
+        for_target(model, checkpoint_dir=tmp_path)
+
+
+def test_a_full_disk_leaves_what_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = os.fsync
+    written = 0
+
+    def full(descriptor: int) -> None:
+        nonlocal written
+        written += 1
+        if written > 5:
+            raise OSError(28, "No space left on device")
+        whole(descriptor)
+
+    wanted = for_target(tiny_llama())
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(CheckpointError, match=r"No space left.*goes on from"):
+            for_target(tiny_llama(), checkpoint_dir=tmp_path)
+    assert not list(tmp_path.glob("*.unfinished"))
+    assert same_bits(for_target(tiny_llama(), checkpoint_dir=tmp_path), wanted)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_what_torch_says_of_a_full_disk_is_understood(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path, {})
+    (tmp_path / "weights-000000.pt.unfinished").symlink_to("/dev/full")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        checkpoint.save(0, {}, [], {"weight": torch.zeros(100_000)})
+    assert list(tmp_path.glob("*.pt*")) == []
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    cut_short(for_target, tiny_llama(), tmp_path, 2)
+    (state,) = tmp_path.glob("state-*.pt")
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=rf"{state.name} cannot be read"):
+        for_target(tiny_llama(), checkpoint_dir=tmp_path)
+
+
+def test_a_directory_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="another directory"):
+        transform(tiny_llama(), checkpoint_dir=tmp_path / "file")
+    (tmp_path / "fingerprint.json").write_text("{")
+    with pytest.raises(CheckpointError, match="another directory"):
+        transform(tiny_llama(), checkpoint_dir=tmp_path)
+
+
+def test_the_fingerprint_is_readable(tmp_path: Path) -> None:
+    transform(tiny_llama(), checkpoint_dir=tmp_path)
+    known = json.loads((tmp_path / "fingerprint.json").read_text())
+    assert known["version of torch"] == torch.__version__
+    assert json.loads(known["configuration"])["config"]["solver"] == "admm"
