@@ -143,7 +143,8 @@ METHODS: dict[str, Callable[[Run], nn.Module]] = {
     "magr-fx, GPTQ": lambda run: ours(run, rounding="gptq"),
     f"magr-fx, GPTQ, refine={REFINE}": lambda run: ours(run, rounding="gptq", refine=REFINE),
 }
-DATA_FREE = ("original", "torchao alone", "torchao, HQQ scales (symmetric)")
+# What works on grams that are collected for it; magr_quantize collects its own.
+ON_GRAMS = ("published MagR, nearest", "GPTQ", "published MagR, GPTQ")
 # With several seeds.
 MAIN = (
     "published MagR, nearest",
@@ -182,8 +183,9 @@ def measure(subject: Subject, args: argparse.Namespace, name: str, results: Any)
                     key = f"{name}|{bits}|{group}|{method}|{seed}"
                     if key in results or (seed and method not in MAIN):
                         continue
-                    held = held or _layers(subject, subject.held)
-                    if method not in DATA_FREE and not layers:
+                    if method in ONE_SHOT and not held:
+                        held = _layers(subject, subject.held)
+                    if method in ON_GRAMS and not layers:
                         layers = _layers(subject, subject.calib(seed))
                     if method.startswith("published") and not solved:
                         solved = [_published_weight(layer, group) for layer in layers]
@@ -196,9 +198,16 @@ def measure(subject: Subject, args: argparse.Namespace, name: str, results: Any)
                     scores = subject.scores(model)
                     if method in ONE_SHOT:
                         scores["held-out output error"] = held_error(model, held)
+                    results.update(_read())  # several of these may be running
                     results[key] = {**scores, "CPU seconds": round(seconds, 1)}
                     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
                     print(key, results[key], flush=True)
+
+
+def _read() -> dict[str, dict[str, float]]:
+    """What has been measured so far."""
+    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    return dict(found)
 
 
 def _layers(subject: Subject, batches: Any) -> list[Layer]:
@@ -294,9 +303,9 @@ def main() -> None:
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     subjects = {"smollm2": language_model_subject, "minilm": encoder_subject}
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     if args.fresh:
-        results = {}
+        RESULTS.unlink(missing_ok=True)
+    results = _read()
     for name in args.models:
         measure(subjects[name](), args, name, results)
     RESULTS.with_suffix(".md").write_text(tables(results), encoding="utf-8")

@@ -10,6 +10,7 @@ rounding, or GPTQ on torchao's grids) are a part. Writes its table to benchmarks
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from magr_fx import MagRConfig, solve_magr
 from magr_fx.gptq import compensation
 from magr_fx.gram import damped
 from magr_fx.passes.torchao_rounding import TorchaoRounding
-from magr_fx.rounding import Nearest, OnGrid, Rounded, Rounding
+from magr_fx.rounding import Candidate, Nearest, OnGrid, Rounded, Rounding
 from magr_fx.search import choose
 
 LAYERS = (60, 61, 62, 63)  # of the middle block: q, k, v; o; gate, up; down
@@ -40,6 +41,14 @@ class Timed:
         rounded = self.rounding(rows, clipped)
         self.calls, self.seconds = self.calls + 1, self.seconds + time.perf_counter() - start
         return rounded
+
+    def each(self, candidates: Iterable[Candidate]) -> Iterator[Rounded]:
+        listed = list(candidates)
+        start = time.perf_counter()
+        rounded = list(self.rounding.each(listed))
+        self.calls += len(listed)
+        self.seconds += time.perf_counter() - start
+        return iter(rounded)
 
 
 class Cost(NamedTuple):

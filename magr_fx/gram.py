@@ -60,6 +60,9 @@ def _bounded_estimate(gram: Tensor) -> Tensor | None:
 
 # Rows that are converted to float32 at a time: bounds the copy, and is long enough for the product.
 _CHUNK = 8192
+# Grams of at least this many inputs are summed in so many block rows: 5/8 of the operations, and
+# 0.7 to 0.75 of the time on a CPU. More of them are hardly faster.
+_SPLIT_FROM, _PARTS = 256, 4
 
 
 @torch.no_grad()
@@ -74,7 +77,16 @@ def add_to_gram(gram: Tensor, tokens: Tensor, keep: Tensor | None = None) -> Non
     for part in _chunks(tokens):
         rows = _kept(tokens[part], keep, part, gram)
         with full_float32():
-            gram.addmm_(rows.T, rows)
+            _add_square(gram, rows)
+
+
+def _add_square(gram: Tensor, rows: Tensor) -> None:
+    """Add XᵀX, block row by block row from the diagonal on: what lies below is its mirror image."""
+    size = len(gram) if len(gram) < _SPLIT_FROM else -(-len(gram) // _PARTS)
+    for start in range(0, len(gram), size):
+        end = min(start + size, len(gram))
+        gram[start:end, start:].addmm_(rows[:, start:end].T, rows[:, start:])
+        gram[end:, start:end] = gram[start:end, end:].T
 
 
 @torch.no_grad()
@@ -134,12 +146,17 @@ def output_error(change: Tensor, weight: Tensor, gram: Tensor) -> float:
     Returns:
         The relative error (dimensionless): 0 where XΔᵀ is 0, else inf where XWᵀ is 0.
     """
+    return relative_error(output_energy(change, gram), output_energy(weight, gram))
 
-    def energy(matrix: Tensor) -> float:
-        rows = matrix.to(gram.device, torch.float32)
-        return float((rows @ gram).mul_(rows).sum(dtype=torch.float64).clamp(min=0))
 
-    above, below = energy(change), energy(weight)
-    if above == 0:
+def output_energy(matrix: Tensor, gram: Tensor) -> float:
+    """‖XMᵀ‖²_F = tr(MGMᵀ) of a matrix ``[out, in]``."""
+    rows = matrix.to(gram.device, torch.float32)
+    return float((rows @ gram).mul_(rows).sum(dtype=torch.float64).clamp(min=0))
+
+
+def relative_error(error: float, energy: float) -> float:
+    """sqrt(error / energy): 0 where the error is, else inf where the energy is 0."""
+    if error == 0:
         return 0.0
-    return (above / below) ** 0.5 if below > 0 else math.inf
+    return math.sqrt(error / energy) if energy > 0 else math.inf

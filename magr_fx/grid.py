@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,12 @@ class Grid(NamedTuple):
             for part in (self.scale, self.zero_point.to(self.dtype))
         )
         return ColumnGrid(scale, zero, self.low, self.high, self.dtype)
+
+
+def stacked(grids: Sequence[Grid]) -> Grid:
+    """The grid of the stacked rows, all of one range and dtype."""
+    scale = torch.cat([grid.scale for grid in grids])
+    return grids[0]._replace(scale=scale, zero_point=torch.cat([g.zero_point for g in grids]))
 
 
 class ColumnGrid(NamedTuple):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from magr_fx.gptq import Compensation, gptq
-from magr_fx.grid import Grid
+from magr_fx.grid import Grid, stacked
+
+# GPTQ visits one input of all rows at a time, so that a few rows take as long as many: up to so
+# many rows on a CPU, whose caches hold that much, and up to so many numbers elsewhere.
+CPU_ROWS, DEVICE_NUMBERS = 4096, 1 << 26
 
 
 class Rounded(NamedTuple):
@@ -18,8 +24,18 @@ class Rounded(NamedTuple):
     parts: tuple[Tensor, ...]  # [out, ...] each: rows of them belong to rows of the values
 
 
-# (rows [out, in] float32, the same rows clipped, in the weight's dtype) → Rounded
-Rounding = Callable[[Tensor, Tensor], Rounded]
+# Rows [out, in] float32, and the same rows clipped, in the weight's dtype.
+Candidate = tuple[Tensor, Tensor]
+
+
+class Rounding(Protocol):
+    """How rows are rounded."""
+
+    def __call__(self, rows: Tensor, clipped: Tensor) -> Rounded:
+        """One candidate, rounded."""
+
+    def each(self, candidates: Iterable[Candidate]) -> Iterator[Rounded]:
+        """Each of several candidates of one shape, in their order."""
 
 
 class Nearest:
@@ -35,6 +51,10 @@ class Nearest:
     def __call__(self, rows: Tensor, clipped: Tensor) -> Rounded:
         del rows
         return Rounded(self.quantize(clipped), (clipped,))
+
+    def each(self, candidates: Iterable[Candidate]) -> Iterator[Rounded]:
+        """One after the other: only one is in memory at a time."""
+        return (self(*candidate) for candidate in candidates)
 
 
 class OnGrid:
@@ -56,3 +76,20 @@ class OnGrid:
         grid = self.grid_of(clipped)
         codes = gptq(rows, grid, self.compensation)
         return Rounded(grid.values(codes), (codes, grid.scale, grid.zero_point))
+
+    def each(self, candidates: Iterable[Candidate]) -> Iterator[Rounded]:
+        """As many at once as cost little more than one."""
+        remaining = iter(candidates)
+        for first in remaining:
+            some = [first, *islice(remaining, _at_once(first[0]) - 1)]
+            grid = stacked([self.grid_of(clipped) for _, clipped in some])
+            codes = gptq(torch.cat([rows for rows, _ in some]), grid, self.compensation)
+            parts = (grid.values(codes), codes, grid.scale, grid.zero_point)
+            for values, *own in zip(*(part.chunk(len(some)) for part in parts), strict=True):
+                yield Rounded(values, tuple(own))
+
+
+def _at_once(rows: Tensor) -> int:
+    if rows.device.type == "cpu":
+        return max(1, CPU_ROWS // len(rows))
+    return max(1, DEVICE_NUMBERS // rows.numel())

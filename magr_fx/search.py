@@ -181,18 +181,24 @@ class Search:
     @full_float32()
     def try_each(self, clips: Sequence[float]) -> None:
         """Every source with every clip, the same for all rows."""
-        for at, source in enumerate(self.sources):
-            for clip in clips:
-                self._try(source.rows, self.source.new_full((), at), self.clip.new_full((), clip))
+        tried = [(at, clip) for at in range(len(self.sources)) for clip in clips]
+        rounded = self.rounding.each(
+            (rows, self._clipped(rows, self.clip.new_full((), clip).expand_as(self.clip)))
+            for rows, clip in ((self.sources[at].rows, clip) for at, clip in tried)
+        )
+        for (at, clip), candidate in zip(tried, rounded, strict=True):
+            self._keep_better(candidate, at, clip)
 
     @full_float32()
     def refine(self, steps: Sequence[float]) -> None:
         """Clips around each row's best, with the source that the row has chosen."""
         for step in steps:
-            source, clip = self.source.clamp(min=0), self.clip.clone()
+            source = self.source.clamp(min=0)
             rows = self._of_source(source)
-            for change in (step, -step):
-                self._try(rows, source, (clip + change).clamp_(LEAST_CLIP, 1.0))
+            clips = [(self.clip + change).clamp_(LEAST_CLIP, 1.0) for change in (step, -step)]
+            rounded = self.rounding.each((rows, self._clipped(rows, clip)) for clip in clips)
+            for clip, candidate in zip(clips, rounded, strict=True):
+                self._keep_better(candidate, source, clip)
 
     @full_float32()
     def try_aim(self) -> None:
@@ -259,12 +265,8 @@ class Search:
             self.best,
         )
 
-    def _try(self, rows: Tensor, source: Tensor, clip: Tensor) -> None:
-        """Take these rows, clipped, wherever they are better."""
-        clip = clip.expand_as(self.clip)
-        self._keep_better(self.rounding(rows, self._clipped(rows, clip)), source, clip)
-
-    def _keep_better(self, rounded: Rounded, source: Tensor, clip: Tensor) -> None:
+    def _keep_better(self, rounded: Rounded, source: Tensor | int, clip: Tensor | float) -> None:
+        """Take the rows of a candidate that are better than the best so far."""
         errors = self._errors(rounded.values)
         better = errors < self.best
         self.best = torch.where(better, errors, self.best)

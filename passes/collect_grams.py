@@ -289,7 +289,8 @@ class CalibrationRun:
         finite: list[torch.Tensor],
         taken: Taken,
     ) -> None:
-        good = taken.tokens.isfinite().all(-1)
+        # One pass: a sum is finite only if all that it sums is.
+        good = taken.tokens.sum(-1, dtype=torch.float32).isfinite()
         seen.append((taken.grams[0].sites[0].name, batch.index))
         finite.append((good if taken.keep is None else good | ~taken.keep).all())
         for shared in taken.grams:

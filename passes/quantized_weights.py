@@ -13,11 +13,12 @@ from magr_fx.config import Handling, MagRConfig
 from magr_fx.coordinate_descent import descend
 from magr_fx.drift import made_up_for
 from magr_fx.gptq import compensation
-from magr_fx.gram import damped, output_error
+from magr_fx.gram import damped, output_energy, relative_error
+from magr_fx.grid import stacked
 from magr_fx.passes.find_linears import Site
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.to_torchao import shares_one_step
-from magr_fx.passes.torchao_rounding import TorchaoRounding, dequantized, grid_of, stacked
+from magr_fx.passes.torchao_rounding import TorchaoRounding, dequantized, grid_of
 from magr_fx.report import Quantization
 from magr_fx.rounding import Nearest, OnGrid, Rounded
 from magr_fx.search import Choice, choose
@@ -109,16 +110,20 @@ def _report(
     shared: SharedGram, choice: Choice, aim: Tensor, alone: Tensor, values: Tensor
 ) -> Quantization:
     alphas, counts = torch.unique(choice.alpha, return_counts=True)
+    error_alone, error = _errors(aim, alone, values, gram=shared.collected)
     report = Quantization(
         alphas={f"{a:g}": n for a, n in zip(alphas.tolist(), counts.tolist(), strict=True)},
         clip=float(choice.clip.mean()),
-        error_alone=output_error(alone - aim, aim, shared.collected),
-        error=output_error(values - aim, aim, shared.collected),
+        error_alone=error_alone,
+        error=error,
     )
     if shared.held is None or int(shared.held_tokens) == 0:
         return report
-    return replace(
-        report,
-        held_alone=output_error(alone - aim, aim, shared.held),
-        held=output_error(values - aim, aim, shared.held),
-    )
+    held_alone, held = _errors(aim, alone, values, gram=shared.held)
+    return replace(report, held_alone=held_alone, held=held)
+
+
+def _errors(aim: Tensor, *candidates: Tensor, gram: Tensor) -> list[float]:
+    """The output error of each candidate."""
+    energy = output_energy(aim, gram)
+    return [relative_error(output_energy(c - aim, gram), energy) for c in candidates]

@@ -107,13 +107,12 @@ def quantize_and_rewrite(
                 _go_on_with_torchao_alone(site, target, run)
                 continue
             status, steps = summary(one.choice.status), int(one.choice.steps.max())
-            done = _rewritten(site, one.weight, shared, status, steps)
-            if target.handling.rounding == "gptq":  # no weight is left that is to be quantized
-                done = replace(done, output_error=math.nan)
+            gptq = target.handling.rounding == "gptq"
+            done = _rewritten(site, one.weight, shared, status, steps, judged=not gptq)
             done = replace(done, quantization=one.report, seconds=seconds * site.shape[0])
             if run is not None and target.handling.propagate:
                 _go_on_with(site, one.tensor, run)
-            if target.handling.rounding == "gptq":
+            if gptq:
                 tensors[site.name] = one.tensor
             else:
                 rewrite_weight(site, one.weight)
@@ -200,9 +199,17 @@ def _write(site: Site, solution: Solution, shared: SharedGram, seconds: float) -
 
 
 def _rewritten(
-    site: Site, new: torch.Tensor, shared: SharedGram, status: str, steps: int
+    site: Site,
+    new: torch.Tensor,
+    shared: SharedGram,
+    status: str,
+    steps: int,
+    *,
+    judged: bool = True,
 ) -> SiteReport:
+    """The row of a rewritten site; GPTQ leaves no weight to be quantized that could be judged."""
     old = site.weight
+    error = output_error(new.float() - old.float(), old, shared.collected) if judged else math.nan
     return SiteReport(
         name=site.name,
         shape=site.shape,
@@ -212,7 +219,7 @@ def _rewritten(
         tokens=int(shared.tokens),
         channel_max_before=_channel_max(old),
         channel_max_after=_channel_max(new),
-        output_error=output_error(new.float() - old.float(), old, shared.collected),
+        output_error=error,
         status=status,
         steps=steps,
         memory=high_water_mark(old.device),

@@ -12,7 +12,7 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor
 from torchao.quantization.quant_primitives import _DTYPE_TO_QVALUE_BOUNDS
 
-from magr_fx.grid import Grid
+from magr_fx.grid import Grid, stacked
 from magr_fx.passes.quantizable import quantized_copy
 
 # The tensors whose values are (qdata - zero_point)·scale, by row or by group, all of it plain.
@@ -94,9 +94,3 @@ def grid_of(tensor: Tensor) -> Grid:
             low, high = low // 2, high // 2
     zero = torch.zeros_like(scale, dtype=torch.int8) if zero is None else zero
     return Grid(scale, zero, low, high, tensor.dtype)
-
-
-def stacked(grids: Sequence[Grid]) -> Grid:
-    """The grid of the stacked rows."""
-    scale = torch.cat([grid.scale for grid in grids])
-    return grids[0]._replace(scale=scale, zero_point=torch.cat([g.zero_point for g in grids]))

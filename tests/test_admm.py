@@ -343,7 +343,7 @@ def test_a_warm_start_keeps_the_dual_of_the_neighbour() -> None:
 
 def run_with(imbalance: Tensor, problems: int | None = None) -> _Run:
     weight, gram = problem(rows=5) if problems is None else batch(problems, rows=5)
-    run = _Run(setting(gram, 0.05), weight, None, False)
+    run = _Run(setting(gram, 0.05), weight, None, resumable=False, exact=True)
     run.imbalance = imbalance
     return run
 
@@ -405,7 +405,7 @@ def test_balance_changes_only_the_problems_that_need_it() -> None:
 def test_balance_keeps_the_dual() -> None:
     """ρu is the dual; a change of ρ must not change it."""
     weight, gram = problem(rows=5)
-    run = _Run(setting(gram, 0.05), weight, None, False)
+    run = _Run(setting(gram, 0.05), weight, None, resumable=False, exact=True)
     run.step_and_look(10)
 
     def dual() -> Tensor:

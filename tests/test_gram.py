@@ -44,6 +44,16 @@ def test_rows_that_do_not_count_may_hold_anything(monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(gram.double(), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("columns", [256, 259, 514])
+def test_wide_grams_are_summed_by_block_rows(columns: int) -> None:
+    rows = activations(50, columns)
+    gram = torch.zeros(columns, columns)
+    add_to_gram(gram, rows[:30])
+    add_to_gram(gram, rows[30:])
+    torch.testing.assert_close(gram.double(), gram_of(rows), rtol=1e-5, atol=1e-5)
+    assert torch.equal(gram, gram.T)  # to the bit, which one product does not promise
+
+
 def test_no_rows_add_nothing() -> None:
     gram = torch.ones(3, 3)
     add_to_gram(gram, torch.empty(0, 3))

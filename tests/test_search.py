@@ -612,6 +612,25 @@ def test_gptq_with_alpha_0_is_gptq_alone(group_size: int | None, dtype: torch.dt
     assert (choice.steps == 0).all()
 
 
+@pytest.mark.parametrize("group_size", [None, 4])
+@pytest.mark.parametrize("at_once", [1, 2, 3, 7])
+def test_gptq_of_several_candidates_is_that_of_each(
+    at_once: int, group_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, gram = problem(rows=6, columns=12)
+    monkeypatch.setattr("magr_fx.rounding.CPU_ROWS", 6 * at_once + 5)
+    rounding, _ = on_grid(weight, gram, 3, group_size, symmetric=False)
+    clips = (1.0, 0.8, 0.6, 0.5, 0.4)
+    candidates = [(weight * clip, weight.clamp(-clip, clip)) for clip in clips]
+    found = list(rounding.each(iter(candidates)))
+    assert len(found) == len(candidates)
+    for one, candidate in zip(found, candidates, strict=True):
+        want = rounding(*candidate)
+        assert torch.equal(one.values, want.values)
+        for part, wanted in zip(one.parts, want.parts, strict=True):
+            assert torch.equal(part, wanted)
+
+
 def test_gptq_rounds_the_row_that_was_not_clipped() -> None:
     """The clip makes the grid; what is rounded to it keeps its largest weights."""
     weight, gram = problem(rows=6, columns=12)

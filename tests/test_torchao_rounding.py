@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor
 from torchao.utils import TorchAOBaseTensor
 
+from magr_fx.grid import stacked
 from magr_fx.passes.to_torchao import describe, shares_one_step
 from magr_fx.passes.torchao_rounding import (
     GPTQ_CONFIGS,
@@ -20,7 +21,6 @@ from magr_fx.passes.torchao_rounding import (
     dequantized,
     grid_of,
     has_grid,
-    stacked,
 )
 
 ROWS = (16, 32, 16)
