@@ -44,10 +44,8 @@ class Tap:
         return self.call.reads if self.mask is None else (*self.call.reads, *self.mask.gathers)
 
     def add(self, call: Call, gram: SharedGram) -> None:
-        """One more reader of the same activation."""
-        grams = self.grams.setdefault(_place(call), [])
-        if gram not in grams:
-            grams.append(gram)
+        """One more reader of the same activation, which then counts once more."""
+        self.grams.setdefault(_place(call), []).append(gram)
 
     def take(self, env: Mapping[fx.Node, Any], batch: TracedBatch) -> Iterator[Taken]:
         """The tokens among the values of a run."""
