@@ -101,7 +101,11 @@ class Tap:
                 rows = rows.narrow(dim, place, 1)
                 keep = None if keep is None else keep.narrow(dim, place, 1)
         tokens = rows.reshape(-1, rows.shape[-1])
-        return Taken(grams, tokens, None if keep is None else keep.reshape(-1))
+        keep = None if keep is None else keep.reshape(-1)
+        if self.call.stacked:  # a stack that all tokens run through is given zeros for the others'
+            own = tokens.any(-1)
+            keep = own if keep is None else keep & own
+        return Taken(grams, tokens, keep)
 
 
 def _place(call: Call) -> int:
