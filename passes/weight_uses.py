@@ -178,7 +178,7 @@ class Reader:
         where = " inside torch.vmap" if self._vmaps else ""
         for weight in weights:
             for parameter in self._derived[weight].parameters:
-                self._uses[id(parameter)].matmul |= is_product(node)
+                self._uses[id(parameter)].matmul |= is_product(node) or _is_region(node)
             if node.target in EMBEDDINGS:
                 for parameter in self._derived[weight].parameters:
                     self._uses[id(parameter)].embedding = True
@@ -322,10 +322,15 @@ def _is_tensor(node: fx.Node) -> bool:
     return not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool))
 
 
+def _is_region(node: fx.Node) -> bool:
+    """Whether the node has sub-graphs, which may do anything with what it reads."""
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
 def _name(node: fx.Node) -> str:
     if node.op == "call_module":
         return f"the module {node.target}"
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if _is_region(node):
         return f"the sub-graph of {node.target}"
     if isinstance(node.target, torch._ops.OperatorBase):
         return str(node.target).removesuffix(".default")
