@@ -196,16 +196,16 @@ class Reader:
         )
 
     def _of_learned_input(self, node: fx.Node) -> bool:
-        """Whether a linear's whole weight meets what parameters alone make: learned queries, say.
+        """Whether a linear's weight meets what other parameters alone make: learned queries, say.
 
         Of other matmuls of parameters nothing tells which one would be the input.
         """
         if node.target is not aten.linear.default:
             return False
-        input, weight = node.args[:2]
-        source = self._derived.get(weight)  # type: ignore[arg-type]
-        whole = source is not None and not (source.chain or source.computed_by or source.index)
-        return whole and input in self._derived and input is not weight
+        input, weight = (self._derived.get(n) for n in node.args[:2])  # type: ignore[arg-type]
+        if input is None or weight is None or weight.computed_by or weight.index:
+            return False
+        return set(input.parameters).isdisjoint(weight.parameters)
 
     def _derive(self, node: fx.Node, weights: list[fx.Node]) -> _Derived:
         parameters = tuple(dict.fromkeys(p for w in weights for p in self._derived[w].parameters))

@@ -347,6 +347,19 @@ FORMS: dict[str, Form] = {
         },
         direct=True,
     ),
+    "a slice for learned queries": Form(
+        lambda m, x: (
+            F.linear(m.queries.repeat(x.shape[0], 1, 1), m.w[:OUT]) @ F.linear(x, m.w[OUT:]).mT
+        ),
+        {"w": lambda: weight(2 * OUT, IN), "queries": lambda: weight(4, IN, seed=3)},
+        TOKENS,
+        {
+            "w[0:6]": Expected(
+                lambda m: m.w[:OUT], lambda x: weight(4, IN, seed=3).detach().repeat(len(x), 1, 1)
+            ),
+            "w[6:12]": Expected(lambda m: m.w[OUT:], same),
+        },
+    ),
     "einsum": Form(lambda m, x: torch.einsum("bti,oi->bto", x, m.w), out_in, TOKENS, whole),
     "einsum, weight first": Form(
         lambda m, x: torch.einsum("io,bti->bot", m.w, x), in_out, TOKENS, turned
