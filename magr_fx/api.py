@@ -85,7 +85,7 @@ def magr_transform(
             ``"auto"``, the second where torch.export refuses the model.
         calibrate_all_experts: send every token to every expert of transformers' mixture-of-experts
             layers for the statistics; the layers' outputs stay what they are.
-        strict: raise if a weight that meets an input would be left as it is.
+        strict: raise if a weight that meets an input in a matmul would be left as it is.
         checkpoint_dir: a directory to save each block's weights in, and what the next block needs,
             as soon as it is done. A run with the directory of one that was cut short, and the same
             original model, calibration and options, goes on from there, to the same bits.

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from torch import fx
 
 from magr_fx.passes.trace import Trace, is_mutation
+from magr_fx.passes.vmap import vmap_depth
 from magr_fx.passes.weight_uses import Call
 
 
@@ -59,12 +60,14 @@ def cut_into_blocks(
     kept = run | visited
     containers = _containers_of_layers(visited)
     pieces: list[tuple[tuple[str, Hashable], list[fx.Node]]] = [(("", None), [])]
+    vmaps = 0
     for node in trace.graph_module.graph.nodes:
         if node.op in ("placeholder", "get_attr") or node not in kept:
             continue
         current = pieces[-1][0][0]
         layer = next((item for c, item in _numbered(node) if c in containers), current)
-        if layer != current or node in before:
+        inside, vmaps = vmaps, vmaps + vmap_depth(node)
+        if not inside and (layer != current or node in before):  # a region of vmap runs as one
             pieces.append(((layer, before.get(node)), []))
         pieces[-1][1].append(node)
     pieces = [(name, nodes) for name, nodes in pieces if nodes]
@@ -112,8 +115,9 @@ def _ancestors(trace: Trace, calls: set[fx.Node], inputs: Iterable[fx.Node]) -> 
     """Everything that has to run so that the inputs of the calls are right."""
     order = {node: at for at, node in enumerate(trace.graph_module.graph.nodes)}
     last = max(map(order.__getitem__, calls), default=-1)
-    # An in-place op has no reader that the graph shows; before the last call it may matter.
-    pending = [*inputs, *(n for n in order if is_mutation(n) and order[n] < last)]
+    # These have no reader that the graph shows; before the last call they may matter.
+    unread = (n for n in order if is_mutation(n) or vmap_depth(n))
+    pending = [*inputs, *(n for n in unread if order[n] < last)]
     found: set[fx.Node] = set()
     while pending:
         node = pending.pop()

@@ -11,7 +11,7 @@ two runs is taken as well.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Hashable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -47,6 +47,7 @@ from magr_fx.passes.trace import (
     is_mutation,
     written_in_place,
 )
+from magr_fx.passes.vmap import vmap_depth
 from magr_fx.passes.weight_uses import Call
 from magr_fx.passes.weight_views import WeightView
 
@@ -246,6 +247,8 @@ class CalibrationRun:
 
     def _place_taps(self, trace: Trace, calls: list[Call]) -> None:
         gram_of = {id(call): gram for gram in self.grams for s in gram.sites for call in s.calls}
+        # Sites of one gram read the same as often: the calls of one of them tell how often.
+        counted = {id(call) for gram in self.grams for call in gram.sites[0].calls}
         masks = token_masks(trace, calls)
         order = {node: at for at, node in enumerate(trace.graph_module.graph.nodes)}
         taps: dict[tuple[object, ...], Tap] = {}
@@ -255,7 +258,8 @@ class CalibrationRun:
                 self._taps[call.node].append(tap)
             gram = gram_of[id(call)]
             gram.pending.add(call.node)
-            taps[call.activation].add(call, gram)
+            if id(call) in counted:
+                taps[call.activation].add(call, gram)
 
     def _start(self, batch: TracedBatch) -> Environment:
         graph = batch.trace.graph_module.graph
@@ -341,7 +345,7 @@ class CalibrationRun:
                     if record is not None and is_random(node):
                         record.random[node] = torch_state()
                     env[node] = _run_node(runner, node, batch, quantized=follow is not None)
-                if record is not None and is_decision(env[node]):
+                if record is not None and is_decision(env[node]) and not vmap_depth(node):
                     record.values[node] = env[node]
             for dead in block.dead_after.get(node, ()):
                 # Sizes cost nothing, and a weight's view may have to be taken anew with them.
@@ -401,7 +405,8 @@ def _share(sites: list[Site]) -> list[SharedGram]:
     shared: dict[Any, SharedGram] = {}
     for site in sites:
         weight = site.parameter
-        key = (frozenset(c.input_key for c in site.calls), weight.dtype, weight.device)
+        reads = Counter(call.input_key for call in site.calls)  # one activation may be read twice
+        key = (frozenset(reads.items()), weight.dtype, weight.device)
         shared.setdefault(key, SharedGram([])).sites.append(site)
     return list(shared.values())
 

@@ -17,6 +17,8 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
+from magr_fx.passes.vmap import is_batched
+
 aten = torch.ops.aten
 State = tuple[torch.Tensor, list[torch.Tensor]]  # of the CPU's generator, of each CUDA device's
 
@@ -33,7 +35,11 @@ def is_decision(value: Any) -> bool:
     """Whether a node's value is, or comes with (as topk's does), an index, a mask or a count."""
     return any(
         isinstance(leaf, int)
-        or (isinstance(leaf, torch.Tensor) and not (leaf.is_floating_point() or leaf.is_complex()))
+        or (
+            isinstance(leaf, torch.Tensor)
+            and not (leaf.is_floating_point() or leaf.is_complex())
+            and not is_batched(leaf)  # which ends with its torch.vmap
+        )
         for leaf in tree_leaves(value)
     )
 

@@ -22,15 +22,16 @@ def fill_up(finished: Sequence[SharedGram]) -> None:
         if shared.gram is not None and all(call.stacked for call in site.calls):
             stacks[id(site.parameter)].append(shared)
     for experts in stacks.values():
-        tokens = {shared: int(shared.tokens) for shared in experts}
+        counts = ((shared, int(shared.tokens)) for shared in experts)
+        tokens = {shared: count for shared, count in counts if count}
         inputs = experts[0].sites[0].shape[1]
-        few = [shared for shared in experts if 0 < tokens[shared] < inputs]
-        if not few or len(experts) == 1:
+        few = [shared for shared in tokens if tokens[shared] < inputs]
+        if not few or len(tokens) == 1:
             continue
-        mean = sum(s.collected for s in experts) / sum(tokens.values())
+        mean = sum(s.collected for s in tokens) / sum(tokens.values())
         for shared in few:
             shared.collected.add_(mean, alpha=inputs - tokens[shared])
             shared.note = (
                 f"{tokens[shared]} tokens for {inputs} inputs: filled up with the mean of its "
-                f"{len(experts)} experts"
+                f"{len(tokens)} experts"
             )

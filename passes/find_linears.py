@@ -105,7 +105,7 @@ def find_linears(
     """
     owners = _owners(model)
     uses: defaultdict[int, Uses] = defaultdict(Uses)
-    traces = list(traces)
+    traces = list(dict.fromkeys(traces))  # each once, however many batches it has
     order: dict[fx.Node, int] = {}
     for trace in traces:
         Reader(trace, uses).read()

@@ -1,8 +1,8 @@
 """Traced graphs → flat ones: what lies in a sub-graph is seen, and run, like everything else.
 
-The sub-graph of an autocast region, or of one with another gradient mode, takes the region's place;
-nodes keep their autocast. Of a ``torch.cond`` the branch that a batch takes does, so that a batch
-gets the graph of its own branches. Loops stay as they are.
+The sub-graph of an autocast region, of one with another gradient mode, or of an activation
+checkpoint takes its place; nodes keep their autocast. Of a ``torch.cond`` the branch that a batch
+takes does, so that a batch gets the graph of its own branches. Loops stay as they are.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ AUTOCAST = "magr_autocast"  # in a node's meta: what torch.autocast is to be cal
 
 _AUTOCAST_REGION = torch.ops.higher_order.wrap_with_autocast
 _GRAD_REGION = torch.ops.higher_order.wrap_with_set_grad_enabled
+_CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 _COND = torch.ops.higher_order.cond
 _ENTER, _EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 _GRAD_MODE = torch._C._set_grad_enabled  # calibration needs no gradients
-_INLINED = frozenset({_AUTOCAST_REGION, _GRAD_REGION, _COND, _ENTER, _EXIT, _GRAD_MODE})
+_INLINED = frozenset(
+    {_AUTOCAST_REGION, _GRAD_REGION, _CHECKPOINT, _COND, _ENTER, _EXIT, _GRAD_MODE}
+)
 
 Autocast = dict[str, tuple[Any, ...]]
 
@@ -114,6 +117,8 @@ class _Inliner:
                 values[node] = self._enter(module, prefix, node.args[4], args[5:], inside)
             elif node.target is _GRAD_REGION:
                 values[node] = self._enter(module, prefix, node.args[1], args[2:], autocast)
+            elif node.target is _CHECKPOINT:
+                values[node] = self._enter(module, prefix, node.args[0], args[1:], autocast)
             elif node.target is _COND:
                 branch = node.args[1 if next(self.decided) else 2]
                 values[node] = self._enter(module, prefix, branch, args[3], autocast)
@@ -161,6 +166,8 @@ class _Predicates(fx.Interpreter):
                 return self._inner(inner, operands)
         if target is _GRAD_REGION:
             return self._inner(args[1], args[2:])
+        if target is _CHECKPOINT:
+            return self._inner(args[0], args[1:])
         if target is _GRAD_MODE:
             return None
         return super().call_function(target, args, kwargs)

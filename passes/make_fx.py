@@ -21,6 +21,7 @@ from torch.utils._pytree import TreeSpec, tree_leaves
 
 from magr_fx.errors import TraceError
 from magr_fx.passes.tensors_only import TensorsOnly, registrations_kept
+from magr_fx.passes.vmap import in_transform, is_batched, unwrapped
 
 # What reads values without an op that says so.
 _READERS = frozenset(
@@ -123,6 +124,7 @@ def _with_attributes(
 ) -> fx.GraphModule:
     """The graph with the model's tensors as attributes, where the trace has them as arguments."""
     graph = graph_module.graph
+    _erase_vmapped(graph_module)
     attributes: dict[str, Any] = {
         str(node.target): getattr(graph_module, str(node.target))
         for node in graph.nodes
@@ -139,6 +141,17 @@ def _with_attributes(
         graph.erase_node(node)
     graph.set_codegen(fx.graph.CodeGen())
     return fx.GraphModule(attributes, graph)
+
+
+def _erase_vmapped(graph_module: fx.GraphModule) -> None:
+    """Erase what ran inside torch.vmap: its tensors are gone, and its result is a constant."""
+    inside: dict[fx.Node, None] = {}
+    for node in graph_module.graph.nodes:
+        value = getattr(graph_module, str(node.target)) if node.op == "get_attr" else None
+        if is_batched(value) or not inside.keys().isdisjoint(node.all_input_nodes):
+            inside[node] = None
+    for node in reversed(inside):
+        graph_module.graph.erase_node(node)
 
 
 @contextlib.contextmanager
@@ -183,6 +196,10 @@ class _OpsSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, stored: Iterable[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.reads_values = False
+        stored = list(stored)
+        self.parameters = {
+            t.untyped_storage().data_ptr() for t in stored if isinstance(t, nn.Parameter)
+        }
         self._stored: dict[int, list[torch.Tensor]] = defaultdict(list)
         for tensor in stored:
             self._stored[tensor.untyped_storage().data_ptr()].append(tensor)
@@ -228,7 +245,20 @@ class _FunctionsSeen(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         given = name in _MAKERS and any(isinstance(x, torch.Tensor) for x in tree_leaves(args))
         self.seen.reads_values |= name in _READERS or given
+        if in_transform():
+            self.seen.reads_values = True  # what comes out of it is a constant of the graph
+            self._refuse_weights((args, kwargs))
         return func(*args, **(kwargs or {}))
+
+    def _refuse_weights(self, arguments: Any) -> None:
+        for leaf in tree_leaves(arguments):
+            if not isinstance(leaf, torch.Tensor):
+                continue
+            if unwrapped(leaf).untyped_storage().data_ptr() in self.seen.parameters:
+                raise TraceError(
+                    "it reads a weight inside torch.vmap (or another transform of torch.func), "
+                    "which make_fx does not follow"
+                )
 
 
 def _may_write(func: Any) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import string
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -130,6 +131,20 @@ def read_equation(equation: str, side: int, dims: tuple[int, int]) -> Equation |
         len(out),
         Rows(order=order, stacked=len(stack), summed=len(summed)),
     )
+
+
+def tensordot_equation(dims: tuple[int, int], left: Sequence[int], right: Sequence[int]) -> str:
+    """The einsum that a tensordot of operands with ``dims`` dimensions is.
+
+    ``left`` and ``right`` are those that are summed over, in pairs.
+    """
+    letters = iter(string.ascii_letters)
+    one, other = ([next(letters) for _ in range(n)] for n in dims)
+    for a, b in zip(left, right, strict=True):
+        other[b] = one[a]
+    summed = {one[at] for at in left}
+    result = [label for label in (*one, *other) if label not in summed]
+    return f"{''.join(one)},{''.join(other)}->{''.join(result)}"
 
 
 def _spelled_out(term: str, dims: int | None) -> list[str]:

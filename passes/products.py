@@ -9,22 +9,42 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from magr_fx.passes.operands import Route, Rows, read_equation
+from magr_fx.passes.operands import Route, Rows, read_equation, tensordot_equation
 
 aten = torch.ops.aten
 
 # op → positions of its left and right operand, and whether the right one is stored transposed.
 MATMULS: dict[object, tuple[int, int, bool]] = {
     aten.linear.default: (0, 1, True),
+    aten.inner.default: (0, 1, True),
     aten.mm.default: (0, 1, False),
+    aten.mv.default: (0, 1, False),
     aten.bmm.default: (0, 1, False),
     aten.matmul.default: (0, 1, False),
     aten.addmm.default: (1, 2, False),
+    aten.addmv.default: (1, 2, False),
+    aten.addbmm.default: (1, 2, False),
     aten.baddbmm.default: (1, 2, False),
 }
 # Rows sorted by expert, [tokens, in], a stack [experts, in, out], and where each segment ends.
 # By name: transformers registers its own for dtypes and devices that torch's does not serve.
 GROUPED = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback"})
+# Ops that multiply weights with inputs somewhere inside, where no one takes the inputs.
+_INSIDE = frozenset(
+    {
+        "aten::bilinear",
+        "aten::chain_matmul",
+        "aten::gru",
+        "aten::gru_cell",
+        "aten::linalg_multi_dot",
+        "aten::lstm",
+        "aten::lstm_cell",
+        "aten::rnn_relu",
+        "aten::rnn_relu_cell",
+        "aten::rnn_tanh",
+        "aten::rnn_tanh_cell",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -94,15 +114,15 @@ def is_product(node: fx.Node) -> bool:
     """Whether the node multiplies matrices."""
     return (
         node.target in MATMULS
-        or node.target is aten.einsum.default
-        or _schema_name(node) in GROUPED
+        or node.target in (aten.einsum.default, aten.tensordot.default)
+        or _schema_name(node) in GROUPED | _INSIDE
     )
 
 
 def product_of(node: fx.Node, weights: Container[fx.Node]) -> Product | None:
     """The product of exactly one of ``weights`` and one other value; None where it is none."""
-    if node.target is aten.einsum.default:
-        return _einsum(node, weights)
+    if node.target in (aten.einsum.default, aten.tensordot.default):
+        return _einsum(*_equation(node), weights)
     if _schema_name(node) in GROUPED:
         return _grouped(node, weights)
     if node.target not in MATMULS:
@@ -113,6 +133,8 @@ def product_of(node: fx.Node, weights: Container[fx.Node]) -> Product | None:
     if pair is None or node.args.count(pair[0]) != 1:
         return None
     weight, other, side = pair
+    if node.target is aten.inner.default and _dims(weight) > 2:
+        return None  # every matrix of the stack meets every row
     # Y = A·B. As B the weight is stored [in, out], or [out, in] where the op transposes it. As A it
     # is [out, in], and the tokens are B's columns, or its rows where the op transposes B.
     return Product(
@@ -120,7 +142,7 @@ def product_of(node: fx.Node, weights: Container[fx.Node]) -> Product | None:
         other,
         Layout(turned=side == 1 and not transposed),
         Rows(columns=side == 0 and not transposed),
-        direct=side == 1 and transposed,
+        direct=side == 1 and node.target is aten.linear.default,
     )
 
 
@@ -135,8 +157,16 @@ def _pair(
     return (left, right, 0) if left in weights else (right, left, 1)
 
 
-def _einsum(node: fx.Node, weights: Container[fx.Node]) -> Product | None:
-    equation, operands = node.args[:2]
+def _equation(node: fx.Node) -> tuple[str, object]:
+    """What an einsum or tensordot computes, and the operands."""
+    if node.target is aten.einsum.default:
+        return str(node.args[0]), node.args[1]
+    left, right, *summed = node.args
+    dims = _dims(left), _dims(right)
+    return tensordot_equation(dims, *summed), (left, right)  # type: ignore[arg-type]
+
+
+def _einsum(equation: str, operands: object, weights: Container[fx.Node]) -> Product | None:
     if not isinstance(operands, (list, tuple)) or len(operands) != 2:
         return None
     pair = _pair(operands[0], operands[1], weights)
@@ -144,7 +174,7 @@ def _einsum(node: fx.Node, weights: Container[fx.Node]) -> Product | None:
         return None
     weight, other, side = pair
     dims = [_dims(operand) for operand in operands]
-    found = read_equation(str(equation), side, (dims[0], dims[1]))
+    found = read_equation(equation, side, (dims[0], dims[1]))
     if found is None:
         return None
     layout = Layout(order=found.weight, stacked=found.stacked, out=found.out)

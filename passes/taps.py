@@ -44,10 +44,8 @@ class Tap:
         return self.call.reads if self.mask is None else (*self.call.reads, *self.mask.gathers)
 
     def add(self, call: Call, gram: SharedGram) -> None:
-        """One more reader of the same activation."""
-        grams = self.grams.setdefault(_place(call), [])
-        if gram not in grams:
-            grams.append(gram)
+        """One more reader of the same activation, which then counts once more."""
+        self.grams.setdefault(_place(call), []).append(gram)
 
     def take(self, env: Mapping[fx.Node, Any], batch: TracedBatch) -> Iterator[Taken]:
         """The tokens among the values of a run."""
@@ -103,7 +101,11 @@ class Tap:
                 rows = rows.narrow(dim, place, 1)
                 keep = None if keep is None else keep.narrow(dim, place, 1)
         tokens = rows.reshape(-1, rows.shape[-1])
-        return Taken(grams, tokens, None if keep is None else keep.reshape(-1))
+        keep = None if keep is None else keep.reshape(-1)
+        if self.call.stacked:  # a stack that all tokens run through is given zeros for the others'
+            own = tokens.any(-1)
+            keep = own if keep is None else keep & own
+        return Taken(grams, tokens, keep)
 
 
 def _place(call: Call) -> int:

@@ -16,11 +16,14 @@ from torch import fx, nn
 from magr_fx.passes.operands import Route, Rows
 from magr_fx.passes.products import Product, is_product, product_of
 from magr_fx.passes.trace import Trace, attribute, attributes, is_mutation
+from magr_fx.passes.vmap import vmap_depth
 from magr_fx.passes.weight_views import COPIES, VIEWS, WeightView, gathered, matrices, replay
 
 aten = torch.ops.aten
 
-EMBEDDINGS = frozenset({aten.embedding.default, aten.embedding_bag.default})
+EMBEDDINGS = frozenset(
+    {aten.embedding.default, aten.embedding_bag.default, aten.embedding_bag.padding_idx}
+)
 _STEPS = VIEWS | COPIES  # what a chain from parameter to weight may consist of
 _PICKS = frozenset({aten.select.int, aten.unbind.int})  # one matrix of a stack
 # Ops that look at a tensor's shape or type, never at its values.
@@ -94,7 +97,12 @@ class Reader:
         self._trace = trace
         self._uses = uses  # by the parameter's id
         self._derived: dict[fx.Node, _Derived] = {}
+        self._fixed: set[fx.Node] = set()  # no weight, and no input has a part in it either
+        # What weights and such values together make, or what a weight is after an in-place op: no
+        # weight that can be rewritten, but still one that an input may meet.
+        self._mixed: dict[fx.Node, _Derived] = {}
         self._epoch = 0
+        self._vmaps = 0  # how many regions of torch.vmap the node is in
 
     def read(self) -> None:
         for node in self._trace.graph_module.graph.nodes:
@@ -104,11 +112,37 @@ class Reader:
                     self._derived[node] = _Derived((value,))
                 elif value is None:
                     self._read_inside(node)
+                else:
+                    self._fixed.add(node)
             elif node.target not in _VALUE_FREE:
                 weights = [n for n in node.all_input_nodes if n in self._derived]
                 if weights:
                     self._read(node, weights)
+                if node not in self._derived:
+                    self._read_mixed(node, weights)
                 self._epoch += is_mutation(node)
+                self._vmaps += vmap_depth(node)
+
+    def _read_mixed(self, node: fx.Node, weights: list[fx.Node]) -> None:
+        """Follow what is made with values that no input has a part in, up to an input."""
+        tensors = [n for n in node.all_input_nodes if _is_tensor(n)]
+        mixed = [n for n in tensors if n in self._mixed]
+        inputs = [n for n in tensors if not (n in self._mixed or n in self._fixed or n in weights)]
+        if mixed and inputs and is_product(node):
+            for weight in mixed:
+                how = f"{_name(node)}, after {self._mixed[weight].computed_by} computed the weight"
+                for parameter in self._mixed[weight].parameters:
+                    self._uses[id(parameter)].matmul = True
+                    self._uses[id(parameter)].others[how] = None
+        if inputs or node.op != "call_function" or node.target in EMBEDDINGS:
+            return
+        if mixed or (weights and (is_mutation(node) or not is_product(node))):
+            sources = [self._derived.get(n) or self._mixed[n] for n in (*weights, *mixed)]
+            parameters = tuple(dict.fromkeys(p for s in sources for p in s.parameters))
+            first = next((s.computed_by for s in sources if s.computed_by), _name(node))
+            self._mixed[node] = _Derived(parameters, computed_by=first)
+        else:
+            self._fixed.add(node)
 
     def _read_inside(self, node: fx.Node) -> None:
         """A sub-graph, of a loop: whatever it reads by itself, it may do anything with."""
@@ -122,7 +156,7 @@ class Reader:
 
     def _read(self, node: fx.Node, weights: list[fx.Node]) -> None:
         """One node that reads weight-derived values: a longer chain, a call, or another use."""
-        if self._only_weights(node):
+        if self._only_weights(node) and not self._of_learned_input(node):
             self._derived[node] = self._derive(node, weights)
             return
         index = _index_of(node)
@@ -131,22 +165,26 @@ class Reader:
             if source.computed_by is None and source.index is None and _dims(weights[0]) > 2:
                 self._derived[node] = _Derived(source.parameters, index=index, stack=source.chain)
                 return
-        product = product_of(node, self._derived)
-        if product is not None:
+        learned = self._of_learned_input(node)
+        product = product_of(node, node.args[1:2] if learned else self._derived)  # type: ignore[arg-type]
+        if product is not None and not self._vmaps:
             self._call(node, product)
-            for bias in weights:
-                if bias is not product.weight:
-                    self._other_use(bias, f"{_name(node)} as a bias")
+            for other in weights:
+                if other is not product.weight:
+                    how = "its input" if other is product.input else "a bias"
+                    self._other_use(other, f"{_name(node)} as {how}")
             return
+        # In a region of vmap the input has a dimension that nobody sees.
+        where = " inside torch.vmap" if self._vmaps else ""
         for weight in weights:
             for parameter in self._derived[weight].parameters:
-                self._uses[id(parameter)].matmul |= is_product(node)
+                self._uses[id(parameter)].matmul |= is_product(node) or _is_region(node)
             if node.target in EMBEDDINGS:
                 for parameter in self._derived[weight].parameters:
                     self._uses[id(parameter)].embedding = True
             else:
                 self._other_use(
-                    weight, "the model's output" if node.op == "output" else _name(node)
+                    weight, "the model's output" if node.op == "output" else _name(node) + where
                 )
 
     def _only_weights(self, node: fx.Node) -> bool:
@@ -156,6 +194,18 @@ class Reader:
             and not is_mutation(node)
             and all(n in self._derived or not _is_tensor(n) for n in node.all_input_nodes)
         )
+
+    def _of_learned_input(self, node: fx.Node) -> bool:
+        """Whether a linear's weight meets what other parameters alone make: learned queries, say.
+
+        Of other matmuls of parameters nothing tells which one would be the input.
+        """
+        if node.target is not aten.linear.default:
+            return False
+        input, weight = (self._derived.get(n) for n in node.args[:2])  # type: ignore[arg-type]
+        if input is None or weight is None or weight.computed_by or weight.index:
+            return False
+        return set(input.parameters).isdisjoint(weight.parameters)
 
     def _derive(self, node: fx.Node, weights: list[fx.Node]) -> _Derived:
         parameters = tuple(dict.fromkeys(p for w in weights for p in self._derived[w].parameters))
@@ -272,10 +322,15 @@ def _is_tensor(node: fx.Node) -> bool:
     return not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool))
 
 
+def _is_region(node: fx.Node) -> bool:
+    """Whether the node has sub-graphs, which may do anything with what it reads."""
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
 def _name(node: fx.Node) -> str:
     if node.op == "call_module":
         return f"the module {node.target}"
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if _is_region(node):
         return f"the sub-graph of {node.target}"
     if isinstance(node.target, torch._ops.OperatorBase):
         return str(node.target).removesuffix(".default")

@@ -141,6 +141,36 @@ FORMS: dict[str, Form] = {
         lambda m, x: torch.addmm(m.b, m.w, x.T), {**out_in, "b": lambda: weight(1)}, ROWS, whole
     ),
     "addmm on itself": Form(lambda m, x: torch.addmm(x[:, :OUT], x, m.w), in_out, ROWS, turned),
+    "inner": Form(lambda m, x: torch.inner(x, m.w), out_in, TOKENS, whole),
+    "inner, weight first": Form(lambda m, x: torch.inner(m.w, x), out_in, TOKENS, whole),
+    "mv": Form(
+        lambda m, x: torch.mv(m.w, x[0]),
+        out_in,
+        ROWS,
+        {"w": Expected(lambda m: m.w, lambda x: x[:1])},
+    ),
+    "addmv": Form(
+        lambda m, x: torch.addmv(x[1, :OUT], m.w, x[0]),
+        out_in,
+        ROWS,
+        {"w": Expected(lambda m: m.w, lambda x: x[:1])},
+    ),
+    "tensordot": Form(lambda m, x: torch.tensordot(x, m.w, dims=1), in_out, TOKENS, turned),
+    "tensordot, weight first": Form(
+        lambda m, x: torch.tensordot(m.w, x, dims=([1], [2])), out_in, TOKENS, whole
+    ),
+    "tensordot over two": Form(
+        lambda m, x: torch.tensordot(x.unflatten(-1, (2, -1)), m.w, dims=([2, 3], [0, 1])),
+        {"w": lambda: weight(2, IN // 2, OUT)},
+        TOKENS,
+        {"w": Expected(lambda m: m.w.flatten(0, 1).T, same)},
+    ),
+    "addbmm": Form(
+        lambda m, x: torch.addbmm(x[0, :, :OUT], x, m.w),
+        {"w": lambda: weight(STACK, IN, OUT)},
+        STACKED,
+        stack(lambda w: w.T, lambda x, at: x[at]),
+    ),
     "bmm": Form(
         lambda m, x: torch.bmm(x, m.w),
         {"w": lambda: weight(STACK, IN, OUT)},
@@ -281,6 +311,54 @@ FORMS: dict[str, Form] = {
             )
         },
         direct=True,
+    ),
+    "a layer used twice on one input": Form(
+        lambda m, x: m.a(x) + m.a(x.relu()) + m.a(x),
+        {"a": linear},
+        TOKENS,
+        {
+            "a.weight": Expected(
+                lambda m: m.a.weight, lambda x: torch.cat([x, x.relu(), x]), calls=3
+            )
+        },
+        direct=True,
+    ),
+    "a layer beside one used twice": Form(
+        lambda m, x: m.a(x) + m.a(x) + F.linear(x, m.w),
+        {"a": linear, **out_in},
+        TOKENS,
+        {
+            "a.weight": Expected(lambda m: m.a.weight, lambda x: torch.cat([x, x]), calls=2),
+            **whole,
+        },
+        direct=True,
+    ),
+    "a linear of learned queries": Form(
+        lambda m, x: (
+            m.a(F.layer_norm(m.queries.expand(x.shape[0], -1, -1), [IN])) @ x[..., :OUT].mT
+        ),
+        {"a": linear, "queries": lambda: weight(4, IN, seed=3)},
+        TOKENS,
+        {
+            "a.weight": Expected(
+                lambda m: m.a.weight,
+                lambda x: F.layer_norm(weight(4, IN, seed=3), [IN]).expand(len(x), -1, -1).detach(),
+            )
+        },
+        direct=True,
+    ),
+    "a slice for learned queries": Form(
+        lambda m, x: (
+            F.linear(m.queries.repeat(x.shape[0], 1, 1), m.w[:OUT]) @ F.linear(x, m.w[OUT:]).mT
+        ),
+        {"w": lambda: weight(2 * OUT, IN), "queries": lambda: weight(4, IN, seed=3)},
+        TOKENS,
+        {
+            "w[0:6]": Expected(
+                lambda m: m.w[:OUT], lambda x: weight(4, IN, seed=3).detach().repeat(len(x), 1, 1)
+            ),
+            "w[6:12]": Expected(lambda m: m.w[OUT:], same),
+        },
     ),
     "einsum": Form(lambda m, x: torch.einsum("bti,oi->bto", x, m.w), out_in, TOKENS, whole),
     "einsum, weight first": Form(

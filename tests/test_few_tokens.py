@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from expert_models import MODELS
 from graph_helpers import Analysis, Formula, analyse, assert_gram, gram_of, weight
-from tiny_models import activations
+from tiny_models import activations, token_ids
 from torch import Tensor, nn
+from toys import report_of, state
 
+from magr_fx import CoverageError, MagRConfig, magr_transform
 from magr_fx.passes.few_tokens import fill_up
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.trace import calibration_mode
@@ -105,6 +108,42 @@ def test_a_single_expert_is_not_filled_up(counts: tuple[int, ...]) -> None:
     gram, shared = next(pair for pair in found.values() if pair[0] is not None)
     assert_gram(gram, gram_of(x))
     assert shared.note == ""
+
+
+@pytest.mark.parametrize("counts", [(3, 0, 20), (0, 4), (2, 9, 0)], ids=str)
+def test_a_stack_that_all_tokens_run_through(counts: tuple[int, ...]) -> None:
+    """As Llama 4's experts: each is given all tokens, with zeros in the place of the others'."""
+    x = torch.cat([tokens(count, seed + 1) for seed, count in enumerate(counts)])
+    at = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    model = Formula(lambda m, x: torch.bmm(x, m.w), w=weight(len(counts), IN, OUT))
+    each = torch.stack([x * (at == expert)[:, None] for expert in range(len(counts))])
+    found = filled(analyse(model, [each]))
+    alone = sum(count > 0 for count in counts) == 1
+    for expert, count in enumerate(counts):
+        gram, shared = found[f"w[{expert}]"]
+        assert shared.tokens == count
+        if count:
+            own = gram_of(x[at == expert])
+            assert_gram(gram, own if alone else expected(x, at, expert))
+            fed = f"{sum(n > 0 for n in counts)} experts"
+            assert (fed in shared.note) == (count < IN and not alone)
+
+
+def test_an_expert_of_llama_4_without_a_token_is_left_alone() -> None:
+    model, ids = MODELS["llama4"](), [token_ids(1, 2, seed=1)]
+    before = state(model)
+    magr_transform(model, ids, MagRConfig(alpha=1e-3), trace="make_fx")
+    experts = [s for s in report_of(model).sites if ".experts." in s.name]
+    assert len(experts) == 8
+    assert sum(site.tokens for site in experts) == 2 * 2  # two tokens, one expert each
+    unfed = [site for site in experts if not site.tokens]
+    assert {site.outcome for site in unfed} == {"skipped"}
+    assert len(unfed) >= 4
+    for site in unfed:
+        name, _, index = site.name.rstrip("]").partition("[")
+        assert torch.equal(model.get_parameter(name)[int(index)], before[name][int(index)])
+    with pytest.raises(CoverageError, match=r"experts.*no counted calibration token reaches it"):
+        magr_transform(MODELS["llama4"](), ids, trace="make_fx", strict=True)
 
 
 def test_what_is_no_expert_is_not_filled_up() -> None:

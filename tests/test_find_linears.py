@@ -260,6 +260,48 @@ LEFT_ALONE: dict[str, tuple[Callable[..., Any], dict[str, Any], list[Any], dict[
         TOKENS,
         {"w": r"read by aten\.matmul, after aten\.tanh computed the weight"},
     ),
+    "a weight that a buffer masks": (
+        lambda m, x: F.linear(x, m.w * m.mask) + m.a(x),
+        {"a": linear(), "w": weight(OUT, IN), "mask": nn.Buffer(torch.ones(OUT, IN))},
+        TOKENS,
+        {"w": r"aten\.linear, after aten\.mul\.Tensor computed the weight: no matmul"},
+    ),
+    "LoRA by F.linear": (
+        lambda m, x: F.linear(x, m.w + F.linear(m.a.T, m.b).T) + m.c(x),
+        {"w": weight(OUT, IN), "a": weight(2, IN), "b": weight(OUT, 2), "c": linear()},
+        TOKENS,
+        {
+            "w": r"aten\.linear, after aten\.add\.Tensor computed the weight",
+            "a": r"read by aten\.linear as its input",
+        },
+    ),
+    "recurrence": (
+        lambda m, x: m.a(m.rnn(x)[0]),
+        {"a": linear(), "rnn": nn.LSTM(IN, IN, batch_first=True)},
+        TOKENS,
+        {
+            "rnn.weight_ih_l0": r"read by aten\.lstm\.input: no matmul that can be rewritten",
+            "rnn.weight_hh_l0": r"read by aten\.lstm\.input: no matmul that can be rewritten",
+        },
+    ),
+    "a product of three": (
+        lambda m, x: m.a(x[0]) + torch.linalg.multi_dot([x[0], m.w, m.v]),
+        {"a": linear(), "w": weight(IN, IN), "v": weight(IN, OUT)},
+        TOKENS,
+        dict.fromkeys("wv", r"read by aten\.linalg_multi_dot: no matmul that can be rewritten"),
+    ),
+    "a bilinear form": (
+        lambda m, x: m.a(m.two(x, x.relu())),
+        {"a": linear(), "two": nn.Bilinear(IN, IN, IN)},
+        TOKENS,
+        {"two.weight": r"read by aten\.bilinear: no matmul that can be rewritten"},
+    ),
+    "a tied bag of embeddings": (
+        lambda m, ids: F.linear(F.embedding_bag(ids, m.w), m.w),
+        {"w": weight(64, IN)},
+        IDS,
+        {"w": "tied: an embedding shares this weight"},
+    ),
     "an embedding table": (
         lambda m, ids: m.a(m.table(ids)),
         {"table": nn.Embedding(64, IN), "a": linear()},

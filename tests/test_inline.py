@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from tiny_models import activations
 from torch import Tensor, fx, nn
 from torch._higher_order_ops import while_loop
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from magr_fx.passes.calibration import Batch, read_calib
 from magr_fx.passes.collect_grams import CalibrationRun
@@ -407,6 +409,34 @@ def test_buffers_are_what_they_were(tracer: str) -> None:
     assert int(model.count) == 0
 
 
+# ---- activation checkpoints
+
+
+def _checkpointed(m: Any, x: Tensor) -> Any:
+    def inside(x: Tensor) -> Any:
+        y = m.a(x).relu()
+        return m.b(y) if m.parts == 1 else (m.b(y), y)
+
+    # Only with a policy of what to save does torch.export, in its strict mode, keep them.
+    policy = partial(create_selective_checkpoint_contexts, [LINEAR])
+    result = checkpoint(inside, x, use_reentrant=False, context_fn=policy)
+    y = result if m.parts == 1 else result[0] + result[1]
+    return torch.cond(x.sum() > 0, m.c, m.d, (y,))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_checkpoint_in_a_graph_that_the_user_exported(parts: int) -> None:
+    model, calib = made(_checkpointed, d=nn.Linear(8, 8), parts=parts).eval(), [HIGH, -HIGH]
+    graph_module = torch.export.export(model, (HIGH,), strict=True).module()
+    targets = [str(node.target) for node in graph_module.graph.nodes]
+    assert "tag_activation_checkpoint" in targets
+    traced = flat("export", graph_module, calib)
+    assert [str(node.target) for node in graph_module.graph.nodes] == targets
+    assert len({batch.trace for batch in traced}) == 2  # one for each branch
+    assert_computes_the_model(graph_module, calib, traced)
+    assert_right_grams(model, calib, traced)
+
+
 # ---- loops
 
 
@@ -424,8 +454,9 @@ def test_a_loop_stays_as_it_is() -> None:
     assert_computes_the_model(model, CALIB, traced)
     found = find_linears(dict.fromkeys(batch.trace for batch in traced), model)
     assert [site.name for site in found.sites] == ["b.weight"]
-    reasons = {rejection.name: rejection.reason for rejection in found.rejections}
-    assert "the sub-graph of while_loop" in reasons["a.weight"]
+    (rejection,) = (one for one in found.rejections if one.name == "a.weight")
+    assert "the sub-graph of while_loop" in rejection.reason
+    assert rejection.matmul
 
 
 @pytest.mark.parametrize("also_outside", [False, True])
@@ -435,8 +466,9 @@ def test_a_loop_stays_as_it_is_by_make_fx(also_outside: bool) -> None:
     assert_computes_the_model(model, CALIB, traced)
     found = find_linears(dict.fromkeys(batch.trace for batch in traced), model)
     assert [site.name for site in found.sites] == ["b.weight"]
-    reasons = {rejection.name: rejection.reason for rejection in found.rejections}
-    assert "the sub-graph of while_loop" in reasons["a.weight"]
+    (rejection,) = (one for one in found.rejections if one.name == "a.weight")
+    assert "the sub-graph of while_loop" in rejection.reason
+    assert rejection.matmul
 
 
 @tracers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from magr_fx.passes.operands import Equation, Route, Rows, read_equation
+from magr_fx.passes.operands import Equation, Route, Rows, read_equation, tensordot_equation
 from magr_fx.passes.products import Layout
 
 repeatable = settings(deadline=None, derandomize=True, database=None, max_examples=200)
@@ -210,6 +210,25 @@ def test_a_sum_over_an_ellipsis(equation: str) -> None:
 
 
 # ---- plain rows
+
+
+@pytest.mark.parametrize(
+    ("shapes", "summed", "expected"),
+    [
+        (((2, 3, 4), (4, 5)), ((2,), (0,)), "abc,ce->abe"),
+        (((2, 3, 4), (5, 4)), ((-1,), (-1,)), "abc,dc->abd"),
+        (((2, 3, 4), (4, 5, 3)), ((1, 2), (2, 0)), "abc,ceb->ae"),
+        (((3, 4), (3, 4)), ((0, 1), (0, 1)), "ab,ab->"),
+        (((3,), (4,)), ((), ()), "a,b->ab"),
+    ],
+    ids=str,
+)
+def test_a_tensordot_is_an_einsum(shapes: Any, summed: Any, expected: str) -> None:
+    one, other = (values(shape, seed) for seed, shape in enumerate(shapes))
+    equation = tensordot_equation((one.dim(), other.dim()), *summed)
+    assert equation == expected
+    result = torch.tensordot(one, other, dims=summed)
+    torch.testing.assert_close(torch.einsum(equation, one, other), result)
 
 
 def test_rows_are_rows_or_columns() -> None:

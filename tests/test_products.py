@@ -13,6 +13,7 @@ from magr_fx.passes.operands import Route, Rows
 from magr_fx.passes.products import MATMULS, Layout, Product, is_product, product_of
 
 aten = torch.ops.aten
+ADDBMM = aten.addbmm.default
 W, X, B = "w", "x", "b"  # what an argument stands for in the tables
 T, I, O, E = 5, 8, 4, 3  # noqa: E741
 
@@ -43,6 +44,11 @@ FORMS: dict[str, tuple[Any, tuple[Any, ...], dict[str, tuple[int, ...]]]] = {
     "linear": (aten.linear.default, (X, W), {W: (O, I), X: (2, T, I)}),
     "linear with a bias": (aten.linear.default, (X, W, B), {W: (O, I), X: (T, I), B: (O,)}),
     "linear, weight first": (aten.linear.default, (W, X), {W: (O, I), X: (T, I)}),
+    "inner": (aten.inner.default, (X, W), {W: (O, I), X: (2, T, I)}),
+    "inner, weight first": (aten.inner.default, (W, X), {W: (O, I), X: (2, T, I)}),
+    "mv": (aten.mv.default, (W, X), {W: (O, I), X: (I,)}),
+    "addmv": (aten.addmv.default, (B, W, X), {W: (O, I), X: (I,), B: (O,)}),
+    "tensordot": (aten.tensordot.default, (X, W, [2, 1], [1, 2]), {W: (O, I, T), X: (2, T, I)}),
     "mm": (aten.mm.default, (X, W), {W: (I, O), X: (T, I)}),
     "mm, weight first": (aten.mm.default, (W, X), {W: (O, I), X: (I, T)}),
     "matmul": (aten.matmul.default, (X, W), {W: (I, O), X: (2, T, I)}),
@@ -76,7 +82,7 @@ def test_the_product_is_rows_times_a_matrix(name: str) -> None:
     matrix = found.layout.of(tensors[W])
     assert matrix is not None
     assert matrix.untyped_storage().data_ptr() == tensors[W].untyped_storage().data_ptr()
-    assert matrix.shape[-2:] == (O, I)
+    assert matrix.shape[-2:] == (O, I * T if name == "tensordot" else I)
     filled = [
         [tensors.get(k, k) for k in a] if isinstance(a, list) else tensors.get(a, a) for a in args
     ]
@@ -87,7 +93,52 @@ def test_the_product_is_rows_times_a_matrix(name: str) -> None:
 
 
 def test_every_matmul_is_in_the_table() -> None:
-    assert {target for target, _, _ in FORMS.values()} == {*MATMULS, aten.einsum.default}
+    others = {aten.einsum.default, aten.tensordot.default}
+    # addbmm, whose result is a sum over the stack, has a test of its own.
+    assert {target for target, _, _ in FORMS.values()} == {*MATMULS, *others} - {ADDBMM}
+
+
+def test_addbmm_is_bmm_in_a_sum() -> None:
+    shapes = {W: (E, I, O), X: (E, T, I), B: (T, O)}
+    tensors = {key: activations(*shape).double() for key, shape in shapes.items()}
+    found = product(node_of(ADDBMM, (B, X, W), **tensors))
+    assert found is not None
+    matrix = found.layout.of(tensors[W])
+    assert matrix is not None
+    expected = (found.rows.of(tensors[X]) @ matrix.mT).sum(0) + tensors[B]
+    torch.testing.assert_close(expected, torch.addbmm(tensors[B], tensors[X], tensors[W]))
+
+
+def test_inner_of_a_stack_is_none() -> None:
+    """Every row meets every matrix: none of them has rows of its own."""
+    nodes = node_of(aten.inner.default, (X, W), w=torch.ones(E, O, I), x=torch.ones(T, I))
+    assert product(nodes) is None
+    assert is_product(nodes["call"])
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        aten.bilinear.default,
+        aten.chain_matmul.default,
+        aten.gru.input,
+        aten.gru_cell.default,
+        aten.linalg_multi_dot.default,
+        aten.lstm.input,
+        aten.lstm.data,
+        aten.lstm_cell.default,
+        aten.rnn_relu.input,
+        aten.rnn_relu_cell.default,
+        aten.rnn_tanh.data,
+        aten.rnn_tanh_cell.default,
+    ],
+    ids=str,
+)
+def test_products_inside_of_an_op(target: Any) -> None:
+    """They are known as products, but nothing can be taken in there."""
+    nodes = node_of(target, (X, W), w=torch.ones(O, I), x=torch.ones(T, I))
+    assert is_product(nodes["call"])
+    assert product(nodes) is None
 
 
 @pytest.mark.parametrize("name", sorted(FORMS))

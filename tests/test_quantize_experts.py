@@ -491,6 +491,20 @@ def test_int8_experts_stay_fused_where_their_tensor_runs() -> None:
         assert bool(model(text_calib()[0]).logits.isfinite().all())
 
 
+def test_what_stayed_fused_loads_into_a_new_model_as_it_is() -> None:
+    model, fresh, file = tiny_mixtral(), tiny_mixtral(), io.BytesIO()
+    for one in (model, fresh):
+        one.set_experts_implementation("eager")
+    magr_quantize(model, text_calib(), INT8, propagate=False)
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    ids = text_calib()[0]
+    assert not torch.equal(logits(fresh, ids), logits(model, ids))
+    fresh.load_state_dict(torch.load(file, weights_only=False), assign=True)
+    assert is_quantized(fresh.model.layers[0].mlp.experts.gate_up_proj)
+    assert torch.equal(logits(fresh, ids), logits(model, ids))
+
+
 @pytest.mark.parametrize(
     ("experts", "options"),
     [("grouped_mm", {}), ("batched_mm", {}), ("eager", {"rounding": "gptq"})],

@@ -13,7 +13,7 @@ from targets import ASYMMETRIC, intx
 from tiny_models import activations, tiny_llama, tiny_qwen2, token_ids
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from torchao.utils import TorchAOBaseTensor
 from toys import WIDTH, Shapes, changed, mlp, report_of, state, vectors
 
@@ -64,6 +64,12 @@ def overlapping() -> nn.Module:
     return Odd(Formula(function, rows=weight(30, WIDTH)))
 
 
+def pruned() -> nn.Module:
+    linear = nn.Linear(WIDTH, 8)
+    prune.random_unstructured(linear, "weight", 0.5)  # type: ignore[no-untyped-call]
+    return Odd(linear)
+
+
 def unreached() -> nn.Module:
     return Odd(Formula(lambda m, x: x, unused=nn.Linear(WIDTH, 8)))
 
@@ -93,6 +99,30 @@ UNCOVERED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], tuple[str
         vectors,
         ("2 weights", "odd.rows[0:20]: overlaps odd.rows[10:30]", "odd.rows[10:30]: overlaps"),
         "odd",
+    ),
+    "recurrence": (
+        lambda: Odd(nn.LSTM(WIDTH, 8, batch_first=True)),
+        vectors,
+        ("2 weights", "odd.weight_ih_l0: read by aten.lstm", "odd.weight_hh_l0: read by aten.lstm"),
+        "odd",
+    ),
+    "pruned": (
+        pruned,
+        vectors,
+        ("1 weights", "odd.weight_orig: ", "computed the weight"),
+        "odd",
+    ),
+    "spectral_norm": (
+        lambda: Odd(parametrizations.spectral_norm(nn.Linear(WIDTH, 8))),
+        vectors,
+        ("1 weights", "odd.parametrizations.weight.original: also read by aten.div"),
+        "odd",
+    ),
+    "bilinear": (
+        lambda: Odd(Formula(lambda m, x: m.two(x, x), two=nn.Bilinear(WIDTH, WIDTH, 8))),
+        vectors,
+        ("1 weights", "odd.two.weight: read by aten.bilinear"),
+        "two",
     ),
     "unreached": (
         unreached,

@@ -412,9 +412,5 @@ def test_experts_as_linears_see_the_tokens_that_are_routed_to_them(trace: str) -
 
 
 def test_experts_as_linears_are_not_silently_left_with_their_own_tokens() -> None:
-    model = as_linears(MODELS["mixtral"]())
-    try:
-        tokens = expert_tokens(model, trace="make_fx", calibrate_all_experts=True)
-    except ConfigError:
-        return
-    assert tokens == [TOKENS] * 8
+    with pytest.raises(ConfigError, match="no experts whose forward"):
+        expert_tokens(as_linears(MODELS["mixtral"]()), trace="make_fx", calibrate_all_experts=True)

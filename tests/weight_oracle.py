@@ -79,8 +79,11 @@ class Oracle(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _look(self, name: str, args: Any, kwargs: Any) -> None:
         if name in ("mm", "bmm"):
             self._product(args[0], args[1])
-        elif name in ("addmm", "baddbmm"):
+        elif name in ("addmm", "addbmm", "baddbmm"):
             self._product(args[1], args[2])
+        elif name in ("mv", "addmv"):
+            *_, matrix, vector = args
+            self._product(matrix, vector[:, None])
         elif name in ("_grouped_mm", "grouped_mm_fallback"):
             ends = args[2] if len(args) > 2 else kwargs["offs"]
             twin, start = self._twins[args[1]], 0
