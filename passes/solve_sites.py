@@ -93,7 +93,7 @@ def quantize_and_rewrite(
     except (MagRError, LinAlgError) as error:
         _failed(shared, error, report)
         for site in shared.sites:
-            _go_on_with_torchao_alone(site, target, run)
+            go_on_with_torchao_alone(site, target, run)
         return {}
     rows = sum(site.shape[0] for site in shared.sites)
     seconds = (report.seconds["solve"] - before) / rows
@@ -104,7 +104,7 @@ def quantize_and_rewrite(
             if one.refusal is not None:
                 logger.warning("%s failed and keeps its weight: %s", site.name, one.refusal)
                 report.sites.append(_untouched(site, "failed", one.refusal, tokens))
-                _go_on_with_torchao_alone(site, target, run)
+                go_on_with_torchao_alone(site, target, run)
                 continue
             status, steps = summary(one.choice.status), int(one.choice.steps.max())
             done = _rewritten(site, one.weight, shared, status, steps)
@@ -112,7 +112,7 @@ def quantize_and_rewrite(
                 done = replace(done, output_error=math.nan)
             done = replace(done, quantization=one.report, seconds=seconds * site.shape[0])
             if run is not None and target.handling.propagate:
-                _go_on_with(site, one.tensor, run)
+                go_on_with(site, one.tensor, run)
             if target.handling.rounding == "gptq":
                 tensors[site.name] = one.tensor
             else:
@@ -121,7 +121,7 @@ def quantize_and_rewrite(
     return tensors
 
 
-def _go_on_with(site: Site, tensor: torch.Tensor, run: CalibrationRun) -> None:
+def go_on_with(site: Site, tensor: torch.Tensor, run: CalibrationRun) -> None:
     """Let the run read torchao's tensor, or its values, in the place of the site's weight."""
     if not (site.view.covers(site.parameter) and all(call.direct for call in site.calls)):
         # Not F.linear with the whole parameter, which is all that torchao's tensors run in.
@@ -129,10 +129,10 @@ def _go_on_with(site: Site, tensor: torch.Tensor, run: CalibrationRun) -> None:
     run.replace(site.parameter, tensor)
 
 
-def _go_on_with_torchao_alone(site: Site, target: Target, run: CalibrationRun | None) -> None:
+def go_on_with_torchao_alone(site: Site, target: Target, run: CalibrationRun | None) -> None:
     """A site that failed keeps its weight, which torchao will quantize."""
     if run is not None and target.handling.propagate:
-        _go_on_with(site, quantized_copy(site.weight, target.config), run)
+        go_on_with(site, quantized_copy(site.weight, target.config), run)
 
 
 def _is_fed(shared: SharedGram, report: MagRReport) -> bool:

@@ -1,0 +1,93 @@
+"""Run a function on several ranks of torch.distributed: gloo on the CPU, each rank a process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+# Forked from a process that has imported these and done nothing else: a rank starts at once.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["conftest", "magr_fx", "tiny_models", "targets", "toys"])
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a rank ended: what it returned, or what it raised; its exit code, 0 if it did either."""
+
+    value: Any
+    error: Exception | None
+    code: int | None
+
+
+def on_ranks(
+    world: int,
+    function: Callable[..., Any],
+    folder: Path,
+    *args: Any,
+    patience: float = 60.0,
+    deadline: float = 240.0,
+) -> list[Ended]:
+    """``function(*args)`` on every rank, with the default group initialised.
+
+    Args:
+        world: how many ranks.
+        function: of a module that can be imported.
+        folder: to meet in, and to leave results in.
+        args: picklable.
+        patience: seconds that a collective may take.
+        deadline: seconds until the ranks are killed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    processes = [
+        _CONTEXT.Process(target=_rank, args=(rank, world, patience, folder, function, args))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    until = time.monotonic() + deadline
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+    ended = []
+    for rank, process in enumerate(processes):
+        path = folder / f"rank-{rank}.pt"
+        value, error = torch.load(path, weights_only=False) if path.exists() else (None, None)
+        path.unlink(missing_ok=True)
+        ended.append(Ended(value, error, process.exitcode))
+    (folder / "store").unlink(missing_ok=True)
+    return ended
+
+
+def _rank(
+    rank: int,
+    world: int,
+    patience: float,
+    folder: Path,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=patience),
+    )
+    value, error = None, None
+    try:
+        value = function(*args)
+    except Exception as raised:
+        error = raised
+    torch.save((value, error), folder / f"rank-{rank}.pt")
+    dist.destroy_process_group()
