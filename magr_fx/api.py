@@ -26,6 +26,7 @@ from magr_fx.passes.quantizable import (
 from magr_fx.passes.quantized_weights import Target
 from magr_fx.passes.ranks import ALONE, Group, Ranks, together
 from magr_fx.passes.read_exported import trace_or_read
+from magr_fx.passes.sharded import gathered, is_sharded
 from magr_fx.passes.to_pt2e import (
     export_for_pt2e,
     is_pt2e_quantizer,
@@ -65,7 +66,8 @@ def magr_transform(
 
     Args:
         model: any module that runs, compiled or not, or its exported graph; also one that
-            accelerate offloads to memory or disk, a block of which is then in memory at a time.
+            accelerate offloads to memory or disk, or whose weights are sharded over ranks (FSDP2,
+            DTensor) and stay so: a block of it is then in memory, as a whole, at a time.
         calib: an iterable of model inputs, a DataLoader for instance, read once: a tensor is the
             first argument, a tuple or list the arguments, a mapping the keyword arguments.
             Batch sizes and lengths may differ. What ``attention_mask`` marks as padding does
@@ -128,12 +130,12 @@ def magr_transform(
         tracing = Tracing(trace, calibrate_all_experts)
         check_filter(filter_fn)
         inner = unwrap(model)
-        offloaded = is_offloaded(inner)
-        check_model(inner, offloaded=offloaded)
+        offloaded, sharded = is_offloaded(inner), is_sharded(inner)
+        check_model(inner, offloaded=offloaded, sharded=sharded)
         check_not_frozen(model)
-        if offloaded:
+        if offloaded or sharded:
             tracing = tracing.without_values()
-        with at_hand(inner) as resident:
+        with gathered(inner, ranks) if sharded else at_hand(inner) as resident:
             _run(
                 model,
                 read_calib(calib, inner),
@@ -261,6 +263,12 @@ def _read(model: nn.Module, calib: Any, filter_fn: FilterFn | None) -> list[Batc
             "the model is offloaded by accelerate, which cannot offload torchao's tensors: call "
             "magr_transform(model, calib, target=target) and model.save_pretrained(folder), then "
             "load that with from_pretrained(folder, quantization_config=TorchAoConfig(target))"
+        )
+    if is_sharded(inner):
+        raise ModelError(
+            "the model is sharded (DTensor, FSDP2), which torchao's tensors are not here: call "
+            "magr_transform(model, calib, target=target), save the gathered weights, and let "
+            "quantize_ quantize the loaded model"
         )
     check_model(inner)
     check_not_frozen(model)
