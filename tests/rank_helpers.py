@@ -34,6 +34,7 @@ def on_ranks(
     *args: Any,
     patience: float = 60.0,
     deadline: float = 240.0,
+    backend: str = "gloo",
 ) -> list[Ended]:
     """``function(*args)`` on every rank, with the default group initialised.
 
@@ -44,10 +45,11 @@ def on_ranks(
         args: picklable.
         patience: seconds that a collective may take.
         deadline: seconds until the ranks are killed.
+        backend: of torch.distributed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     processes = [
-        _CONTEXT.Process(target=_rank, args=(rank, world, patience, folder, function, args))
+        _CONTEXT.Process(target=_rank, args=(rank, world, backend, patience, folder, function, args))
         for rank in range(world)
     ]
     for process in processes:
@@ -71,6 +73,7 @@ def on_ranks(
 def _rank(
     rank: int,
     world: int,
+    backend: str,
     patience: float,
     folder: Path,
     function: Callable[..., Any],
@@ -78,7 +81,7 @@ def _rank(
 ) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=world,
