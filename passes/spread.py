@@ -52,13 +52,13 @@ def exchange(
         return
     own = {row.name for row in report.sites[first:]}
     rows = {row.name: row for part in ranks.gather(report.sites[first:]) for row in part}
-    gptq = target is not None and target.handling.rounding == "gptq"
     for site, owner in _sites(finished, owners):
         row = rows[site.name]
-        if row.outcome == "rewritten" and gptq:
-            _share_tensor(site, owner, tensors, target, ranks)
-        elif row.outcome == "rewritten":
-            _share_weight(site, owner, ranks)
+        if row.outcome == "rewritten":
+            if target is not None and target.handling.rounding == "gptq":
+                _share_tensor(site, owner, tensors, target, ranks)
+            else:
+                _share_weight(site, owner, ranks)
         if site.name in own:
             continue
         report.sites.append(row)
@@ -67,7 +67,10 @@ def exchange(
         if row.outcome == "failed":
             go_on_with_torchao_alone(site, target, run)
         elif target.handling.propagate:
-            made = tensors[site.name] if gptq else quantized_copy(site.weight, target.config)
+            if target.handling.rounding == "gptq":
+                made = tensors[site.name]
+            else:
+                made = quantized_copy(site.weight, target.config)
             go_on_with(site, made, run)
     order = {site.name: at for at, (site, _) in enumerate(_sites(finished, owners))}
     report.sites[first:] = sorted(report.sites[first:], key=lambda row: order[row.name])

@@ -49,7 +49,9 @@ def on_ranks(
     """
     folder.mkdir(parents=True, exist_ok=True)
     processes = [
-        _CONTEXT.Process(target=_rank, args=(rank, world, backend, patience, folder, function, args))
+        _CONTEXT.Process(
+            target=_rank, args=(rank, world, backend, patience, folder, function, args)
+        )
         for rank in range(world)
     ]
     for process in processes:

@@ -58,15 +58,18 @@ def chain() -> nn.Sequential:
 
 
 def transform() -> nn.Module:
-    return magr_transform(tiny_llama(), CALIB, strict=True)
+    model: nn.Module = tiny_llama()
+    return magr_transform(model, CALIB, strict=True)
 
 
 def for_target(**options: Any) -> nn.Module:
-    return magr_transform(chain(), vectors(40, 24, 70), target=INT3, **options)
+    model: nn.Module = chain()
+    return magr_transform(model, vectors(40, 24, 70), target=INT3, **options)
 
 
 def nearest() -> nn.Module:
-    return magr_quantize(tiny_mixtral(), CALIB, INT3)
+    model: nn.Module = tiny_mixtral()
+    return magr_quantize(model, CALIB, INT3)
 
 
 def gptq() -> nn.Module:
@@ -87,7 +90,7 @@ class Heads(nn.Module):
             self.heads = nn.ModuleList(nn.Linear(32, rows) for rows in (24, 40, 8, 56))
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = zip(self.heads, x.split(32, -1), strict=True)
+        parts = zip(self.heads, x.chunk(4, -1), strict=True)
         return torch.cat([head(part) for head, part in parts], -1)
 
 
@@ -189,7 +192,8 @@ def test_the_result_is_that_of_one_process(
 
 
 def error_of(made: dict[str, Any]) -> float:
-    return sum(row["quantization"]["error"] for row, *_ in made["rows"] if row["quantization"])
+    known = [row["quantization"] for row, *_ in made["rows"]]
+    return float(sum(quantization["error"] for quantization in known if quantization))
 
 
 # What goes wrong on one rank ends all.
@@ -333,7 +337,8 @@ class Uneven(nn.Sequential):
 def fsdp(model: nn.Module, layers: Iterable[nn.Module]) -> nn.Module:
     for layer in layers:
         fully_shard(layer)
-    return fully_shard(model)
+    fully_shard(model)
+    return model
 
 
 def sharded() -> None:
@@ -349,8 +354,7 @@ def sharded() -> None:
     wanted = magr_transform(tiny_llama(), CALIB, target=INT3)
     same_when_gathered(model, before, wanted)
     assert hooks == [len(module._forward_pre_hooks) for module in model.modules()]
-    logits = [one(**CALIB[0]).logits for one in (model, wanted)]
-    assert torch.allclose(*logits, atol=1e-5)
+    assert torch.allclose(model(**CALIB[0]).logits, wanted(**CALIB[0]).logits, atol=1e-5)
     layer = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 48 + 2 * 32
     assert 0 < max(largest) <= layer + 64 * 32 + 32  # and the embedding or the head
 
@@ -385,7 +389,7 @@ def same_when_gathered(
     whole = dict(wanted.named_parameters())
     for name, parameter in model.named_parameters():
         assert parameter is before[name]
-        full = parameter
+        full: Tensor = parameter
         if isinstance(parameter, DTensor):
             full = parameter.full_tensor()
             assert parameter.to_local().numel() < full.numel()
