@@ -22,7 +22,7 @@ from magr_fx.passes.ranks import ALONE, Ranks
 from magr_fx.passes.rewrite_weights import rewrite_weight
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.solve_sites import alike, quantize_and_rewrite, solve_and_rewrite
-from magr_fx.passes.spread import cost, exchange
+from magr_fx.passes.spread import exchange, plan
 from magr_fx.passes.to_torchao import target_group_size
 from magr_fx.passes.trace import TracedBatch
 from magr_fx.report import MagRReport, SiteReport
@@ -185,17 +185,24 @@ def _rewrite(
 ) -> dict[str, torch.Tensor]:
     """Solve and rewrite the sites of grams that are complete; with GPTQ, torchao's tensors."""
     tensors: dict[str, torch.Tensor] = {}
-    first, owners = len(report.sites), ranks.least_loaded([cost(shared) for shared in finished])
-    own = [s for s, owner in zip(finished, owners, strict=True) if owner == ranks.rank]
-    for together in alike(own):
-        device = together[0].sites[0].parameter.device.type
-        with torch.autocast(device, enabled=False):  # the caller's is for the forward
+    first, (whole, owners, split) = len(report.sites), plan(finished, target, ranks)
+    own = [shared for shared, owner in zip(whole, owners, strict=True) if owner == ranks.rank]
+    device = finished[0].sites[0].parameter.device.type
+    with torch.autocast(device, enabled=False):  # the caller's is for the forward
+        for together in alike(own):
             if target is None:
                 solve_and_rewrite(together, config, report)
             else:
                 for one in together:
                     tensors |= quantize_and_rewrite(one, config, target, report, run)
-    exchange(finished, owners, report, first, tensors, target, run, ranks)
+        exchange(whole, owners, report, first, tensors, target, run, ranks)
+        for shared in split:
+            if target is None:
+                solve_and_rewrite([shared], config, report, ranks)
+            else:
+                tensors |= quantize_and_rewrite(shared, config, target, report, run, ranks)
+    if split:  # each has its own seconds, and memory
+        report.sites[first:] = ranks.gather(report.sites[first:])[0]
     return tensors
 
 

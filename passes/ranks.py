@@ -13,9 +13,10 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import distributed as dist
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from magr_fx import errors
-from magr_fx.errors import ConfigError, DistributedError, MagRError
+from magr_fx.errors import CalibrationError, ConfigError, DistributedError, MagRError
 
 Group: TypeAlias = "dist.ProcessGroup | Literal[False] | None"
 Item = TypeVar("Item")
@@ -70,9 +71,40 @@ class Ranks:
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
         """Replace the tensor, in place, by that of one rank; same shape and dtype everywhere."""
-        self._in_place(
-            tensor, lambda wire: dist.broadcast(wire, group=self.group, group_src=source)
-        )
+
+        def send(wire: torch.Tensor) -> None:  # as bytes: not every backend knows every dtype
+            raw = wire.view(-1).view(torch.uint8)
+            dist.broadcast(raw, group=self.group, group_src=source)
+
+        self._in_place(tensor, send)
+
+    def concat(self, rows: torch.Tensor) -> torch.Tensor:
+        """Everybody's rows, one below the other, in the order of the ranks."""
+        if self.group is None:
+            return rows
+        lengths = self.gather(len(rows))
+        whole = rows.new_empty(sum(lengths), *rows.shape[1:])
+        for rank, part in enumerate(torch.split(whole, lengths)):
+            if rank == self.rank:
+                part.copy_(rows)
+            if part.numel():
+                self.broadcast(part, rank)
+        return whole
+
+    def part_of(self, rows: int) -> slice:
+        """The rows that are this rank's, of so many."""
+        return slice(rows * self.rank // self.world, rows * (self.rank + 1) // self.world)
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """What cannot be solved on one rank, cannot on any: all raise, and may go on from there."""
+        try:
+            yield
+        except (MagRError, LinAlgError) as error:
+            if not getattr(error, _AGREED, False):
+                self.meet(error if isinstance(error, MagRError) else CalibrationError(str(error)))
+            raise
+        self.meet()
 
     def gather(self, item: Item) -> list[Item]:
         """Everybody's, in the order of the ranks; a small picklable object without tensors."""

@@ -14,10 +14,37 @@ from magr_fx.passes.ranks import Ranks
 from magr_fx.passes.rewrite_weights import rewrite_weight
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.solve_sites import go_on_with, go_on_with_torchao_alone
+from magr_fx.passes.to_torchao import rows_are_independent
 from magr_fx.report import MagRReport
 
 # What a torchao tensor on a grid consists of, see torchao_rounding.GridTensor.
 _PARTS = ("qdata", "scale", "zero_point")
+
+
+# From this cost on, and this many rows for each rank, the rows of a gram's sites are worth
+# splitting over the ranks: all of them factorise the gram then, and agree on every fifth step.
+SPLIT_FROM, LEAST_ROWS = 2**27, 32
+
+
+def plan(
+    finished: Sequence[SharedGram], target: Target | None, ranks: Ranks
+) -> tuple[list[SharedGram], list[int], list[SharedGram]]:
+    """What to solve as a whole, each on one rank, its owner; and what to split over all by rows.
+
+    Split is what would keep its owner busy while all others have finished.
+    """
+    if ranks.world == 1:
+        return list(finished), [0] * len(finished), []
+    costs = [cost(shared) for shared in finished]
+    share = sum(costs) / ranks.world
+    whole: list[SharedGram] = []
+    split: list[SharedGram] = []
+    for shared, own in zip(finished, costs, strict=True):
+        rows = sum(site.shape[0] for site in shared.sites)
+        alike = target is None or rows_are_independent(target.config)
+        big = own > max(share, SPLIT_FROM) and rows >= LEAST_ROWS * ranks.world
+        (split if alike and big else whole).append(shared)
+    return whole, ranks.least_loaded([cost(shared) for shared in whole]), split
 
 
 def cost(shared: SharedGram) -> float:
