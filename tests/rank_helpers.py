@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import distributed as dist
 
-# Forked from a process that has imported these and done nothing else: a rank starts at once.
+# Ranks are forked from a process that has imported everything and done nothing else.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["conftest", "magr_fx", "tiny_models", "targets", "toys"])
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,10 @@ def on_ranks(
         backend: of torch.distributed.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _CONTEXT.set_forkserver_preload(["conftest", function.__module__])
+    with pytest.MonkeyPatch.context() as patched:  # the forkserver of Python 3.11 ignores sys.path
+        patched.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        ensure_running()
     processes = [
         _CONTEXT.Process(
             target=_rank, args=(rank, world, backend, patience, folder, function, args)
@@ -95,4 +103,7 @@ def _rank(
     except Exception as raised:
         error = raised
     torch.save((value, error), folder / f"rank-{rank}.pt")
+    if error is None:
+        with contextlib.suppress(RuntimeError):  # where another rank has failed
+            dist.barrier()  # nobody leaves while another is still arriving
     dist.destroy_process_group()
