@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,6 +38,10 @@ CPU_TILE, DEVICE_TILE = 1 << 18, 1 << 26
 LEAST_ROWS = 128
 
 
+# Values [rows] of the rows here → those of all rows of the weight, wherever these are solved.
+Everywhere = Callable[[Tensor], Tensor]
+
+
 class Warm(NamedTuple):
     """Where a solve stopped: what the next one, at a neighbouring alpha, starts from."""
 
@@ -62,6 +66,7 @@ def admm(
     warm: Warm | None = None,
     resumable: bool = False,
     exact: bool = True,
+    everywhere: Everywhere | None = None,
 ) -> tuple[Iterate, Warm | None]:
     """Minimise by splitting ŵ into x, which sees the gram, and z, which sees the penalty.
 
@@ -91,6 +96,8 @@ def admm(
         resumable: whether to keep what the next alpha starts from, a matrix ``[in, in]`` more.
         exact: whether bounds are verified in float64 before a row leaves; False trusts those of
             the iteration, good to about 1e-4 in float32.
+        everywhere: of other processes that solve the other rows of the weight, with the same gram,
+            at the same time; they take the same number of steps, with the same ρ.
 
     Returns:
         The best iterate of each row, with the best verified bound, and where to go on from.
@@ -98,13 +105,13 @@ def admm(
     Raises:
         CalibrationError: the gram is not positive semidefinite.
     """
-    run = _Run(problem, weight, warm, resumable, exact)
+    run = _Run(problem, weight, warm, resumable, exact, everywhere)
     taken, blind = 0, 0
     if warm is not None:
         taken = min(SETTLE, max_steps - 1)
         run.step(taken)
         run.resume(warm)
-    while taken < max_steps and len(run.open):
+    while taken < max_steps and run.open_rows():
         ahead = FIRST_LOOK if taken == 0 else LOOK_EVERY - taken % LOOK_EVERY
         steps = min(ahead, max_steps - taken)
         run.step_and_look(steps - blind)
@@ -126,10 +133,17 @@ class _Run:
     """The state of one solve. Its items are rows, or whole problems where there is a batch."""
 
     def __init__(
-        self, problem: Problem, weight: Tensor, warm: Warm | None, resumable: bool, exact: bool
+        self,
+        problem: Problem,
+        weight: Tensor,
+        warm: Warm | None,
+        resumable: bool,
+        exact: bool,
+        everywhere: Everywhere | None = None,
     ) -> None:
         device = weight.device
-        self.problem, self.weight, self.exact = problem, weight, exact
+        self.exact, self.everywhere = exact, everywhere
+        self.problem, self.weight = problem, weight
         self.batched = weight.dim() == 3
         self.unit = unit_prices(problem)
         # The original row is the first candidate, 0 the first bound.
@@ -206,17 +220,25 @@ class _Run:
         self.converged[finished] = True
         self.open = self.open[~gone]
 
+    def open_rows(self) -> int:
+        """How many items are open, in all processes."""
+        if self.everywhere is None:
+            return len(self.open)
+        return int(self.everywhere(self.open.new_tensor([len(self.open)])).sum())
+
     def worth_balancing(self, steps: int) -> bool:
         """Whether the steps that are left cost more than the factorisation of a new ρ."""
-        rows = self.weight.shape[-2] if self.batched else len(self.open)
-        return len(self.open) > 0 and rows * steps >= self.weight.shape[-1]
+        items = self.open_rows()
+        rows = self.weight.shape[-2] if self.batched else items
+        return items > 0 and rows * steps >= self.weight.shape[-1]
 
     def balance(self) -> None:
         """Change ρ so that primal and dual residuals of the open rows shrink alike."""
         # The ratio of the residuals falls about as ρ^-½ (measured), hence the square.
-        typical = self.imbalance[self.open].nanquantile(
-            0.5, -1 if self.batched else 0, interpolation="lower"
-        )
+        imbalance = self.imbalance[self.open]
+        if self.everywhere is not None:
+            imbalance = self.everywhere(imbalance)
+        typical = imbalance.nanquantile(0.5, -1 if self.batched else 0, interpolation="lower")
         factor = (typical / AIM).square_().clamp_(LEAST_FACTOR, MOST_FACTOR).nan_to_num_(1.0)
         factor = torch.where((factor < 1 / WORTH_IT) | (factor > WORTH_IT), factor, 1.0)
         if not bool((factor != 1).any()):
@@ -260,6 +282,8 @@ class _Run:
         self.rescale = None
 
     def _chunks(self, items: Tensor) -> Sequence[Tensor]:
+        if not len(items):
+            return ()
         size = tile_size(self.weight.device) // self.weight[0].numel()
         return torch.split(items, max(1 if self.batched else LEAST_ROWS, size))
 

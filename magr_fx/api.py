@@ -24,7 +24,9 @@ from magr_fx.passes.quantizable import (
     leave_out_unrunnable,
 )
 from magr_fx.passes.quantized_weights import Target
+from magr_fx.passes.ranks import ALONE, Group, Ranks, together
 from magr_fx.passes.read_exported import trace_or_read
+from magr_fx.passes.sharded import gathered, is_sharded
 from magr_fx.passes.to_pt2e import (
     export_for_pt2e,
     is_pt2e_quantizer,
@@ -53,6 +55,7 @@ def magr_transform(
     calibrate_all_experts: bool = False,
     strict: bool = False,
     checkpoint_dir: str | os.PathLike[str] | None = None,
+    process_group: Group = None,
     progress: bool | None = None,
 ) -> Model:
     """Shrink every weight's largest magnitudes in place, leaving its outputs on ``calib`` alone.
@@ -63,7 +66,8 @@ def magr_transform(
 
     Args:
         model: any module that runs, compiled or not, or its exported graph; also one that
-            accelerate offloads to memory or disk, a block of which is then in memory at a time.
+            accelerate offloads to memory or disk, or whose weights are sharded over ranks (FSDP2,
+            DTensor) and stay so: a block of it is then in memory, as a whole, at a time.
         calib: an iterable of model inputs, a DataLoader for instance, read once: a tensor is the
             first argument, a tuple or list the arguments, a mapping the keyword arguments.
             Batch sizes and lengths may differ. What ``attention_mask`` marks as padding does
@@ -89,6 +93,9 @@ def magr_transform(
         checkpoint_dir: a directory to save each block's weights in, and what the next block needs,
             as soon as it is done. A run with the directory of one that was cut short, and the same
             original model, calibration and options, goes on from there, to the same bits.
+        process_group: the ranks of torch.distributed that share the work; None is the default
+            group, where it is initialised. Every rank makes the same call, with the same model
+            and all of ``calib``, and ends with the same bits. False is this process alone.
         progress: shows progress bars; None shows them on a terminal only.
 
     Returns:
@@ -103,9 +110,11 @@ def magr_transform(
         TraceError: the model cannot be traced.
         CoverageError: ``strict``, and a weight is not rewritten.
         CheckpointError: ``checkpoint_dir`` belongs to another run, or cannot be used.
+        DistributedError: another rank failed, does not answer, or was called otherwise. Any of
+            these errors is raised on all ranks.
         Nothing was changed then, but for a CalibrationError that says that a quantized model
-        failed, a CoverageError that says that a solve did, and a CheckpointError of a full disk:
-        the log names what was rewritten.
+        failed, a CoverageError that says that a solve did, a CheckpointError of a full disk and a
+        DistributedError: the log names what was rewritten.
 
     Example:
         >>> import torch
@@ -115,30 +124,32 @@ def magr_transform(
         >>> [site.name for site in model.magr_report.rewritten]
         ['0.weight']
     """
-    config = resolve_config(config, target)
-    taking_part = target_for_rewriting(config, target, propagate, holdout)
-    tracing = Tracing(trace, calibrate_all_experts)
-    check_filter(filter_fn)
-    inner = unwrap(model)
-    offloaded = is_offloaded(inner)
-    check_model(inner, offloaded=offloaded)
-    check_not_frozen(model)
-    if offloaded:
-        tracing = tracing.without_values()
-    with at_hand(inner) as resident:
-        _run(
-            model,
-            read_calib(calib, inner),
-            config,
-            taking_part,
-            filter_fn=filter_fn,
-            tracing=tracing,
-            resident=resident,
-            strict=strict,
-            checkpoint_dir=checkpoint_dir,
-            progress=progress,
-            quantize=False,
-        )
+    with together(process_group) as ranks:
+        config = resolve_config(config, target)
+        taking_part = target_for_rewriting(config, target, propagate, holdout)
+        tracing = Tracing(trace, calibrate_all_experts)
+        check_filter(filter_fn)
+        inner = unwrap(model)
+        offloaded, sharded = is_offloaded(inner), is_sharded(inner)
+        check_model(inner, offloaded=offloaded, sharded=sharded)
+        check_not_frozen(model)
+        if offloaded or sharded:
+            tracing = tracing.without_values()
+        with gathered(inner, ranks) if sharded else at_hand(inner) as resident:
+            _run(
+                model,
+                read_calib(calib, inner),
+                config,
+                taking_part,
+                filter_fn=filter_fn,
+                tracing=tracing,
+                resident=resident,
+                ranks=ranks,
+                strict=strict,
+                checkpoint_dir=checkpoint_dir,
+                progress=progress,
+                quantize=False,
+            )
     return model
 
 
@@ -158,6 +169,7 @@ def magr_quantize(
     calibrate_all_experts: bool = False,
     strict: bool = False,
     checkpoint_dir: str | os.PathLike[str] | None = None,
+    process_group: Group = None,
     progress: bool | None = None,
 ) -> Model:
     """:func:`magr_transform` for ``target``, then torchao's ``quantize_`` with it, then proof.
@@ -172,7 +184,7 @@ def magr_quantize(
 
     Args:
         model, calib, config, holdout, filter_fn, trace, calibrate_all_experts, strict,
-        checkpoint_dir, progress: as for :func:`magr_transform`.
+        checkpoint_dir, process_group, progress: as for :func:`magr_transform`.
         target: the torchao config: int weight-only or dynamic-activation int weight. Or one of
             PT2E's quantizers: then the weights are rewritten with one alpha, without regard to
             the rounding, and ``config.group_size`` has to say what groups the quantizer makes.
@@ -194,30 +206,32 @@ def magr_quantize(
 
     Raises:
         HandoverError: torchao left a rewritten weight unquantized; the message lists which.
-        ConfigError, CalibrationError, ModelError, TraceError, CoverageError, CheckpointError: as
-            for :func:`magr_transform`.
+        ConfigError, CalibrationError, ModelError, TraceError, CoverageError, CheckpointError,
+            DistributedError: as for :func:`magr_transform`.
     """
-    handling = Handling(rounding, act_order, refine, propagate is not False, holdout)
-    options: dict[str, Any] = {
-        "filter_fn": filter_fn,
-        "tracing": Tracing(trace, calibrate_all_experts),
-        "strict": strict,
-        "checkpoint_dir": checkpoint_dir,
-        "progress": progress,
-    }
-    if is_pt2e_quantizer(target):
-        if rounding != "nearest" or propagate:
-            raise ConfigError(
-                'rounding="gptq" and propagate=True need a torchao config as target, which can '
-                "be asked what it makes of a weight; a PT2E quantizer cannot"
-            )
-        return _quantize_graph(model, calib, target, resolve_config(config, None), options)
-    config = resolve_config(config, target, required=True)
-    if config.alpha == 0 and rounding == "nearest":
-        raise ConfigError('alpha=0 shrinks nothing; with it only rounding="gptq" makes sense')
-    batches = _read(model, calib, filter_fn)
-    _run(model, batches, config, Target(target, handling), quantize=True, **options)
-    return model
+    with together(process_group) as ranks:
+        handling = Handling(rounding, act_order, refine, propagate is not False, holdout)
+        options: dict[str, Any] = {
+            "filter_fn": filter_fn,
+            "tracing": Tracing(trace, calibrate_all_experts),
+            "strict": strict,
+            "ranks": ranks,
+            "checkpoint_dir": checkpoint_dir,
+            "progress": progress,
+        }
+        if is_pt2e_quantizer(target):
+            if rounding != "nearest" or propagate:
+                raise ConfigError(
+                    'rounding="gptq" and propagate=True need a torchao config as target, which can '
+                    "be asked what it makes of a weight; a PT2E quantizer cannot"
+                )
+            return _quantize_graph(model, calib, target, resolve_config(config, None), options)
+        config = resolve_config(config, target, required=True)
+        if config.alpha == 0 and rounding == "nearest":
+            raise ConfigError('alpha=0 shrinks nothing; with it only rounding="gptq" makes sense')
+        batches = _read(model, calib, filter_fn)
+        _run(model, batches, config, Target(target, handling), quantize=True, **options)
+        return model
 
 
 def _quantize_graph(
@@ -250,6 +264,12 @@ def _read(model: nn.Module, calib: Any, filter_fn: FilterFn | None) -> list[Batc
             "magr_transform(model, calib, target=target) and model.save_pretrained(folder), then "
             "load that with from_pretrained(folder, quantization_config=TorchAoConfig(target))"
         )
+    if is_sharded(inner):
+        raise ModelError(
+            "the model is sharded (DTensor, FSDP2), which torchao's tensors are not here: call "
+            "magr_transform(model, calib, target=target), save the gathered weights, and let "
+            "quantize_ quantize the loaded model"
+        )
     check_model(inner)
     check_not_frozen(model)
     return read_calib(calib, inner)
@@ -268,8 +288,10 @@ def _run(
     progress: bool | None,
     quantize: bool,
     resident: Resident = all_resident,
+    ranks: Ranks = ALONE,
 ) -> MagRReport:
     inner = unwrap(model)
+    progress = progress if ranks.rank == 0 else False
     quantizer = target if quantize else None
     report = MagRReport(config, "" if quantizer is None else describe(quantizer.config))
     weights: list[Quantizable] = []
@@ -295,7 +317,7 @@ def _run(
                     if quantizer.handling.rounding == "nearest":
                         weights = keep_stacks(weights, inner, quantizer.config, batches[0])
         checkpoint = None
-        if checkpoint_dir is not None:
+        if checkpoint_dir is not None or ranks.world > 1:
             options = {
                 "config": config.as_dict(),
                 "target": None if target is None else describe(target.config),
@@ -304,7 +326,10 @@ def _run(
                 "strict": strict,
             }
             owned = [*inner.named_parameters(), *inner.named_buffers()]
-            checkpoint = Checkpoint(checkpoint_dir, fingerprint(traced, owned, options, resident))
+            known = fingerprint(traced, owned, options, resident)
+            ranks.agree_on(known)
+            if checkpoint_dir is not None:
+                checkpoint = Checkpoint(checkpoint_dir, known, ranks)
         try:
             tensors = rewrite_sites(
                 traced,
@@ -314,6 +339,7 @@ def _run(
                 target=target,
                 resident=resident,
                 checkpoint=checkpoint,
+                ranks=ranks,
                 strict=strict,
                 filter_fn=filter_fn,
                 progress=progress,

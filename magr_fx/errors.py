@@ -33,3 +33,7 @@ class CheckpointError(MagRError, RuntimeError):
 
 class HandoverError(MagRError, RuntimeError):
     """torchao left a rewritten weight unquantized; the message lists which."""
+
+
+class DistributedError(MagRError, RuntimeError):
+    """A rank failed, died, or was called with something else than the others."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from magr_fx.admm import Everywhere
 from magr_fx.config import MagRConfig
 from magr_fx.gram import row_errors
 from magr_fx.matmul_precision import full_float32
@@ -44,9 +45,14 @@ class Choice:
 
     def rows(self, part: slice) -> Choice:
         """Those rows of it."""
-        rounded = Rounded(self.rounded.values[part], tuple(p[part] for p in self.rounded.parts))
+        return self.mapped(lambda numbers: numbers[part])
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Choice:
+        """With each of its tensors, whose first dimension is the rows, changed."""
+        values, parts = self.rounded
+        rounded = Rounded(change(values), tuple(map(change, parts)))
         rest = (self.alpha, self.clip, self.status, self.steps, self.error)
-        return Choice(rounded, *(numbers[part] for numbers in rest))
+        return Choice(rounded, *map(change, rest))
 
 
 @torch.no_grad()
@@ -60,6 +66,7 @@ def choose(
     dtype: torch.dtype,
     units: Sequence[int] | None = None,
     one_weight: bool = False,
+    everywhere: Everywhere | None = None,
 ) -> Choice:
     """Solve for the config's alpha, or for a path of them, and round; each row keeps its best.
 
@@ -73,6 +80,7 @@ def choose(
         dtype: of the weight that the quantizer is given.
         units: as for :class:`Search`.
         one_weight: whether all that the rounding takes is one weight to be quantized.
+        everywhere: as for :func:`magr_fx.solve_magr_path`; not with ``units``.
 
     Raises:
         MagRError: as :func:`magr_fx.solve_magr`.
@@ -80,14 +88,17 @@ def choose(
     group_size = config.group_size or aim.shape[1]
     search = Search(aim, gram, rounding, dtype=dtype, group_size=group_size, units=units)
     if config.alpha != "auto":
-        solution = _path(aim, gram, [config.penalty], config)[0] if config.penalty else None
+        solution = None
+        if config.penalty:
+            (solution,) = _path(aim, gram, [config.penalty], config, everywhere)
         search.add(config.penalty, solution)
         search.take_only()
         return search.choice()
     search.start(start)
     search.add(0.0)
     alphas = ALPHAS if config.group_size is None else ALPHAS_GROUPS
-    for alpha, solution in zip(alphas, _path(aim, gram, alphas, config), strict=True):
+    path = _path(aim, gram, alphas, config, everywhere)
+    for alpha, solution in zip(alphas, path, strict=True):
         search.add(alpha, solution)
     search.try_each(CLIPS)
     separable = one_weight and config.group_size is not None and units is None
@@ -102,7 +113,13 @@ def choose(
     return search.choice()
 
 
-def _path(aim: Tensor, gram: Tensor, alphas: Sequence[float], config: MagRConfig) -> list[Solution]:
+def _path(
+    aim: Tensor,
+    gram: Tensor,
+    alphas: Sequence[float],
+    config: MagRConfig,
+    everywhere: Everywhere | None,
+) -> list[Solution]:
     options = config.resolved()
     return solve_magr_path(
         aim,
@@ -113,6 +130,7 @@ def _path(aim: Tensor, gram: Tensor, alphas: Sequence[float], config: MagRConfig
         max_steps=options.max_steps,
         tol=options.tol,
         precision=options.precision,
+        everywhere=everywhere,
         exact=False,  # rows are judged by what is left of them after rounding
     )
 

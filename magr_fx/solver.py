@@ -8,7 +8,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from magr_fx.admm import Warm, admm, tile_size
+from magr_fx.admm import Everywhere, Warm, admm, tile_size
 from magr_fx.certificate import Problem, certify
 from magr_fx.config import (
     PUBLISHED_ALPHA_PER_CHANNEL,
@@ -34,6 +34,7 @@ def solve_magr(
     max_steps: int | None = None,
     tol: float | None = None,
     precision: str = "float32",
+    everywhere: Everywhere | None = None,
 ) -> Solution:
     """Reduce the largest magnitude of each row of a weight without changing its outputs much.
 
@@ -64,6 +65,7 @@ def solve_magr(
             Products in float32 follow ``torch.set_float32_matmul_precision``: with TF32 a row
             takes a few more steps. Rounding keeps the relative gap of a float32 row above
             roughly 3e-8·‖w‖₁/alpha.
+        everywhere: as for :func:`solve_magr_path`.
 
     Returns:
         A :class:`Solution`. Objectives and gaps are those of the rows as returned, in the weight's
@@ -92,6 +94,7 @@ def solve_magr(
         max_steps=max_steps,
         tol=tol,
         precision=precision,
+        everywhere=everywhere,
     )[0]
 
 
@@ -107,6 +110,7 @@ def solve_magr_path(
     tol: float | None = None,
     precision: str = "float32",
     exact: bool = True,
+    everywhere: Everywhere | None = None,
 ) -> list[Solution]:
     """:func:`solve_magr` for each of several penalties, each from where its neighbour stopped.
 
@@ -119,6 +123,9 @@ def solve_magr_path(
         alphas: penalty weights, relative to λmax(G), in any order.
         exact: whether objectives and gaps are computed in float64; False takes ``precision``, a
             fifth of the time less, for those who judge the rows by something else.
+        everywhere: where the rows of one weight are solved in several processes, each with the
+            same gram, at the same time: gives values ``[rows]`` of those here for those of all. The
+            result is then that of all rows in one process.
 
     Returns:
         One :class:`Solution` for each alpha, in the order of ``alphas``.
@@ -145,7 +152,7 @@ def solve_magr_path(
     gram = gram.to(weight.device, options.dtype)
     # The caller's autocast is for the model; and the device to launch on is the weight's.
     with torch.autocast(weight.device.type, enabled=False), torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
-        return _solve_each(weight, gram, alphas, group_size, options, exact)
+        return _solve_each(weight, gram, alphas, group_size, options, exact, everywhere)
 
 
 def _solve_each(
@@ -155,11 +162,12 @@ def _solve_each(
     group_size: int,
     options: SolverOptions,
     exact: bool,
+    everywhere: Everywhere | None,
 ) -> list[Solution]:
     """Solve a weight, or each problem of a batch that data reached, a tile of them at a time."""
     peak = largest_eigenvalue(gram)
     if weight.dim() == 2:
-        return _solve(weight, gram, peak, alphas, group_size, options, exact)
+        return _solve(weight, gram, peak, alphas, group_size, options, exact, everywhere)
     found = [_untouched(weight) for _ in alphas]
     together = problems_at_once(weight.shape[-2:], weight.device)
     if not bool((peak > 0).any()):
@@ -187,6 +195,7 @@ def _solve(
     group_size: int,
     options: SolverOptions,
     exact: bool,
+    everywhere: Everywhere | None = None,
 ) -> list[Solution]:
     """Solve a weight, or a batch that fits one tile, for every alpha; in their order."""
     if weight.dim() == 2 and not bool(peak > 0):
@@ -209,6 +218,7 @@ def _solve(
                 warm=warm,
                 resumable=i != order[-1],
                 exact=exact,
+                everywhere=everywhere,
             )
         else:
             iterate = _pgd(problem, weight, options)

@@ -11,15 +11,17 @@ from torch.nn.parameter import UninitializedParameter
 
 from magr_fx.errors import ConfigError, ModelError
 from magr_fx.passes.find_linears import Site
+from magr_fx.passes.sharded import is_shard
 from magr_fx.passes.to_torchao import is_quantized
 
 
-def check_model(model: nn.Module, *, offloaded: bool = False) -> None:
+def check_model(model: nn.Module, *, offloaded: bool = False, sharded: bool = False) -> None:
     """Refuse a model that cannot be worked on as it is, naming the parameter and the remedy.
 
     Args:
         model: the model.
         offloaded: whether weights on the meta device have their values elsewhere.
+        sharded: whether weights may be DTensors.
 
     Raises:
         ModelError: a parameter is on the meta device, already quantized, NaN or Inf; or
@@ -31,7 +33,7 @@ def check_model(model: nn.Module, *, offloaded: bool = False) -> None:
         _check_module(name or type(module).__name__, module)
     finite: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
-        if parameter.is_meta and offloaded:
+        if (parameter.is_meta and offloaded) or (sharded and is_shard(parameter)):
             continue
         _check_parameter(name, parameter)
         if parameter.is_floating_point():
@@ -94,7 +96,8 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
     if type(parameter.data) is not torch.Tensor:
         raise ModelError(
             f"{name} is a {type(parameter.data).__name__}, which cannot be rewritten in place; "
-            "run MagR before the weights are sharded or wrapped"
+            "run MagR before the weights are wrapped; of a sharded model (DTensor, FSDP2) only "
+            "magr_transform takes the weights"
         )
     if parameter.is_inference() and not torch.is_inference_mode_enabled():
         raise ModelError(

@@ -1,7 +1,9 @@
 """What a run has done so far, on disk: after a crash the next one goes on from there.
 
 After every step the weights that it rewrote, the report's rows and the values that later steps read
-are written, each file first under another name: a file that has its name is whole.
+are written, each file first under another name: a file that has its name is whole. Of several
+ranks each writes what its own batches need, and the first one the weights, which all have; a step
+counts once every rank has written it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from magr_fx.errors import CheckpointError
 from magr_fx.passes.offloaded import Resident
+from magr_fx.passes.ranks import ALONE, Ranks
 from magr_fx.passes.trace import TracedBatch
 from magr_fx.report import Quantization, SiteReport
 
@@ -36,26 +39,33 @@ class Checkpoint:
     Args:
         folder: the directory; it is made if there is none.
         fingerprint: what must be the same for a run to be taken up again, see :func:`fingerprint`.
+        ranks: those that share it; all have to see the same directory.
 
     Raises:
         CheckpointError: the directory belongs to another run, or cannot be written.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], fingerprint: dict[str, str]) -> None:
-        self.folder = Path(folder)
-        path = self.folder / _FINGERPRINT
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"checkpoint_dir {self.folder} cannot be used: {error}; give another directory"
-            ) from error
+    def __init__(
+        self, folder: str | os.PathLike[str], fingerprint: dict[str, str], ranks: Ranks = ALONE
+    ) -> None:
+        self.folder, self._ranks = Path(folder), ranks
+        self._suffix = "" if ranks.world == 1 else f"-rank{ranks.rank}"
+        if ranks.world > 1:  # each has kept the values of its own batches
+            fingerprint = {**fingerprint, "number of ranks": str(ranks.world)}
+        if ranks.rank == 0:
+            known = self._known()
+            if known is None:
+                text = json.dumps(fingerprint, indent=1) + "\n"
+                self._write(_FINGERPRINT, lambda file: file.write(text.encode()))
+        ranks.meet()
+        known = self._known()
         if known is None:
-            text = json.dumps(fingerprint, indent=1) + "\n"
-            self._write(_FINGERPRINT, lambda file: file.write(text.encode()))
-            return
-        differing = [key for key in fingerprint if known.get(key) != fingerprint[key]]
+            raise CheckpointError(
+                f"checkpoint_dir {self.folder} is not the same directory on all ranks; give one "
+                "that they share"
+            )
+        keys = {**fingerprint, **known}
+        differing = [key for key in keys if known.get(key) != fingerprint.get(key)]
         if differing:
             raise CheckpointError(
                 f"checkpoint_dir {self.folder} belongs to another run, which differs in: "
@@ -64,10 +74,11 @@ class Checkpoint:
 
     def last(self) -> dict[str, Any] | None:
         """What was saved last: ``step``, ``boundary`` and ``rows``; None in a new directory."""
-        states = sorted(self.folder.glob("state-*.pt"))
-        if not states:
+        own = {int(path.stem.split("-")[1]) for path in self._states()}
+        whole = set.intersection(*self._ranks.gather(own))
+        if not whole:
             return None
-        state: dict[str, Any] = self._load(states[-1])
+        state: dict[str, Any] = self._load(self.folder / self._state(max(whole)))
         return {**state, "rows": [_row(plain) for plain in state["rows"]]}
 
     def weights(self, last: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -90,14 +101,32 @@ class Checkpoint:
         Raises:
             CheckpointError: it cannot be written; what was saved before is still there.
         """
-        if weights:
+        if weights and self._ranks.rank == 0:
             self._write(f"weights-{step:06d}.pt", lambda file: torch.save(weights, file))
         state = {"step": step, "boundary": boundary, "rows": [_plain(row) for row in rows]}
-        name = f"state-{step:06d}.pt"
-        self._write(name, lambda file: torch.save(state, file))
-        for path in self.folder.glob("state-*.pt"):
-            if path.name < name:
+        self._write(self._state(step), lambda file: torch.save(state, file))
+        self._ranks.meet()  # all have written it: what came before is not needed any more
+        for path in self._states():
+            if path.name < self._state(step):
                 path.unlink()
+
+    def _state(self, step: int) -> str:
+        return f"state-{step:06d}{self._suffix}.pt"
+
+    def _states(self) -> list[Path]:
+        return list(self.folder.glob(f"state-??????{self._suffix}.pt"))
+
+    def _known(self) -> dict[str, str] | None:
+        """The fingerprint of the run that the directory belongs to, if it belongs to one."""
+        path = self.folder / _FINGERPRINT
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"checkpoint_dir {self.folder} cannot be used: {error}; give another directory"
+            ) from error
+        return known
 
     def _write(self, name: str, write: Callable[[Any], Any]) -> None:
         unfinished = self.folder / f"{name}.unfinished"

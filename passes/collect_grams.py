@@ -36,7 +36,8 @@ from magr_fx.passes.find_linears import Site
 from magr_fx.passes.inline import autocast_of
 from magr_fx.passes.offloaded import Resident, all_resident, read_by
 from magr_fx.passes.padding import token_masks
-from magr_fx.passes.shared_gram import SharedGram
+from magr_fx.passes.ranks import ALONE, Ranks
+from magr_fx.passes.shared_gram import SharedGram, add_up
 from magr_fx.passes.taps import Taken, Tap
 from magr_fx.passes.trace import (
     Trace,
@@ -65,6 +66,8 @@ class CalibrationRun:
             and by how much that misses what it computed originally.
         holdout: the share of each activation's tokens, its last ones, that is kept aside.
         resident: has those weights in memory that a block reads.
+        ranks: who shares the batches. Each knows all traces, so that all come to the same steps,
+            and runs its own batches; the grams that are yielded are everybody's.
     """
 
     def __init__(
@@ -75,8 +78,10 @@ class CalibrationRun:
         propagate: bool = False,
         holdout: float = 0.0,
         resident: Resident = all_resident,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.batches, self._resident = batches, resident
+        self.batches = [batch for batch in batches if ranks.owns(batch.index)]
+        self._resident, self._ranks = resident, ranks
         self.propagate, self.holdout = propagate, holdout
         self.grams = _share(sites)
         self._taps: dict[fx.Node, list[Tap]] = defaultdict(list)
@@ -128,10 +133,14 @@ class CalibrationRun:
                         "nothing was changed. Look for overflow (float16?) or broken values "
                         "before that layer, or leave the batch out"
                     )
+                self._ranks.meet()  # where one found something all stop
 
     def unfed(self) -> list[Site]:
-        """After :meth:`check`: the sites that no counted token reaches."""
-        return [s for shared in self.grams if not int(self._seen[shared]) for s in shared.sites]
+        """After :meth:`check`: the sites that no counted token reaches, on any rank."""
+        seen = torch.tensor([int(self._seen[shared]) for shared in self.grams])
+        self._ranks.sum(seen)
+        pairs = zip(self.grams, seen.tolist(), strict=True)
+        return [site for shared, tokens in pairs if not tokens for site in shared.sites]
 
     def collect(
         self,
@@ -184,6 +193,7 @@ class CalibrationRun:
                         # The original run goes ahead while the weights are what they were.
                         self._run(block, batch, environments[1], None, record=decided)
                     if finished:
+                        add_up(finished, self._ranks)
                         yield finished
                     for shared in finished:
                         shared.let_go()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
@@ -88,7 +88,7 @@ def at_hand(model: nn.Module) -> Iterator[Resident]:
             for module, key in weight.places:
                 restored.callback(module._parameters.__setitem__, key, module._parameters[key])
                 module._parameters[key] = weight.parameter
-        pages = _Pages(weights)
+        pages = Pages(weights)
         pages.check()
         yield pages.resident
 
@@ -113,11 +113,40 @@ class _Weight:
             _store(values, key, weight)
 
 
-class _Pages:
-    def __init__(self, weights: Collection[_Weight]) -> None:
-        self._weights = weights
+class Kept(Protocol):
+    """A weight with its values elsewhere; ``parameter``, whose memory ``pages`` is, stands for it.
+
+    ``load`` gives its values, ``store`` keeps new ones.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def parameter(self) -> nn.Parameter: ...
+
+    @property
+    def pages(self) -> mmap.mmap: ...
+
+    def load(self) -> torch.Tensor: ...
+
+    def store(self, weight: torch.Tensor) -> None: ...
+
+
+class Pages:
+    """Has the weights in memory that are asked for.
+
+    Args:
+        weights: all of them.
+        before: what is done before some are loaded.
+    """
+
+    def __init__(
+        self, weights: Collection[Kept], before: Callable[[], None] = lambda: None
+    ) -> None:
+        self._weights, self._before = weights, before
         self._of = {w.parameter.untyped_storage().data_ptr(): w for w in weights}
-        self._versions: dict[_Weight, int] = {}  # of those in memory, as they were loaded
+        self._versions: dict[Kept, int] = {}  # of those in memory, as they were loaded
 
     def check(self) -> None:
         """Load every weight once.
@@ -136,7 +165,9 @@ class _Pages:
     def resident(self, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
         """Have these weights, or those that these are views of, in memory."""
         found = (self._of.get(tensor.untyped_storage().data_ptr()) for tensor in tensors)
-        weights = {w for w in found if w is not None and w not in self._versions}
+        # In the order they were asked for, which is the same on all ranks.
+        weights = dict.fromkeys(w for w in found if w is not None and w not in self._versions)
+        self._before()
         try:
             with torch.no_grad():
                 for weight in weights:
@@ -167,7 +198,7 @@ def _find(model: nn.Module) -> list[_Weight]:
             partner = tied.get(name, name)
             identity = partner if partner in tied.values() else _identity(values, kept_as)
             if identity not in weights:
-                weights[identity] = _Weight(name, [], [], *_addresses(parameter))
+                weights[identity] = _Weight(name, [], [], *addresses(parameter))
             weights[identity].places.append((module, key))
             weights[identity].kept.append((values, kept_as))
     return list(weights.values())
@@ -216,7 +247,7 @@ def _check_place(name: str, hook: Any, values: Any, key: str) -> None:
         )
 
 
-def _addresses(like: torch.Tensor) -> tuple[nn.Parameter, mmap.mmap]:
+def addresses(like: torch.Tensor) -> tuple[nn.Parameter, mmap.mmap]:
     """A parameter on the CPU whose elements take up memory only once they are written."""
     size = like.numel() * like.element_size()
     pages = mmap.mmap(-1, max(1, size))

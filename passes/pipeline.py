@@ -18,9 +18,11 @@ from magr_fx.passes.few_tokens import fill_up
 from magr_fx.passes.find_linears import FilterFn, Found, Site
 from magr_fx.passes.offloaded import Resident, all_resident
 from magr_fx.passes.quantized_weights import Target
+from magr_fx.passes.ranks import ALONE, Ranks
 from magr_fx.passes.rewrite_weights import rewrite_weight
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.solve_sites import alike, quantize_and_rewrite, solve_and_rewrite
+from magr_fx.passes.spread import exchange, plan
 from magr_fx.passes.to_torchao import target_group_size
 from magr_fx.passes.trace import TracedBatch
 from magr_fx.report import MagRReport, SiteReport
@@ -84,6 +86,7 @@ def rewrite_sites(
     target: Target | None = None,
     resident: Resident = all_resident,
     checkpoint: Checkpoint | None = None,
+    ranks: Ranks = ALONE,
     strict: bool = False,
     filter_fn: FilterFn | None = None,
     progress: bool | None = None,
@@ -101,6 +104,7 @@ def rewrite_sites(
         target: what will quantize the sites, and takes part; None rewrites without it.
         resident: has those weights in memory that are worked on.
         checkpoint: where to save each step, and what to go on from.
+        ranks: those that share the work, and end with the same weights and report.
         strict: whether every weight that meets an input has to be rewritten, but for those that
             ``filter_fn`` leaves out.
         progress: whether to show bars.
@@ -122,6 +126,7 @@ def rewrite_sites(
         propagate=handling.propagate,
         holdout=handling.holdout,
         resident=resident,
+        ranks=ranks,
     )
     saved = None if checkpoint is None else checkpoint.last()
     if saved is None:
@@ -144,7 +149,7 @@ def rewrite_sites(
                 if shared is None:
                     break
                 fill_up(shared)
-                tensors |= _rewrite(shared, config, target, report, run)
+                tensors |= _rewrite(shared, config, target, report, run, ranks)
                 keeper.remember(shared, tensors)
     except BaseException:
         if handling.rounding == "gptq":  # the tensors take their places together, at the end
@@ -176,17 +181,28 @@ def _rewrite(
     target: Target | None,
     report: MagRReport,
     run: CalibrationRun,
+    ranks: Ranks,
 ) -> dict[str, torch.Tensor]:
     """Solve and rewrite the sites of grams that are complete; with GPTQ, torchao's tensors."""
     tensors: dict[str, torch.Tensor] = {}
-    for together in alike(finished):
-        device = together[0].sites[0].parameter.device.type
-        with torch.autocast(device, enabled=False):  # the caller's is for the forward
+    first, (whole, owners, split) = len(report.sites), plan(finished, target, ranks)
+    own = [shared for shared, owner in zip(whole, owners, strict=True) if owner == ranks.rank]
+    device = finished[0].sites[0].parameter.device.type
+    with torch.autocast(device, enabled=False):  # the caller's is for the forward
+        for together in alike(own):
             if target is None:
                 solve_and_rewrite(together, config, report)
             else:
                 for one in together:
                     tensors |= quantize_and_rewrite(one, config, target, report, run)
+        exchange(whole, owners, report, first, tensors, target, run, ranks)
+        for shared in split:
+            if target is None:
+                solve_and_rewrite([shared], config, report, ranks)
+            else:
+                tensors |= quantize_and_rewrite(shared, config, target, report, run, ranks)
+    if split:  # each has its own seconds, and memory
+        report.sites[first:] = ranks.gather(report.sites[first:])[0]
     return tensors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from magr_fx.gptq import compensation
 from magr_fx.gram import damped, output_energy, relative_error
 from magr_fx.grid import stacked
 from magr_fx.passes.find_linears import Site
+from magr_fx.passes.ranks import ALONE, Ranks
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.to_torchao import shares_one_step
 from magr_fx.passes.torchao_rounding import TorchaoRounding, dequantized, grid_of
@@ -54,36 +56,47 @@ class Target:
 
 
 def quantized_weights(
-    shared: SharedGram, config: MagRConfig, target: Target
+    shared: SharedGram, config: MagRConfig, target: Target, ranks: Ranks = ALONE
 ) -> list[QuantizedWeight]:
     """Choose, for every row of the sites, what the target is to make of it; nothing is changed.
+
+    Of several ranks each chooses for its part of the rows, and all return the whole.
 
     Raises:
         MagRError: the gram or the weight cannot be worked with.
     """
     sites, gram = shared.sites, damped(shared.collected, config.regularisation)
     rows = [site.shape[0] for site in sites]
-    weight = torch.cat([site.weight for site in sites])
+    whole = torch.cat([site.weight for site in sites])
+    own = ranks.part_of(len(whole))
+    weight = whole[own]
     aim = weight.to(torch.float32)
     if shared.drift is not None:
         aim = made_up_for(weight, shared.collected, shared.drift)
-    torchao = TorchaoRounding(target.config, rows)
+    torchao = TorchaoRounding(target.config, _within(rows, own))
     alone = torchao.tensors(weight)
     start = torch.cat([dequantized(tensor) for tensor in alone])
     units = rows if shares_one_step(target.config) else None
+    everywhere = ranks.concat if ranks.world > 1 else None
     if target.handling.rounding == "gptq":
         on_grid = OnGrid(torchao.grid, compensation(gram, by_activation=target.handling.act_order))
         grid = stacked([grid_of(tensor) for tensor in alone])
         codes = torch.cat([tensor.qdata for tensor in alone])  # type: ignore[attr-defined]
-        first = Rounded(start, (codes, grid.scale, grid.zero_point))
-        choice = choose(aim, gram, on_grid, first, config, dtype=weight.dtype, units=units)
+        choice = choose(
+            aim,
+            gram,
+            on_grid,
+            Rounded(start, (codes, grid.scale, grid.zero_point)),
+            config,
+            dtype=weight.dtype,
+            units=units,
+            everywhere=everywhere,
+        )
         codes, scale, zero = choice.rounded.parts
         grid = grid._replace(scale=scale, zero_point=zero)
         if target.handling.refine:
             codes = descend(codes, aim, gram, grid, passes=target.handling.refine)
-        tensors = torchao.on_grid(weight, (codes, scale, zero))
-        values = grid.values(codes)
-        final = values.to(weight.dtype)
+        rounded = Rounded(grid.values(codes), (codes, scale, zero))
     else:
         choice = choose(
             aim,
@@ -94,16 +107,34 @@ def quantized_weights(
             dtype=weight.dtype,
             units=units,
             one_weight=True,
+            everywhere=everywhere,
         )
-        (final,) = choice.rounded.parts
-        tensors, values = torchao.tensors(final), choice.rounded.values
+        rounded = choice.rounded
+    aim, start = ranks.concat(aim), ranks.concat(start)
+    choice = replace(choice, rounded=rounded).mapped(ranks.concat)
+    values, parts = choice.rounded
+    torchao = TorchaoRounding(target.config, rows)
+    if target.handling.rounding == "gptq":
+        tensors, final = torchao.on_grid(whole, parts), values.to(whole.dtype)
+    else:
+        (final,) = parts
+        tensors = torchao.tensors(final)
     result = []
     for at, site in enumerate(sites):
         part = slice(sum(rows[:at]), sum(rows[: at + 1]))
-        own = choice.rows(part)
-        report = _report(shared, own, aim[part], start[part], values[part])
-        result.append(QuantizedWeight(site, final[part], tensors[at], own, report))
+        report = _report(shared, choice.rows(part), aim[part], start[part], values[part])
+        result.append(QuantizedWeight(site, final[part], tensors[at], choice.rows(part), report))
     return result
+
+
+def _within(rows: list[int], part: slice) -> list[int]:
+    """How many rows of each of the stacked weights lie in a part of the stack, if any do."""
+    ends = list(accumulate(rows))
+    pieces = [
+        min(end, part.stop) - max(end - length, part.start)
+        for end, length in zip(ends, rows, strict=True)
+    ]
+    return [piece for piece in pieces if piece > 0]
 
 
 def _report(

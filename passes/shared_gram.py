@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +10,7 @@ from torch import fx
 
 from magr_fx.gram import add_to_drift, add_to_gram
 from magr_fx.passes.find_linears import Site
+from magr_fx.passes.ranks import Ranks
 
 
 @dataclass(eq=False)
@@ -70,16 +72,16 @@ class SharedGram:
             used = place[-1:] - (holdout * place[-1:]).floor()
             last, kept, held = slice(None), keep & (place <= used), keep & (place > used)
         if self.gram is None:
-            self.gram = self._zeros()
+            self.gram = self.zeros()
         add_to_gram(self.gram, tokens[first], kept)
         self.tokens = self.tokens + _count(tokens[first], kept)
         if original is not None:
             if self.drift is None:
-                self.drift = self._zeros()
+                self.drift = self.zeros()
             add_to_drift(self.drift, tokens[first], original[first], kept)
         if len(tokens[last]):
             if self.held is None:
-                self.held = self._zeros()
+                self.held = self.zeros()
             add_to_gram(self.held, tokens[last], held)
             self.held_tokens = self.held_tokens + _count(tokens[last], held)
 
@@ -94,10 +96,42 @@ class SharedGram:
         """Free the matrices: the sites are done with."""
         self.gram = self.drift = self.held = None
 
-    def _zeros(self) -> torch.Tensor:
+    def zeros(self) -> torch.Tensor:
+        """A matrix ``[in, in]`` to sum in."""
         size = self.sites[0].shape[1]
         device = self.sites[0].parameter.device
         return torch.zeros(size, size, dtype=torch.float32, device=device)
+
+
+_MATRICES = ("gram", "drift", "held")
+_NUMBERS = ("tokens", "held_tokens", "padding_counted")
+
+
+def add_up(grams: Sequence[SharedGram], ranks: Ranks) -> None:
+    """Give each of them what was taken on all ranks, on every rank.
+
+    The matrices are summed in float32. Where nothing was taken on any rank there is still none.
+    """
+    if ranks.world == 1 or not grams:
+        return
+    found = torch.tensor(
+        [
+            [int(getattr(shared, key) is not None) for key in _MATRICES]
+            + [int(getattr(shared, key)) for key in _NUMBERS]
+            for shared in grams
+        ]
+    )
+    ranks.sum(found)
+    for shared, (*matrices, tokens, held_tokens, padding) in zip(
+        grams, found.tolist(), strict=True
+    ):
+        for key, anywhere in zip(_MATRICES, matrices, strict=True):
+            if anywhere:
+                own = getattr(shared, key)
+                setattr(shared, key, shared.zeros() if own is None else own)
+                ranks.sum(getattr(shared, key))
+        shared.tokens, shared.held_tokens = tokens, held_tokens
+        shared.padding_counted = padding > 0
 
 
 def _count(tokens: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor | int:

@@ -13,13 +13,14 @@ import torch
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from magr_fx.config import MagRConfig
-from magr_fx.errors import MagRError
+from magr_fx.errors import DistributedError, MagRError
 from magr_fx.gram import damped, output_error
 from magr_fx.memory import high_water_mark
 from magr_fx.passes.collect_grams import CalibrationRun
 from magr_fx.passes.find_linears import Site
 from magr_fx.passes.quantizable import quantized_copy
 from magr_fx.passes.quantized_weights import Target, quantized_weights
+from magr_fx.passes.ranks import ALONE, Ranks
 from magr_fx.passes.rewrite_weights import laid_out, refusal, rewrite_weight
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.torchao_rounding import dequantized
@@ -47,15 +48,22 @@ def alike(finished: list[SharedGram]) -> list[list[SharedGram]]:
     return batches
 
 
-def solve_and_rewrite(together: list[SharedGram], config: MagRConfig, report: MagRReport) -> None:
-    """Solve the sites of each gram as one stacked problem, and alike problems as one batch."""
+def solve_and_rewrite(
+    together: list[SharedGram], config: MagRConfig, report: MagRReport, ranks: Ranks = ALONE
+) -> None:
+    """Solve the sites of each gram as one stacked problem, and alike problems as one batch.
+
+    Several ranks solve a part of its rows each, of one gram only.
+    """
     fed = [shared for shared in together if _is_fed(shared, report)]
     if not fed:
         return
     before = report.seconds["solve"]
     try:
-        with report.timed("solve"):
-            solutions = _solve(fed, config)
+        with report.timed("solve"), ranks.failing_together():
+            solutions = _solve(fed, config, ranks)
+    except DistributedError:
+        raise
     except (MagRError, LinAlgError) as error:
         if len(fed) > 1:  # one of them is to blame: the others are solved all the same
             for shared in fed:
@@ -79,21 +87,25 @@ def quantize_and_rewrite(
     target: Target,
     report: MagRReport,
     run: CalibrationRun | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, torch.Tensor]:
     """Choose and round the sites of one gram, write them, and let the run go on with them.
 
-    Without a run there is nothing to propagate to.
+    Without a run there is nothing to propagate to. Several ranks choose for a part of the rows
+    each.
     """
     if not _is_fed(shared, report):
         return {}
     before = report.seconds["solve"]
     try:
-        with report.timed("solve"):
-            quantized = quantized_weights(shared, config, target)
+        with report.timed("solve"), ranks.failing_together():
+            quantized = quantized_weights(shared, config, target, ranks)
+    except DistributedError:
+        raise
     except (MagRError, LinAlgError) as error:
         _failed(shared, error, report)
         for site in shared.sites:
-            _go_on_with_torchao_alone(site, target, run)
+            go_on_with_torchao_alone(site, target, run)
         return {}
     rows = sum(site.shape[0] for site in shared.sites)
     seconds = (report.seconds["solve"] - before) / rows
@@ -104,14 +116,14 @@ def quantize_and_rewrite(
             if one.refusal is not None:
                 logger.warning("%s failed and keeps its weight: %s", site.name, one.refusal)
                 report.sites.append(_untouched(site, "failed", one.refusal, tokens))
-                _go_on_with_torchao_alone(site, target, run)
+                go_on_with_torchao_alone(site, target, run)
                 continue
             status, steps = summary(one.choice.status), int(one.choice.steps.max())
             gptq = target.handling.rounding == "gptq"
             done = _rewritten(site, one.weight, shared, status, steps, judged=not gptq)
             done = replace(done, quantization=one.report, seconds=seconds * site.shape[0])
             if run is not None and target.handling.propagate:
-                _go_on_with(site, one.tensor, run)
+                go_on_with(site, one.tensor, run)
             if gptq:
                 tensors[site.name] = one.tensor
             else:
@@ -120,7 +132,7 @@ def quantize_and_rewrite(
     return tensors
 
 
-def _go_on_with(site: Site, tensor: torch.Tensor, run: CalibrationRun) -> None:
+def go_on_with(site: Site, tensor: torch.Tensor, run: CalibrationRun) -> None:
     """Let the run read torchao's tensor, or its values, in the place of the site's weight."""
     if not (site.view.covers(site.parameter) and all(call.direct for call in site.calls)):
         # Not F.linear with the whole parameter, which is all that torchao's tensors run in.
@@ -128,10 +140,10 @@ def _go_on_with(site: Site, tensor: torch.Tensor, run: CalibrationRun) -> None:
     run.replace(site.parameter, tensor)
 
 
-def _go_on_with_torchao_alone(site: Site, target: Target, run: CalibrationRun | None) -> None:
+def go_on_with_torchao_alone(site: Site, target: Target, run: CalibrationRun | None) -> None:
     """A site that failed keeps its weight, which torchao will quantize."""
     if run is not None and target.handling.propagate:
-        _go_on_with(site, quantized_copy(site.weight, target.config), run)
+        go_on_with(site, quantized_copy(site.weight, target.config), run)
 
 
 def _is_fed(shared: SharedGram, report: MagRReport) -> bool:
@@ -149,8 +161,10 @@ def _failed(shared: SharedGram, error: Exception, report: MagRReport) -> None:
     report.sites += [_untouched(site, "failed", reason, tokens) for site in shared.sites]
 
 
-def _solve(together: list[SharedGram], config: MagRConfig) -> list[Solution]:
+def _solve(together: list[SharedGram], config: MagRConfig, ranks: Ranks) -> list[Solution]:
     weights = [_stacked(shared.sites) for shared in together]
+    if ranks.world > 1:
+        weights = [weight[ranks.part_of(len(weight))] for weight in weights]
     grams = [damped(shared.collected, config.regularisation) for shared in together]
     single = len(together) == 1
     solution = solve_magr(
@@ -162,11 +176,12 @@ def _solve(together: list[SharedGram], config: MagRConfig) -> list[Solution]:
         max_steps=config.max_steps,
         tol=config.tol,
         precision=config.precision,
+        everywhere=ranks.concat if ranks.world > 1 else None,
     )
     if grams[0].is_cuda:
         torch.cuda.synchronize(grams[0].device)
     if single:
-        return [solution]
+        return [Solution(*(ranks.concat(getattr(solution, f.name)) for f in fields(Solution)))]
     columns = zip(*(getattr(solution, f.name).unbind() for f in fields(Solution)), strict=True)
     return [Solution(*column) for column in columns]
 

@@ -75,6 +75,11 @@ def shares_one_step(target: AOBaseConfig) -> bool:
     return isinstance(granularity, PerTensor)
 
 
+def rows_are_independent(target: AOBaseConfig) -> bool:
+    """Whether what becomes of a row does not depend on which others are quantized with it."""
+    return not shares_one_step(target) and "HQQ" not in describe(target).upper()
+
+
 def describe(target: AOBaseConfig) -> str:
     """A config of the table in brief: its class and the fields that differ from the defaults."""
     usual = vars(type(target)())

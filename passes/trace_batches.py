@@ -52,8 +52,8 @@ class Tracing:
         """The same for a model whose weights are elsewhere, which therefore cannot be run."""
         if self.tracer == "make_fx":
             raise ConfigError(
-                'trace="make_fx" runs the model, which an offloaded one cannot be as a whole; '
-                'trace by "export", or load the model as a whole'
+                'trace="make_fx" runs the model, which an offloaded or sharded one cannot be as a '
+                'whole; trace by "export", or load the model as a whole'
             )
         return replace(self, tracer="export", has_values=False)
 

@@ -143,7 +143,7 @@ def test_a_part_that_is_in_memory_stays_there(tmp_path: Path) -> None:
 
 def test_no_more_than_a_block_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    whole: Callable[..., Any] = offloaded._Pages.resident
+    whole: Callable[..., Any] = offloaded.Pages.resident
 
     def counted(self: Any, tensors: Any) -> Any:
         context = whole(self, tensors)
@@ -159,7 +159,7 @@ def test_no_more_than_a_block_is_in_memory(tmp_path: Path, monkeypatch: pytest.M
         pages = self
         return Counting()
 
-    monkeypatch.setattr(offloaded._Pages, "resident", counted)
+    monkeypatch.setattr(offloaded.Pages, "resident", counted)
     hooked = offload(llama(), "disk_offload", tmp_path)
     magr_transform(hooked, CALIB)
     embedding = 100 * 32

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -602,6 +604,41 @@ def test_a_path_of_one_is_a_solve(solver: str) -> None:
     weight, gram = problem()
     (only,) = solve_magr_path(weight, gram, (0.05,), solver=solver)
     assert same_bits(only, solve_magr(weight, gram, alpha=0.05, solver=solver))
+
+
+@pytest.mark.parametrize("tol", [1e-3, 0.0])
+def test_rows_solved_apart_end_as_those_solved_together(solver: str, tol: float) -> None:
+    """Two processes, here threads, with a part of the rows each; one is done long before."""
+    weight, gram = problem(rows=30, columns=64, tokens=40)
+    weight[0] = 0
+    alphas = [0.05, 1e-3]
+    wanted = solve_magr_path(weight, gram, alphas, solver=solver, tol=tol)
+    parts = [slice(2), slice(2, None)]
+    alone = [solve_magr_path(weight[part], gram, alphas, solver=solver, tol=tol) for part in parts]
+    if solver == "admm":  # each part would have a ρ of its own
+        joined = torch.cat([path[0].weight for path in alone])
+        assert not torch.allclose(joined, wanted[0].weight, rtol=1e-3, atol=1e-3)
+    told: list[torch.Tensor] = [torch.empty(0)] * 2
+    gate = threading.Barrier(2, timeout=60)
+
+    def solve(at: int) -> list[Solution]:
+        def everywhere(values: torch.Tensor) -> torch.Tensor:
+            told[at] = values
+            gate.wait()
+            both = torch.cat(told)
+            gate.wait()
+            return both
+
+        return solve_magr_path(
+            weight[parts[at]], gram, alphas, solver=solver, tol=tol, everywhere=everywhere
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(solve, range(2)))
+    for whole, *of_parts in zip(wanted, *found, strict=True):
+        assert torch.equal(torch.cat([part.steps for part in of_parts]), whole.steps)
+        joined = torch.cat([part.weight for part in of_parts])
+        assert torch.allclose(joined, whole.weight, rtol=0, atol=2e-5)
 
 
 def test_a_path_without_data_leaves_the_weight(solver: str) -> None:
