@@ -142,6 +142,7 @@ class _Pages:
                 for weight in weights:
                     weight.parameter.copy_(weight.load())
                     self._versions[weight] = weight.parameter._version
+            _TRIM(0)  # of what was read
             yield
         finally:
             for weight in weights:
@@ -219,7 +220,8 @@ def _check_place(name: str, hook: Any, values: Any, key: str) -> None:
 def _addresses(like: torch.Tensor) -> tuple[nn.Parameter, mmap.mmap]:
     """A parameter on the CPU whose elements take up memory only once they are written."""
     size = like.numel() * like.element_size()
-    pages = mmap.mmap(-1, max(1, size))
+    # Private: of a shared mapping MADV_DONTNEED frees nothing.
+    pages = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     values = torch.frombuffer(pages, dtype=torch.uint8)[:size].view(like.dtype).view(like.shape)
     return nn.Parameter(values, like.requires_grad), pages
 
