@@ -23,6 +23,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from magr_fx.errors import CalibrationError
+from magr_fx.memory import high_water_mark
 from magr_fx.passes.blocks import Block, cut_into_blocks, in_step
 from magr_fx.passes.boundary import Environment, boundary, restore
 from magr_fx.passes.decisions import (
@@ -78,6 +79,7 @@ class CalibrationRun:
         self.batches, self._resident = batches, resident
         self.propagate, self.holdout = propagate, holdout
         self.grams = _share(sites)
+        self.working_on = ("", 0, 0)  # the layer, and which block of how many
         self._taps: dict[fx.Node, list[Tap]] = defaultdict(list)
         self._blocks: dict[Trace, list[Block]] = {}
         self._runners: dict[Trace, fx.Interpreter] = {}
@@ -158,6 +160,7 @@ class CalibrationRun:
         buffers = written_in_place(self._blocks)
         other = [buffer.detach().clone() for buffer in buffers]  # of the quantized run
         stored = [t for trace in self._blocks for t in attributes(trace.graph_module)]
+        device = next((g.sites[0].parameter.device for g in self.grams), torch.device("cpu"))
         with buffers_kept(self._blocks):
             if after is not None:
                 graphs = [batch.trace.graph_module.graph for batch in self.batches]
@@ -171,6 +174,7 @@ class CalibrationRun:
                 waiting = [shared for shared in waiting if shared.pending]
                 if after is not None and number <= after[0]:
                     continue
+                self.working_on = (step[0].label[0], number + 1, len(steps))
                 parameters = [site.parameter for shared in finished for site in shared.sites]
                 with self._resident([*read_by(step), *parameters]):
                     runs = self._runs(step, streams)
@@ -194,6 +198,7 @@ class CalibrationRun:
                         self._replaced.clear()  # everything that reads them has run
                 if save is not None:
                     save(number, boundary(streams, self.grams, [*buffers, *other], stored))
+                bar.set_postfix_str(f"peak {high_water_mark(device):.0f} MiB", refresh=False)
 
     def replace(self, parameter: nn.Parameter, quantized: torch.Tensor) -> None:
         """Go on with ``quantized`` in the place of a parameter whose sites were just yielded."""

@@ -259,11 +259,17 @@ def _store(values: Any, key: str, weight: torch.Tensor) -> None:
     if key in in_memory:
         in_memory[key].copy_(weight)
         return
-    from accelerate.utils import offload_weight  # an offloaded model comes with it
-
+    # As accelerate stores it, but not through a memory map, which a full disk ends with a signal.
     # First under another name: what is there under this one is always whole.
-    unfinished = f"{key}.unfinished"
-    entry = offload_weight(weight, unfinished, values.save_folder, {})[unfinished]
     folder = Path(values.save_folder)
-    (folder / f"{unfinished}.dat").replace(folder / f"{key}.dat")
-    values.index[key] = entry
+    unfinished = folder / f"{key}.unfinished"
+    try:
+        with unfinished.open("wb") as file:
+            plain = weight.contiguous().flatten().view(torch.uint8)
+            file.write(memoryview(plain.numpy()))
+        unfinished.replace(folder / f"{key}.dat")
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+    dtype = str(weight.dtype).removeprefix("torch.")
+    values.index[key] = {"dtype": dtype, "shape": list(weight.shape)}

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from contextlib import closing
 from dataclasses import replace
+from time import perf_counter
 from typing import Any
 
 import torch
 
+from magr_fx.block_log import log_block
 from magr_fx.config import Handling, MagRConfig
 from magr_fx.errors import ConfigError
+from magr_fx.memory import high_water_mark
 from magr_fx.passes.checkpoint import Checkpoint
 from magr_fx.passes.collect_grams import CalibrationRun
 from magr_fx.passes.coverage import refuse_failed, refuse_uncovered
@@ -137,8 +140,10 @@ def rewrite_sites(
             save=None if checkpoint is None else keeper.save,
             progress=progress,
         )
+        started = perf_counter()
         with closing(finished):  # gives the model its buffers back, whatever happens here
             while True:
+                known = len(report.sites)
                 with report.timed("grams"):
                     shared = next(finished, None)
                 if shared is None:
@@ -146,6 +151,10 @@ def rewrite_sites(
                 fill_up(shared)
                 tensors |= _rewrite(shared, config, target, report, run)
                 keeper.remember(shared, tensors)
+                memory = high_water_mark(shared[0].sites[0].parameter.device)
+                now = perf_counter()
+                log_block(*run.working_on, report.sites[known:], now - started, memory)
+                started = now
     except BaseException:
         if handling.rounding == "gptq":  # the tensors take their places together, at the end
             report.sites = []
