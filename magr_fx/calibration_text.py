@@ -10,9 +10,11 @@ from torch import Tensor
 
 from magr_fx.errors import CalibrationError
 
+BATCH = 4  # windows
+
 
 def text_batches(
-    tokenizer: Any, file: Path, *, tokens: int, length: int, batch: int = 4
+    tokenizer: Any, file: Path, *, tokens: int, length: int, batch: int = BATCH
 ) -> list[Tensor]:
     """Windows ``[batch, length]`` of token ids, spread evenly over the text.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,29 @@ def report(run: Path) -> None:
         click.echo(report_of(run))
 
 
+@magr_fx.command()
+@_options(
+    click.argument("model"),
+    *_TOKENS,
+    click.option("--target", help="What will quantize the weights: int3-per-channel, ..."),
+    click.option("--head", is_flag=True, help="Also rewrite the head."),
+    click.option("--rounding", default="nearest", show_default=True,
+                 type=click.Choice(["nearest", "gptq"])),
+    click.option("--tflops", type=click.FloatRange(0, min_open=True),
+                 help="What the machine does in a second; by default this one is measured."),
+)  # fmt: skip
+def plan(model: str, target: str | None, rounding: str, tflops: float | None, **given: Any) -> None:
+    """Print what a run on MODEL would rewrite, and what it would cost; no weight is read."""
+    with _told(None):
+        from magr_fx.named_targets import named_target
+        from magr_fx.plan_directory import plan_directory
+
+        config = None if target is None else named_target(target)
+        rate = None if tflops is None else tflops * 1e12
+        found = plan_directory(model, config, gptq=rounding == "gptq", rate=rate, **given)
+        click.echo(found)
+
+
 def _job(target: str | None, given: dict[str, Any], *, head: bool = False, **options: Any) -> Any:
     from magr_fx.directories import Job
     from magr_fx.named_targets import named_target
@@ -218,4 +242,4 @@ def _warnings_shown() -> Iterator[None]:
 
 class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(f"magr-fx: warning: {record.getMessage()}", file=click.get_text_stream("stderr"))
+        tqdm.write(f"magr-fx: warning: {record.getMessage()}", file=sys.stderr)

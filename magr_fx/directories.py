@@ -41,6 +41,8 @@ CHECKPOINT = "checkpoint"
 # Copies of the weights on the disk, beside the model itself: what is saved to go on from, the
 # rewritten ones, and the result.
 COPIES = 3
+# Bytes that Python, torch and transformers take before there is any model, about.
+PROCESS = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def quantize_directory_gptq(job: Job) -> MagRReport:
             job.target,
             job.config,
             rounding="gptq",
-            filter_fn=_filter(model, job, linears_only=True),
+            filter_fn=rewritable(model, job.skip, linears_only=True),
             checkpoint_dir=job.run / CHECKPOINT,
             **job.options,
         )
@@ -276,7 +278,7 @@ def _rewrite(model: Any, prepared: _Prepared, *, linears_only: bool = False) -> 
         prepared.calib,
         job.config,
         target=job.target,
-        filter_fn=_filter(model, job, linears_only=linears_only),
+        filter_fn=rewritable(model, job.skip, head=job.head, linears_only=linears_only),
         checkpoint_dir=job.run / CHECKPOINT,
         **job.options,
     )
@@ -303,13 +305,15 @@ def _finish(prepared: _Prepared, folder: Path, report: MagRReport) -> MagRReport
     return report
 
 
-def _filter(model: Any, job: Job, *, linears_only: bool) -> FilterFn:
-    """What to rewrite: all but what transformers does not quantize, and what the job skips."""
-    kept = [] if job.head else HfQuantizer.get_modules_to_not_convert(model)
+def rewritable(
+    model: Any, skip: tuple[str, ...] = (), *, head: bool = False, linears_only: bool = False
+) -> FilterFn:
+    """What to rewrite: all but what transformers does not quantize, and what is to be skipped."""
+    kept = [] if head else HfQuantizer.get_modules_to_not_convert(model)
 
     def chosen(module: nn.Module, name: str) -> bool:
         wanted = isinstance(module, nn.Linear) or not linears_only
-        return wanted and should_convert_module(name, kept) and not _is_skipped(name, job)
+        return wanted and should_convert_module(name, kept) and not _is_skipped(name, skip)
 
     return chosen
 
@@ -317,12 +321,12 @@ def _filter(model: Any, job: Job, *, linears_only: bool) -> FilterFn:
 def _left_out(model: nn.Module, job: Job) -> list[str] | None:
     """What TorchAoConfig is to be told to leave alone; None is what it does by itself."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    skipped = [name for name in linears if _is_skipped(name, job)]
+    skipped = [name for name in linears if _is_skipped(name, job.skip)]
     return [*HfQuantizer.get_modules_to_not_convert(model), *skipped] if skipped else None
 
 
-def _is_skipped(name: str, job: Job) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in job.skip)
+def _is_skipped(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def _emptied(folder: Path) -> Path:

@@ -168,7 +168,7 @@ def _find(model: nn.Module) -> list[_Weight]:
             partner = tied.get(name, name)
             identity = partner if partner in tied.values() else _identity(values, kept_as)
             if identity not in weights:
-                weights[identity] = _Weight(name, [], [], *_addresses(parameter))
+                weights[identity] = _Weight(name, [], [], *reserved(parameter))
             weights[identity].places.append((module, key))
             weights[identity].kept.append((values, kept_as))
     return list(weights.values())
@@ -217,7 +217,7 @@ def _check_place(name: str, hook: Any, values: Any, key: str) -> None:
         )
 
 
-def _addresses(like: torch.Tensor) -> tuple[nn.Parameter, mmap.mmap]:
+def reserved(like: torch.Tensor) -> tuple[nn.Parameter, mmap.mmap]:
     """A parameter on the CPU whose elements take up memory only once they are written."""
     size = like.numel() * like.element_size()
     # Private: of a shared mapping MADV_DONTNEED frees nothing.
