@@ -53,6 +53,7 @@ def magr_transform(
     calibrate_all_experts: bool = False,
     strict: bool = False,
     checkpoint_dir: str | os.PathLike[str] | None = None,
+    spill_dir: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Model:
     """Shrink every weight's largest magnitudes in place, leaving its outputs on ``calib`` alone.
@@ -89,6 +90,8 @@ def magr_transform(
         checkpoint_dir: a directory to save each block's weights in, and what the next block needs,
             as soon as it is done. A run with the directory of one that was cut short, and the same
             original model, calibration and options, goes on from there, to the same bits.
+        spill_dir: a directory, on a disk that is fast, to keep the activations between blocks in;
+            None keeps them in memory.
         progress: shows progress bars; None shows them on a terminal only.
 
     Returns:
@@ -136,6 +139,7 @@ def magr_transform(
             resident=resident,
             strict=strict,
             checkpoint_dir=checkpoint_dir,
+            spill_dir=spill_dir,
             progress=progress,
             quantize=False,
         )
@@ -158,6 +162,7 @@ def magr_quantize(
     calibrate_all_experts: bool = False,
     strict: bool = False,
     checkpoint_dir: str | os.PathLike[str] | None = None,
+    spill_dir: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Model:
     """:func:`magr_transform` for ``target``, then torchao's ``quantize_`` with it, then proof.
@@ -172,7 +177,7 @@ def magr_quantize(
 
     Args:
         model, calib, config, holdout, filter_fn, trace, calibrate_all_experts, strict,
-        checkpoint_dir, progress: as for :func:`magr_transform`.
+        checkpoint_dir, spill_dir, progress: as for :func:`magr_transform`.
         target: the torchao config: int weight-only or dynamic-activation int weight. Or one of
             PT2E's quantizers: then the weights are rewritten with one alpha, without regard to
             the rounding, and ``config.group_size`` has to say what groups the quantizer makes.
@@ -203,6 +208,7 @@ def magr_quantize(
         "tracing": Tracing(trace, calibrate_all_experts),
         "strict": strict,
         "checkpoint_dir": checkpoint_dir,
+        "spill_dir": spill_dir,
         "progress": progress,
     }
     if is_pt2e_quantizer(target):
@@ -265,6 +271,7 @@ def _run(
     tracing: Tracing,
     strict: bool,
     checkpoint_dir: str | os.PathLike[str] | None,
+    spill_dir: str | os.PathLike[str] | None,
     progress: bool | None,
     quantize: bool,
     resident: Resident = all_resident,
@@ -314,6 +321,7 @@ def _run(
                 target=target,
                 resident=resident,
                 checkpoint=checkpoint,
+                spill_dir=spill_dir,
                 strict=strict,
                 filter_fn=filter_fn,
                 progress=progress,

@@ -64,6 +64,8 @@ _WORK = (
     click.option("--resume", is_flag=True,
                  help="Go on with a run for OUT that was cut short, if there is one."),
     click.option("--log-json", type=FILE, help="Append a line of JSON for each finished block."),
+    click.option("--spill", type=FOLDER,
+                 help="Keep the activations between blocks in this directory, not in memory."),
     click.option("--progress/--no-progress", default=None,
                  help="Show bars (default: on a terminal)."),
 )  # fmt: skip
@@ -150,7 +152,7 @@ def _job(target: str | None, given: dict[str, Any], *, head: bool = False, **opt
     from magr_fx.directories import Job
     from magr_fx.named_targets import named_target
 
-    options = {"progress": given["progress"], **options}
+    options = {"progress": given["progress"], "spill_dir": given["spill"], **options}
     if given["propagate"] is not None:
         options["propagate"] = given["propagate"]
     return Job(

@@ -177,13 +177,14 @@ def _prepared(job: Job) -> Iterator[_Prepared]:
     if importlib.util.find_spec("accelerate") is None:
         raise ConfigError("models are read with accelerate: pip install 'magr-fx[cli]'")
     _check_out(job)
-    source = find_model(job.model)
-    config = read_config(source)
-    tensors = read_directory(source)
-    _check_space(job, config, sum(tensor.nbytes for tensor in tensors.values()))
-    calib = text_batches(_tokenizer(source), job.text, tokens=job.tokens, length=job.length)
     with _alone(job.run):
         try:
+            source = find_model(job.model)
+            config = read_config(source)
+            tensors = read_directory(source)
+            _check_space(job, config, sum(tensor.nbytes for tensor in tensors.values()))
+            tokenizer = _tokenizer(source)
+            calib = text_batches(tokenizer, job.text, tokens=job.tokens, length=job.length)
             yield _Prepared(job, source, tensors, calib)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
@@ -214,7 +215,7 @@ def _check_space(job: Job, config: dict[str, Any], size: int) -> None:
     needed = COPIES * size + activations
     existing = next(folder for folder in job.out.absolute().parents if folder.exists())
     free = shutil.disk_usage(existing).free
-    if job.resume and job.run.exists():  # some of it is written already
+    if job.resume:  # some of it is written already
         free += sum(path.stat().st_size for path in job.run.rglob("*") if path.is_file())
     if free < needed:
         raise ConfigError(

@@ -11,6 +11,7 @@ two runs is taken as well.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Generator, Hashable, Mapping
 from functools import partial
@@ -38,6 +39,7 @@ from magr_fx.passes.inline import autocast_of
 from magr_fx.passes.offloaded import Resident, all_resident, read_by
 from magr_fx.passes.padding import token_masks
 from magr_fx.passes.shared_gram import SharedGram
+from magr_fx.passes.spill import Spill
 from magr_fx.passes.taps import Taken, Tap
 from magr_fx.passes.trace import (
     Trace,
@@ -65,6 +67,7 @@ class CalibrationRun:
             and by how much that misses what it computed originally.
         holdout: the share of each activation's tokens, its last ones, that is kept aside.
         resident: has those weights in memory that a block reads.
+        spill: a directory to keep the values between blocks in; None keeps them in memory.
     """
 
     def __init__(
@@ -75,8 +78,12 @@ class CalibrationRun:
         propagate: bool = False,
         holdout: float = 0.0,
         resident: Resident = all_resident,
+        spill: str | os.PathLike[str] | None = None,
     ) -> None:
         self.batches, self._resident = batches, resident
+        traced = dict.fromkeys(batch.trace for batch in batches)
+        stored = [tensor for trace in traced for tensor in attributes(trace.graph_module)]
+        self._spill = None if spill is None else Spill(spill, stored)
         self.propagate, self.holdout = propagate, holdout
         self.grams = _share(sites)
         self.working_on = ("", 0, 0)  # the layer, and which block of how many
@@ -353,6 +360,8 @@ class CalibrationRun:
                     env.pop(dead, None)
         for node in [node for node in env if node.op == "get_attr"]:
             del env[node]
+        if self._spill is not None:
+            self._spill.keep(env)
 
     def _anew(
         self, node: fx.Node, env: Environment, runner: fx.Interpreter, replaced: Weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from contextlib import closing
 from dataclasses import replace
 from time import perf_counter
@@ -87,6 +88,7 @@ def rewrite_sites(
     target: Target | None = None,
     resident: Resident = all_resident,
     checkpoint: Checkpoint | None = None,
+    spill_dir: str | os.PathLike[str] | None = None,
     strict: bool = False,
     filter_fn: FilterFn | None = None,
     progress: bool | None = None,
@@ -104,6 +106,7 @@ def rewrite_sites(
         target: what will quantize the sites, and takes part; None rewrites without it.
         resident: has those weights in memory that are worked on.
         checkpoint: where to save each step, and what to go on from.
+        spill_dir: where to keep the values between blocks; None keeps them in memory.
         strict: whether every weight that meets an input has to be rewritten, but for those that
             ``filter_fn`` leaves out.
         progress: whether to show bars.
@@ -125,6 +128,7 @@ def rewrite_sites(
         propagate=handling.propagate,
         holdout=handling.holdout,
         resident=resident,
+        spill=spill_dir,
     )
     saved = None if checkpoint is None else checkpoint.last()
     if saved is None:

@@ -194,9 +194,7 @@ CASES: list[tuple[Callable[[Place], None], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "message"), CASES, ids=[case[0].__name__ for case in CASES])
-def test_bad_input_is_refused(
-    damage: Callable[[Place], None], message: str, place: Place
-) -> None:
+def test_bad_input_is_refused(damage: Callable[[Place], None], message: str, place: Place) -> None:
     damage(place)
     refused(place, message=message)
 
@@ -210,23 +208,24 @@ def test_an_unknown_target_lists_the_valid_ones(command: str, place: Place) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--target", "int3-group-7"), "groups of 7 do not divide"),
+        (("--target", "int3-group-7", "--no-propagate"), "groups of 7 do not divide"),
         (("--damping", "-1"), "damping must be a finite number"),
         (("--max-steps", "0"), "max_steps must be an int"),
         (("--log-json", "/proc/none/log"), "cannot be written: .*name another file"),
         (("--skip", "*"), "filter_fn"),
     ],
 )
-def test_wrong_options_are_refused(
-    options: tuple[str, ...], message: str, place: Place
-) -> None:
+def test_wrong_options_are_refused(options: tuple[str, ...], message: str, place: Place) -> None:
     refused(place, *options, message=message)
 
 
 def test_a_number_that_is_none_is_a_usage_error(place: Place) -> None:
     command = ("transform", place.model, place.out, "--calib", place.text)
     result = run(*command, "--alpha", "much")
-    assert (result.exit_code, "--alpha is a number, auto or published" in result.stderr) == (2, True)
+    assert (result.exit_code, "--alpha is a number, auto or published" in result.stderr) == (
+        2,
+        True,
+    )
     result = run("quantize", *command[1:], *INT3, "--refine", 3)
     assert (result.exit_code, "--refine belongs to --rounding gptq" in result.stderr) == (2, True)
 
