@@ -42,4 +42,4 @@ def text_batches(
             "ask for fewer, in shorter windows, or give a longer text"
         )
     starts = torch.linspace(0, len(ids) - length, windows).long()
-    return list(torch.stack([ids[at : at + length] for at in starts]).split(batch))
+    return list(torch.split(torch.stack([ids[at : at + length] for at in starts]), batch))

@@ -6,7 +6,7 @@ import fnmatch
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +148,10 @@ def _overwrite(file: Path, stored: StoredTensor, weight: torch.Tensor) -> None:
     plain = weight.to(_DTYPES[stored.dtype]).contiguous().flatten()
     with file.open("r+b") as opened:
         opened.seek(stored.start)
-        opened.write(memoryview(plain.view(torch.uint8).numpy()))
+        opened.write(plain.view(torch.uint8).numpy().data)
 
 
-def _offloaded_weights(model: Any) -> Mapping[str, Any] | Any:
+def _offloaded_weights(model: Any) -> Any:
     """accelerate's OffloadedWeightsLoader, which all modules of a model share."""
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)

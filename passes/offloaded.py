@@ -266,7 +266,7 @@ def _store(values: Any, key: str, weight: torch.Tensor) -> None:
     try:
         with unfinished.open("wb") as file:
             plain = weight.contiguous().flatten().view(torch.uint8)
-            file.write(memoryview(plain.numpy()))
+            file.write(plain.numpy().data)
         unfinished.replace(folder / f"{key}.dat")
     except OSError:
         unfinished.unlink(missing_ok=True)

@@ -70,7 +70,7 @@ class Spill:
             try:
                 # A map of a file that has no room would end in a signal when it is written to.
                 os.posix_fallocate(descriptor, 0, size)
-                mapped = torch.UntypedStorage.from_file(name, shared=True, nbytes=size)
+                mapped: Any = torch.UntypedStorage.from_file(name, shared=True, nbytes=size)
             finally:
                 os.close(descriptor)
                 os.unlink(name)
@@ -80,4 +80,4 @@ class Spill:
                 "give another spill_dir"
             ) from error
         mapped.copy_(storage)
-        return mapped
+        return mapped  # type: ignore[no-any-return]

@@ -54,7 +54,7 @@ def large_model(folder: Path) -> Path:
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     numbers = torch.randn(2**23, generator=torch.Generator().manual_seed(0)) * 0.02
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for layer in [*(f"layers.{at}." for at in range(LAYERS)), ""]:
         names = [name for name in shapes if layer in name and name not in weight_map]
         tensors = {n: numbers[: shapes[n].numel()].view(shapes[n]).clone() for n in names}
