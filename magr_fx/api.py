@@ -56,6 +56,7 @@ def magr_transform(
     strict: bool = False,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     process_group: Group = None,
+    spill_dir: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Model:
     """Shrink every weight's largest magnitudes in place, leaving its outputs on ``calib`` alone.
@@ -96,6 +97,8 @@ def magr_transform(
         process_group: the ranks of torch.distributed that share the work; None is the default
             group, where it is initialised. Every rank makes the same call, with the same model
             and all of ``calib``, and ends with the same bits. False is this process alone.
+        spill_dir: a directory, on a disk that is fast, to keep the activations between blocks in;
+            None keeps them in memory.
         progress: shows progress bars; None shows them on a terminal only.
 
     Returns:
@@ -147,6 +150,7 @@ def magr_transform(
                 ranks=ranks,
                 strict=strict,
                 checkpoint_dir=checkpoint_dir,
+                spill_dir=spill_dir,
                 progress=progress,
                 quantize=False,
             )
@@ -170,6 +174,7 @@ def magr_quantize(
     strict: bool = False,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     process_group: Group = None,
+    spill_dir: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Model:
     """:func:`magr_transform` for ``target``, then torchao's ``quantize_`` with it, then proof.
@@ -184,7 +189,7 @@ def magr_quantize(
 
     Args:
         model, calib, config, holdout, filter_fn, trace, calibrate_all_experts, strict,
-        checkpoint_dir, process_group, progress: as for :func:`magr_transform`.
+        checkpoint_dir, spill_dir, process_group, progress: as for :func:`magr_transform`.
         target: the torchao config: int weight-only or dynamic-activation int weight. Or one of
             PT2E's quantizers: then the weights are rewritten with one alpha, without regard to
             the rounding, and ``config.group_size`` has to say what groups the quantizer makes.
@@ -217,6 +222,7 @@ def magr_quantize(
             "strict": strict,
             "ranks": ranks,
             "checkpoint_dir": checkpoint_dir,
+            "spill_dir": spill_dir,
             "progress": progress,
         }
         if is_pt2e_quantizer(target):
@@ -285,6 +291,7 @@ def _run(
     tracing: Tracing,
     strict: bool,
     checkpoint_dir: str | os.PathLike[str] | None,
+    spill_dir: str | os.PathLike[str] | None,
     progress: bool | None,
     quantize: bool,
     resident: Resident = all_resident,
@@ -340,6 +347,7 @@ def _run(
                 resident=resident,
                 checkpoint=checkpoint,
                 ranks=ranks,
+                spill_dir=spill_dir,
                 strict=strict,
                 filter_fn=filter_fn,
                 progress=progress,

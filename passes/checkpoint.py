@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
+from magr_fx.config import MagRConfig
 from magr_fx.errors import CheckpointError
 from magr_fx.passes.offloaded import Resident
 from magr_fx.passes.ranks import ALONE, Ranks
 from magr_fx.passes.trace import TracedBatch
-from magr_fx.report import Quantization, SiteReport
+from magr_fx.report import MagRReport, Quantization, SiteReport
 
 _FINGERPRINT = "fingerprint.json"
 # How many values of each weight tell one model from another.
@@ -64,8 +65,11 @@ class Checkpoint:
                 f"checkpoint_dir {self.folder} is not the same directory on all ranks; give one "
                 "that they share"
             )
-        keys = {**fingerprint, **known}
-        differing = [key for key in keys if known.get(key) != fingerprint.get(key)]
+        differing = [
+            _difference(key, known.get(key, ""), fingerprint.get(key, ""))
+            for key in {**fingerprint, **known}
+            if known.get(key) != fingerprint.get(key)
+        ]
         if differing:
             raise CheckpointError(
                 f"checkpoint_dir {self.folder} belongs to another run, which differs in: "
@@ -76,16 +80,13 @@ class Checkpoint:
         """What was saved last: ``step``, ``boundary`` and ``rows``; None in a new directory."""
         own = {int(path.stem.split("-")[1]) for path in self._states()}
         whole = set.intersection(*self._ranks.gather(own))
-        if not whole:
-            return None
-        state: dict[str, Any] = self._load(self.folder / self._state(max(whole)))
-        return {**state, "rows": [_row(plain) for plain in state["rows"]]}
+        return _state(self.folder / self._state(max(whole))) if whole else None
 
     def weights(self, last: int) -> Iterator[dict[str, torch.Tensor]]:
         """The weights of each step up to the last one, by the names of their sites."""
         for path in sorted(self.folder.glob("weights-*.pt")):
             if int(path.stem.partition("-")[2]) <= last:
-                yield self._load(path)
+                yield _load(path)
 
     def save(
         self, step: int, boundary: Any, rows: list[SiteReport], weights: dict[str, torch.Tensor]
@@ -143,14 +144,36 @@ class Checkpoint:
                 "another checkpoint_dir; a run with this one goes on from what was saved before"
             ) from error
 
-    def _load(self, path: Path) -> Any:
-        try:
-            return torch.load(path, weights_only=True)
-        except Exception as error:  # whatever a file raises that was damaged since
-            raise CheckpointError(
-                f"{path} cannot be read: {type(error).__name__}: {error}; empty {self.folder} to "
-                "start anew"
-            ) from error
+
+def checkpoint_report(folder: Path) -> MagRReport:
+    """The report of a run that is not finished: its sites so far.
+
+    Raises:
+        CheckpointError: the directory is damaged, or no run's.
+    """
+    states = sorted(folder.glob("state-*.pt"))  # of several ranks all have all rows
+    rows = _state(states[-1])["rows"] if states else []
+    try:
+        known = json.loads((folder / _FINGERPRINT).read_text(encoding="utf-8"))
+        config = MagRConfig(**json.loads(known["configuration"])["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} is no checkpoint of a run: {error!r}") from error
+    return MagRReport(config, sites=rows)
+
+
+def _state(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = _load(path)
+    return {**state, "rows": [_row(plain) for plain in state["rows"]]}
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception as error:  # whatever a file raises that was damaged since
+        raise CheckpointError(
+            f"{path} cannot be read: {type(error).__name__}: {error}; empty {path.parent} to "
+            "start anew"
+        ) from error
 
 
 def fingerprint(
@@ -195,6 +218,32 @@ def fingerprint(
         "version of torch": torch.__version__,
         "version of torchao": _version("torchao"),
     }
+
+
+def _difference(key: str, was: str, now: str) -> str:
+    """What differs, and how where that can be read."""
+    if key.startswith("version"):
+        return f"{key} ({was}, now {now})"
+    if key != "configuration":
+        return key
+    try:
+        before, after = _flat(json.loads(was)), _flat(json.loads(now))
+    except ValueError:
+        return key
+    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    parts = [f"{n} was {before.get(n)}, now {after.get(n)}" for n in names]
+    return f"{key} ({'; '.join(parts)})" if parts else key
+
+
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    """Options in options by their own names; of lists, how long they are."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, dict):
+            flat |= _flat(value)
+        else:
+            flat[name] = f"{len(value)} of them" if isinstance(value, list) else value
+    return flat
 
 
 def _version(package: str) -> str:

@@ -11,6 +11,7 @@ two runs is taken as well.
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Hashable, Mapping
 from functools import partial
@@ -23,6 +24,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from magr_fx.errors import CalibrationError
+from magr_fx.memory import high_water_mark
 from magr_fx.passes.blocks import Block, cut_into_blocks, in_step
 from magr_fx.passes.boundary import Environment, boundary, restore
 from magr_fx.passes.decisions import (
@@ -38,6 +40,7 @@ from magr_fx.passes.offloaded import Resident, all_resident, read_by
 from magr_fx.passes.padding import token_masks
 from magr_fx.passes.ranks import ALONE, Ranks
 from magr_fx.passes.shared_gram import SharedGram, add_up
+from magr_fx.passes.spill import Spill
 from magr_fx.passes.taps import Taken, Tap
 from magr_fx.passes.trace import (
     Trace,
@@ -68,6 +71,7 @@ class CalibrationRun:
         resident: has those weights in memory that a block reads.
         ranks: who shares the batches. Each knows all traces, so that all come to the same steps,
             and runs its own batches; the grams that are yielded are everybody's.
+        spill: a directory to keep the values between blocks in; None keeps them in memory.
     """
 
     def __init__(
@@ -79,11 +83,16 @@ class CalibrationRun:
         holdout: float = 0.0,
         resident: Resident = all_resident,
         ranks: Ranks = ALONE,
+        spill: str | os.PathLike[str] | None = None,
     ) -> None:
         self.batches = [batch for batch in batches if ranks.owns(batch.index)]
         self._resident, self._ranks = resident, ranks
+        traced = dict.fromkeys(batch.trace for batch in batches)
+        stored = [tensor for trace in traced for tensor in attributes(trace.graph_module)]
+        self._spill = None if spill is None else Spill(spill, stored)
         self.propagate, self.holdout = propagate, holdout
         self.grams = _share(sites)
+        self.working_on = ("", 0, 0)  # the layer, and which block of how many
         self._taps: dict[fx.Node, list[Tap]] = defaultdict(list)
         self._blocks: dict[Trace, list[Block]] = {}
         self._runners: dict[Trace, fx.Interpreter] = {}
@@ -168,6 +177,7 @@ class CalibrationRun:
         buffers = written_in_place(self._blocks)
         other = [buffer.detach().clone() for buffer in buffers]  # of the quantized run
         stored = [t for trace in self._blocks for t in attributes(trace.graph_module)]
+        device = next((g.sites[0].parameter.device for g in self.grams), torch.device("cpu"))
         with buffers_kept(self._blocks):
             if after is not None:
                 graphs = [batch.trace.graph_module.graph for batch in self.batches]
@@ -181,6 +191,7 @@ class CalibrationRun:
                 waiting = [shared for shared in waiting if shared.pending]
                 if after is not None and number <= after[0]:
                     continue
+                self.working_on = (step[0].label[0], number + 1, len(steps))
                 parameters = [site.parameter for shared in finished for site in shared.sites]
                 with self._resident([*read_by(step), *parameters]):
                     runs = self._runs(step, streams)
@@ -205,6 +216,7 @@ class CalibrationRun:
                         self._replaced.clear()  # everything that reads them has run
                 if save is not None:
                     save(number, boundary(streams, self.grams, [*buffers, *other], stored))
+                bar.set_postfix_str(f"peak {high_water_mark(device):.0f} MiB", refresh=False)
 
     def replace(self, parameter: nn.Parameter, quantized: torch.Tensor) -> None:
         """Go on with ``quantized`` in the place of a parameter whose sites were just yielded."""
@@ -363,6 +375,8 @@ class CalibrationRun:
                     env.pop(dead, None)
         for node in [node for node in env if node.op == "get_attr"]:
             del env[node]
+        if self._spill is not None:
+            self._spill.keep(env)
 
     def _anew(
         self, node: fx.Node, env: Environment, runner: fx.Interpreter, replaced: Weights

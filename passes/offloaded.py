@@ -173,6 +173,7 @@ class Pages:
                 for weight in weights:
                     weight.parameter.copy_(weight.load())
                     self._versions[weight] = weight.parameter._version
+            _TRIM(0)  # of what was read
             yield
         finally:
             for weight in weights:
@@ -198,7 +199,7 @@ def _find(model: nn.Module) -> list[_Weight]:
             partner = tied.get(name, name)
             identity = partner if partner in tied.values() else _identity(values, kept_as)
             if identity not in weights:
-                weights[identity] = _Weight(name, [], [], *addresses(parameter))
+                weights[identity] = _Weight(name, [], [], *reserved(parameter))
             weights[identity].places.append((module, key))
             weights[identity].kept.append((values, kept_as))
     return list(weights.values())
@@ -247,10 +248,11 @@ def _check_place(name: str, hook: Any, values: Any, key: str) -> None:
         )
 
 
-def addresses(like: torch.Tensor) -> tuple[nn.Parameter, mmap.mmap]:
+def reserved(like: torch.Tensor) -> tuple[nn.Parameter, mmap.mmap]:
     """A parameter on the CPU whose elements take up memory only once they are written."""
     size = like.numel() * like.element_size()
-    pages = mmap.mmap(-1, max(1, size))
+    # Private: of a shared mapping MADV_DONTNEED frees nothing.
+    pages = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     values = torch.frombuffer(pages, dtype=torch.uint8)[:size].view(like.dtype).view(like.shape)
     return nn.Parameter(values, like.requires_grad), pages
 
@@ -288,11 +290,17 @@ def _store(values: Any, key: str, weight: torch.Tensor) -> None:
     if key in in_memory:
         in_memory[key].copy_(weight)
         return
-    from accelerate.utils import offload_weight  # an offloaded model comes with it
-
+    # As accelerate stores it, but not through a memory map, which a full disk ends with a signal.
     # First under another name: what is there under this one is always whole.
-    unfinished = f"{key}.unfinished"
-    entry = offload_weight(weight, unfinished, values.save_folder, {})[unfinished]
     folder = Path(values.save_folder)
-    (folder / f"{unfinished}.dat").replace(folder / f"{key}.dat")
-    values.index[key] = entry
+    unfinished = folder / f"{key}.unfinished"
+    try:
+        with unfinished.open("wb") as file:
+            plain = weight.contiguous().flatten().view(torch.uint8)
+            file.write(plain.numpy().data)
+        unfinished.replace(folder / f"{key}.dat")
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+    dtype = str(weight.dtype).removeprefix("torch.")
+    values.index[key] = {"dtype": dtype, "shape": list(weight.shape)}

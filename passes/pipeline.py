@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 from contextlib import closing
 from dataclasses import replace
+from time import perf_counter
 from typing import Any
 
 import torch
 
+from magr_fx.block_log import log_block
 from magr_fx.config import Handling, MagRConfig
 from magr_fx.errors import ConfigError
+from magr_fx.memory import high_water_mark
 from magr_fx.passes.checkpoint import Checkpoint
 from magr_fx.passes.collect_grams import CalibrationRun
 from magr_fx.passes.coverage import refuse_failed, refuse_uncovered
@@ -87,6 +91,7 @@ def rewrite_sites(
     resident: Resident = all_resident,
     checkpoint: Checkpoint | None = None,
     ranks: Ranks = ALONE,
+    spill_dir: str | os.PathLike[str] | None = None,
     strict: bool = False,
     filter_fn: FilterFn | None = None,
     progress: bool | None = None,
@@ -105,6 +110,7 @@ def rewrite_sites(
         resident: has those weights in memory that are worked on.
         checkpoint: where to save each step, and what to go on from.
         ranks: those that share the work, and end with the same weights and report.
+        spill_dir: where to keep the values between blocks; None keeps them in memory.
         strict: whether every weight that meets an input has to be rewritten, but for those that
             ``filter_fn`` leaves out.
         progress: whether to show bars.
@@ -127,6 +133,7 @@ def rewrite_sites(
         holdout=handling.holdout,
         resident=resident,
         ranks=ranks,
+        spill=spill_dir,
     )
     saved = None if checkpoint is None else checkpoint.last()
     if saved is None:
@@ -142,8 +149,10 @@ def rewrite_sites(
             save=None if checkpoint is None else keeper.save,
             progress=progress,
         )
+        started = perf_counter()
         with closing(finished):  # gives the model its buffers back, whatever happens here
             while True:
+                known = len(report.sites)
                 with report.timed("grams"):
                     shared = next(finished, None)
                 if shared is None:
@@ -151,6 +160,10 @@ def rewrite_sites(
                 fill_up(shared)
                 tensors |= _rewrite(shared, config, target, report, run, ranks)
                 keeper.remember(shared, tensors)
+                memory = high_water_mark(shared[0].sites[0].parameter.device)
+                now = perf_counter()
+                log_block(*run.working_on, report.sites[known:], now - started, memory)
+                started = now
     except BaseException:
         if handling.rounding == "gptq":  # the tensors take their places together, at the end
             report.sites = []

@@ -20,7 +20,7 @@ from torch import distributed as dist
 from torch import nn
 
 from magr_fx.errors import ModelError
-from magr_fx.passes.offloaded import Pages, Resident, addresses
+from magr_fx.passes.offloaded import Pages, Resident, reserved
 from magr_fx.passes.ranks import Ranks
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -64,7 +64,7 @@ def gathered(model: nn.Module, ranks: Ranks) -> Iterator[Resident]:
     for name, parameter in model.named_parameters():
         if is_shard(parameter):
             _check(name, parameter, ranks)
-            weights[id(parameter)] = _Weight(name, parameter, *addresses(parameter))
+            weights[id(parameter)] = _Weight(name, parameter, *reserved(parameter))
     for module in model.modules():
         for key, own in module._parameters.items():
             if own is not None and id(own) in weights:

@@ -1,0 +1,247 @@
+"""The commands of ``magr-fx``: what they take, and how their errors are told."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from magr_fx.block_log import blocks_to
+from magr_fx.config import ALPHA_WORDS, SOLVERS, MagRConfig
+from magr_fx.errors import MagRError
+
+Command = Callable[..., None]
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(path_type=Path)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="magr-fx")
+def magr_fx() -> None:
+    """Shrink every channel's largest weight before torchao quantizes it.
+
+    MODEL is a directory with the safetensors of a causal language model, or its name on the Hub.
+    What is wrong with the input is told in one line, with exit code 2; nothing is changed then.
+    """
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_TOKENS = (
+    click.option("--tokens", default=16_384, show_default=True, type=click.IntRange(1),
+                 help="How many tokens to calibrate on."),
+    click.option("--length", default=512, show_default=True, type=click.IntRange(2),
+                 help="Tokens in a window."),
+    click.option("--skip", multiple=True, metavar="PATTERN",
+                 help="Leave modules of this name alone, such as '*.down_proj'; repeatable."),
+)  # fmt: skip
+_WORK = (
+    click.argument("model"),
+    click.argument("out", type=FOLDER),
+    click.option("--calib", required=True, type=FILE, help="A text file to calibrate on."),
+    *_TOKENS,
+    click.option("--alpha", metavar="auto|published|NUMBER",
+                 help="The penalty; by default each row's own where there is a target."),
+    click.option("--solver", default="admm", show_default=True, type=click.Choice(SOLVERS)),
+    click.option("--max-steps", type=int, help="The most steps of the solver."),
+    click.option("--damping", type=float, help="Share of the gram's mean diagonal added to it."),
+    click.option("--propagate/--no-propagate", default=None,
+                 help="Fit each layer behind the quantized ones (default: with a target)."),
+    click.option("--resume", is_flag=True,
+                 help="Go on with a run for OUT that was cut short, if there is one."),
+    click.option("--log-json", type=FILE, help="Append a line of JSON for each finished block."),
+    click.option("--spill", type=FOLDER,
+                 help="Keep the activations between blocks in this directory, not in memory."),
+    click.option("--progress/--no-progress", default=None,
+                 help="Show bars (default: on a terminal)."),
+)  # fmt: skip
+
+
+@magr_fx.command()
+@_options(
+    *_WORK,
+    click.option("--target", help="What will quantize the weights: int3-per-channel, ..."),
+    click.option("--head", is_flag=True, help="Also rewrite the head, which is left alone."),
+)
+def transform(target: str | None, head: bool, **given: Any) -> None:
+    """Rewrite MODEL's weights into OUT, a directory of the same kind.
+
+    One block of the model is in memory at a time.
+    """
+    with _told(given["out"]):
+        from magr_fx.directories import transform_directory
+
+        job = _job(target, given, head=head)
+        _report(transform_directory, job, given)
+
+
+@magr_fx.command()
+@_options(
+    *_WORK,
+    click.option("--target", required=True, help="The torchao config: int3-per-channel, ..."),
+    click.option("--rounding", default="nearest", show_default=True,
+                 type=click.Choice(["nearest", "gptq"])),
+    click.option("--refine", type=click.IntRange(0), default=0, show_default=True,
+                 help="Passes of coordinate descent after GPTQ."),
+)  # fmt: skip
+def quantize(target: str, rounding: str, refine: int, **given: Any) -> None:
+    """Rewrite and quantize MODEL into OUT, which transformers loads by itself.
+
+    To the nearest the weights are rewritten block by block, and the quantized model is in memory
+    in the end; with GPTQ the whole model is.
+    """
+    with _told(given["out"]):
+        from magr_fx.directories import quantize_directory, quantize_directory_gptq
+
+        if rounding == "gptq":
+            _report(quantize_directory_gptq, _job(target, given, refine=refine), given)
+            return
+        if refine:
+            raise click.UsageError("--refine belongs to --rounding gptq")
+        _report(quantize_directory, _job(target, given), given)
+
+
+@magr_fx.command()
+@click.argument("run", type=FOLDER)
+def report(run: Path) -> None:
+    """Print the report of RUN: an OUT, or the OUT.unfinished of a run that was cut short."""
+    with _told(None):
+        from magr_fx.directories import report_of
+
+        click.echo(report_of(run))
+
+
+@magr_fx.command()
+@_options(
+    click.argument("model"),
+    *_TOKENS,
+    click.option("--target", help="What will quantize the weights: int3-per-channel, ..."),
+    click.option("--head", is_flag=True, help="Also rewrite the head."),
+    click.option("--rounding", default="nearest", show_default=True,
+                 type=click.Choice(["nearest", "gptq"])),
+    click.option("--tflops", type=click.FloatRange(0, min_open=True),
+                 help="What the machine does in a second; by default this one is measured."),
+)  # fmt: skip
+def plan(model: str, target: str | None, rounding: str, tflops: float | None, **given: Any) -> None:
+    """Print what a run on MODEL would rewrite, and what it would cost; no weight is read."""
+    with _told(None):
+        from magr_fx.named_targets import named_target
+        from magr_fx.plan_directory import plan_directory
+
+        config = None if target is None else named_target(target)
+        rate = None if tflops is None else tflops * 1e12
+        found = plan_directory(model, config, gptq=rounding == "gptq", rate=rate, **given)
+        click.echo(found)
+
+
+def _job(target: str | None, given: dict[str, Any], *, head: bool = False, **options: Any) -> Any:
+    from magr_fx.directories import Job
+    from magr_fx.named_targets import named_target
+
+    options = {"progress": given["progress"], "spill_dir": given["spill"], **options}
+    if given["propagate"] is not None:
+        options["propagate"] = given["propagate"]
+    return Job(
+        model=given["model"],
+        out=given["out"],
+        text=given["calib"],
+        target=None if target is None else named_target(target),
+        tokens=given["tokens"],
+        length=given["length"],
+        config=MagRConfig(
+            alpha=_alpha(given["alpha"]),
+            solver=given["solver"],
+            max_steps=given["max_steps"],
+            damping=given["damping"],
+        ),
+        skip=given["skip"],
+        head=head,
+        resume=given["resume"],
+        options=options,
+    )
+
+
+def _alpha(given: str | None) -> float | str | None:
+    if given is None or given in ALPHA_WORDS:
+        return given
+    try:
+        return float(given)
+    except ValueError:
+        raise click.UsageError(
+            f"--alpha is a number, {' or '.join(ALPHA_WORDS)}; got {given!r}"
+        ) from None
+
+
+def _report(make: Callable[[Any], Any], job: Any, given: dict[str, Any]) -> None:
+    with blocks_to(given["log_json"]):
+        done = make(job)
+    click.echo(done.totals())
+    click.echo(f"{job.out} is written; magr-fx report {job.out} has a row for each weight")
+
+
+@contextlib.contextmanager
+def _told(out: Path | None) -> Iterator[None]:
+    """Tell errors in one line, and how to go on; other libraries' bars and notes stay away."""
+    with contextlib.ExitStack() as restored:
+        restored.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
+        transformers_logging.set_verbosity_error()
+        if transformers_logging.is_progress_bar_enabled():
+            restored.callback(transformers_logging.enable_progress_bar)
+            transformers_logging.disable_progress_bar()
+        # That it says what is offloaded, which is what is asked for, and so of every run.
+        accelerate = logging.getLogger("accelerate")
+        restored.callback(accelerate.setLevel, accelerate.level)
+        accelerate.setLevel(logging.ERROR)
+        restored.enter_context(_warnings_shown())
+        try:
+            yield
+        except KeyboardInterrupt:
+            click.echo(f"magr-fx: interrupted{_how_to_go_on(out)}", err=True)
+            raise click.exceptions.Exit(130) from None
+        except MagRError as error:
+            message = " ".join(str(error).split())
+            click.echo(f"magr-fx: error: {message}{_how_to_go_on(out)}", err=True)
+            raise click.exceptions.Exit(2) from error
+
+
+def _how_to_go_on(out: Path | None) -> str:
+    from magr_fx.directories import is_resumable
+
+    if out is None or not is_resumable(out):
+        return ""
+    return "; the blocks that are done are saved: the same command with --resume goes on from there"
+
+
+@contextlib.contextmanager
+def _warnings_shown() -> Iterator[None]:
+    """The library's warnings, each in a line of its own; errors come as exceptions."""
+    handler = _Lines(logging.WARNING)
+    handler.addFilter(lambda record: record.levelno == logging.WARNING)
+    logger = logging.getLogger("magr_fx")
+    propagate = logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.propagate = propagate
+        logger.removeHandler(handler)
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(f"magr-fx: warning: {record.getMessage()}", file=sys.stderr)

@@ -1,0 +1,340 @@
+"""A Hugging Face directory → the same with rewritten or quantized weights.
+
+Weights are read and rewritten a block at a time; with GPTQ the model is in memory as a whole, and
+so is any quantized one in the end. What is written is an ordinary directory of transformers; until
+it is whole it has another name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import fnmatch
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+from torchao.core.config import AOBaseConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+from transformers.quantizers import AutoHfQuantizer, HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from magr_fx.api import magr_quantize, magr_transform
+from magr_fx.calibration_text import text_batches
+from magr_fx.config import MagRConfig
+from magr_fx.errors import CheckpointError, ConfigError, ModelError
+from magr_fx.model_directory import StoredTensor, find_model, read_config, read_directory
+from magr_fx.passes.checkpoint import checkpoint_report
+from magr_fx.passes.find_linears import FilterFn
+from magr_fx.passes.to_torchao import describe, is_quantized
+from magr_fx.report import MagRReport
+from magr_fx.report_files import read_report, write_report
+from magr_fx.write_directory import Origin, copy_rest, publish
+
+UNFINISHED = ".unfinished"
+CHECKPOINT = "checkpoint"
+# Copies of the weights on the disk, beside the model itself: what is saved to go on from, the
+# rewritten ones, and the result.
+COPIES = 3
+# Bytes that Python, torch and transformers take before there is any model, about.
+PROCESS = 500_000_000
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to make of which model.
+
+    Attributes:
+        model: a directory with the safetensors of a causal language model, or a name on the Hub.
+        out: the directory to make; it may be there if it is empty.
+        text: a text file to calibrate on.
+        target: the torchao config that quantizes the model.
+        tokens, length: how much of the text, and in windows of how many tokens.
+        config: how to solve.
+        skip: patterns (``*`` and ``?``) of the names of modules to leave alone.
+        head: whether to rewrite what transformers does not quantize by default: the head.
+        resume: whether to go on with a run for ``out`` that was cut short.
+        options: more of :func:`magr_fx.magr_transform` or :func:`magr_fx.magr_quantize`.
+    """
+
+    model: str
+    out: Path
+    text: Path
+    target: AOBaseConfig | None
+    tokens: int = 16_384
+    length: int = 512
+    config: MagRConfig | None = None
+    skip: tuple[str, ...] = ()
+    head: bool = False
+    resume: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def run(self) -> Path:
+        """Where the job keeps what is not finished: ``OUT.unfinished``."""
+        return self.out.with_name(self.out.name + UNFINISHED)
+
+
+def transform_directory(job: Job) -> MagRReport:
+    """:func:`magr_fx.magr_transform` from directory to directory, a block in memory at a time.
+
+    Raises:
+        MagRError: something is missing, damaged or too small, or what magr_transform raises;
+            ``out`` is as it was then.
+    """
+    with _prepared(job) as prepared:
+        model = _load(prepared, offloaded=True)
+        return _finish(prepared, _rewrite(model, prepared), model.magr_report)
+
+
+def quantize_directory(job: Job) -> MagRReport:
+    """:func:`transform_directory` for a target, then torchao by transformers' ``TorchAoConfig``.
+
+    Quantized are the linears that transformers quantizes by default, all but the head. The weights
+    are rewritten a block at a time; the quantized model is in memory as a whole at the end, with
+    what torchao stores for each weight.
+
+    Raises:
+        MagRError: as :func:`transform_directory`.
+    """
+    with _prepared(job) as prepared:
+        model = _load(prepared, offloaded=True)
+        left = _left_out(model, job)
+        rewritten, report = _rewrite(model, prepared, linears_only=True), model.magr_report
+        del model
+        config = TorchAoConfig(job.target, modules_to_not_convert=left)
+        quantized = AutoModelForCausalLM.from_pretrained(
+            rewritten, dtype="auto", quantization_config=config
+        )
+        return _finish(prepared, _save_quantized(quantized, prepared, report), report)
+
+
+def quantize_directory_gptq(job: Job) -> MagRReport:
+    """:func:`magr_fx.magr_quantize` with GPTQ; the model is in memory as a whole.
+
+    Raises:
+        MagRError: as :func:`transform_directory`.
+    """
+    with _prepared(job) as prepared:
+        model = _load(prepared, offloaded=False)
+        config = TorchAoConfig(job.target, modules_to_not_convert=_left_out(model, job))
+        magr_quantize(
+            model,
+            prepared.calib,
+            job.target,
+            job.config,
+            rounding="gptq",
+            filter_fn=rewritable(model, job.skip, linears_only=True),
+            checkpoint_dir=job.run / CHECKPOINT,
+            **job.options,
+        )
+        model.config.quantization_config = config
+        model.hf_quantizer = AutoHfQuantizer.from_config(config)
+        report: MagRReport = model.magr_report
+        return _finish(prepared, _save_quantized(model, prepared, report), report)
+
+
+def report_of(folder: Path) -> MagRReport:
+    """The report of a directory that is finished, or of what is done in one that is not.
+
+    Args:
+        folder: an ``out``, or the ``OUT.unfinished`` of a run that was cut short.
+
+    Raises:
+        MagRError: there is no report there, or it cannot be read.
+    """
+    if is_resumable(folder):
+        folder = folder.with_name(folder.name + UNFINISHED)
+    if any((folder / CHECKPOINT).glob("state-*.pt")):
+        return checkpoint_report(folder / CHECKPOINT)
+    return read_report(folder)
+
+
+def is_resumable(out: Path) -> bool:
+    """Whether a run for ``out`` was cut short that can be taken up again."""
+    return any((out.with_name(out.name + UNFINISHED) / CHECKPOINT).glob("state-*.pt"))
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    job: Job
+    source: Path
+    tensors: dict[str, StoredTensor]
+    calib: list[Any]
+
+
+@contextlib.contextmanager
+def _prepared(job: Job) -> Iterator[_Prepared]:
+    """Check all that can be checked first; then the run's directory is ours, until the end.
+
+    It stays, if the work is cut short, where there is something in it to go on from.
+    """
+    if importlib.util.find_spec("accelerate") is None:
+        raise ConfigError("models are read with accelerate: pip install 'magr-fx[cli]'")
+    _check_out(job)
+    with _alone(job.run):
+        try:
+            source = find_model(job.model)
+            config = read_config(source)
+            tensors = read_directory(source)
+            _check_space(job, config, sum(tensor.nbytes for tensor in tensors.values()))
+            tokenizer = _tokenizer(source)
+            calib = text_batches(tokenizer, job.text, tokens=job.tokens, length=job.length)
+            yield _Prepared(job, source, tensors, calib)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{getattr(error, 'filename', None) or job.run} cannot be written: {error}. Free "
+                "some space; what was saved is still there"
+            ) from error
+        finally:
+            if not is_resumable(job.out):
+                shutil.rmtree(job.run, ignore_errors=True)
+
+
+def _check_out(job: Job) -> None:
+    if job.out.exists() and not (job.out.is_dir() and not any(job.out.iterdir())):
+        raise ConfigError(f"{job.out} is there and is not empty; name another directory for OUT")
+    if job.run.exists() and not job.resume:
+        raise ConfigError(
+            f"{job.run} is of a run that was cut short: add --resume to go on with it, or remove "
+            "it to start anew"
+        )
+
+
+def _check_space(job: Job, config: dict[str, Any], size: int) -> None:
+    """Whether the disk has room for the weights and for what one block hands to the next."""
+    text = config.get("text_config") or config
+    widths = (text.get(name) or 0 for name in ("hidden_size", "intermediate_size"))
+    # Of the original and of the quantized model, in float32; the last state and the next one.
+    activations = 4 * 2 * 2 * job.tokens * sum(widths)
+    needed = COPIES * size + activations
+    existing = next(folder for folder in job.out.absolute().parents if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if job.resume:  # some of it is written already
+        free += sum(path.stat().st_size for path in job.run.rglob("*") if path.is_file())
+    if free < needed:
+        raise ConfigError(
+            f"{existing} has {free / 1e9:.1f} GB of free disk, and up to {needed / 1e9:.1f} GB are "
+            f"needed: {COPIES} times the weights, and activations. Free some, or name an OUT on "
+            "another disk"
+        )
+
+
+def _tokenizer(source: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # whatever transformers raises of what it does not find
+        raise ModelError(
+            f"{source} has no tokenizer that transformers can load ({_brief(error)}); copy its "
+            "tokenizer files there"
+        ) from error
+
+
+@contextlib.contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """Have the run's directory to oneself; the lock goes with the process, however that ends."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = (run / "lock").open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"{run} cannot be made: {error.strerror or error}; name an OUT where you may write"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"another process works on {run}; wait for it, or name another OUT"
+            ) from error
+        yield
+
+
+def _load(prepared: _Prepared, *, offloaded: bool) -> Any:
+    options: dict[str, Any] = {}
+    if offloaded:
+        offload = _emptied(prepared.job.run / "offload")  # of what a run that was cut short wrote
+        options = {"device_map": {"": "disk"}, "offload_folder": str(offload)}
+    try:
+        return AutoModelForCausalLM.from_pretrained(prepared.source, dtype="auto", **options)
+    except Exception as error:  # whatever transformers raises of a model that it does not know
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ModelError(
+            f"transformers cannot load {prepared.source} as a causal language model: "
+            f"{_brief(error)}"
+        ) from error
+
+
+def _rewrite(model: Any, prepared: _Prepared, *, linears_only: bool = False) -> Path:
+    """Rewrite a model that is offloaded, and save it."""
+    job, origin = prepared.job, Origin(model, prepared.tensors)
+    magr_transform(
+        model,
+        prepared.calib,
+        job.config,
+        target=job.target,
+        filter_fn=rewritable(model, job.skip, head=job.head, linears_only=linears_only),
+        checkpoint_dir=job.run / CHECKPOINT,
+        **job.options,
+    )
+    folder = _emptied(job.run / "rewritten")
+    origin.write(folder)
+    copy_rest(prepared.source, folder)
+    return folder
+
+
+def _save_quantized(model: Any, prepared: _Prepared, report: MagRReport) -> Path:
+    """Save a quantized model, and note in the report what of it is."""
+    report.mark_quantized({n for n, p in model.named_parameters() if is_quantized(p)})
+    report.target = describe(prepared.job.target)
+    folder = _emptied(prepared.job.run / "quantized")
+    model.save_pretrained(folder, max_shard_size="2GB")
+    copy_rest(prepared.source, folder, keep=("config.json",))
+    return folder
+
+
+def _finish(prepared: _Prepared, folder: Path, report: MagRReport) -> MagRReport:
+    write_report(report, folder)
+    publish(folder, prepared.job.out)
+    shutil.rmtree(prepared.job.run)
+    return report
+
+
+def rewritable(
+    model: Any, skip: tuple[str, ...] = (), *, head: bool = False, linears_only: bool = False
+) -> FilterFn:
+    """What to rewrite: all but what transformers does not quantize, and what is to be skipped."""
+    kept = [] if head else HfQuantizer.get_modules_to_not_convert(model)
+
+    def chosen(module: nn.Module, name: str) -> bool:
+        wanted = isinstance(module, nn.Linear) or not linears_only
+        return wanted and should_convert_module(name, kept) and not _is_skipped(name, skip)
+
+    return chosen
+
+
+def _left_out(model: nn.Module, job: Job) -> list[str] | None:
+    """What TorchAoConfig is to be told to leave alone; None is what it does by itself."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    skipped = [name for name in linears if _is_skipped(name, job.skip)]
+    return [*HfQuantizer.get_modules_to_not_convert(model), *skipped] if skipped else None
+
+
+def _is_skipped(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def _emptied(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

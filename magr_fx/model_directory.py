@@ -1,0 +1,192 @@
+"""What a model's directory holds, by the headers of its safetensors; no weight is read.
+
+A file of safetensors begins with the length of its header, 8 bytes, and the header, in JSON: each
+tensor's dtype, shape, and first and last byte after the header.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from magr_fx.errors import ModelError
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# Files that hold weights, whoever reads them.
+WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.index.json")
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what MagR works on
+_DOWNLOAD = "finish the download (hf download NAME --local-dir DIRECTORY takes it up again)"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a model's directory.
+
+    Attributes:
+        file: the file that holds it.
+        dtype: as safetensors calls it: F32, BF16, I8, ...
+        shape: its sizes.
+        start, stop: its first byte in the file, and the one after its last.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+def find_model(name: str, *, weights: bool = True) -> Path:
+    """The directory of a model: itself, or what is downloaded of a name on the Hub.
+
+    Args:
+        name: a directory, or a name such as ``"HuggingFaceTB/SmolLM2-135M"``.
+        weights: whether to download them; else only what describes the model.
+
+    Raises:
+        ModelError: there is neither; the message has what the Hub's client says.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise ModelError(f"{name} is no directory; give one, or a model's name on the Hub")
+    from huggingface_hub import snapshot_download  # slow to import
+
+    ignored = [pattern for pattern in WEIGHTS if weights is False or pattern not in _WANTED]
+    try:
+        return Path(snapshot_download(name, ignore_patterns=[*ignored, "original/*", "onnx/*"]))
+    except Exception as error:  # of the client, the connection, or the name
+        said = str(error).strip().splitlines() or [""]
+        raise ModelError(
+            f"{name} is neither a directory here nor can it be had from the Hub: "
+            f"{type(error).__name__}: {said[0]} Check the name and the connection, log in for a "
+            "gated model (hf auth login), or give a directory"
+        ) from error
+
+
+_WANTED = ("*.safetensors", "*.index.json")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json``.
+
+    Raises:
+        ModelError: it is missing or damaged, or of a model that is quantized already.
+    """
+    path = folder / CONFIG
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"{folder} has no {CONFIG}; give a directory that transformers' save_pretrained or a "
+            "download made"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}; {_DOWNLOAD}") from error
+    if "quantization_config" in config:
+        kind = config["quantization_config"].get("quant_method", "an unknown method")
+        raise ModelError(
+            f"{folder} is already quantized, by {kind}; start from the full-precision model"
+        )
+    return config
+
+
+def read_directory(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a model's safetensors, by its name there; all files are whole.
+
+    Raises:
+        ModelError: a file is missing, cut short or damaged, a download was interrupted, there are
+            no safetensors, or a weight is not of floating point; the message has the remedy.
+    """
+    unfinished = next(iter(sorted(folder.rglob("*.incomplete"))), None)
+    if unfinished is not None:
+        raise ModelError(f"{unfinished} is left of an interrupted download; {_DOWNLOAD}")
+    tensors: dict[str, StoredTensor] = {}
+    for file in _shards(folder):
+        tensors |= _read_header(file)
+    for name, tensor in tensors.items():
+        if len(tensor.shape) >= 2 and tensor.dtype not in _BYTES:
+            raise ModelError(
+                f"{name} in {tensor.file} is stored as {tensor.dtype}: MagR works on "
+                f"{', '.join(_BYTES)}; start from the full-precision model"
+            )
+    return tensors
+
+
+def largest_layer(tensors: dict[str, StoredTensor]) -> int:
+    """Bytes of the largest part that is worked on at once: a numbered layer, or a tensor outside.
+
+    Layers go by the first number in a name: ``model.layers.3.mlp.up_proj.weight`` is in layer 3.
+    """
+    sizes: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        number = next((at for at, part in enumerate(parts) if part.isdigit()), len(parts))
+        layer = ".".join(parts[: number + 1])
+        sizes[layer] = sizes.get(layer, 0) + tensor.nbytes
+    return max(sizes.values(), default=0)
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files that the index names, or the single one."""
+    index = folder / INDEX
+    if index.exists():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{index} cannot be read: {error!r}; {_DOWNLOAD}") from error
+        missing = sorted(name for name in names if not (folder / name).is_file())
+        if missing:
+            raise ModelError(
+                f"{folder} lacks {len(missing)} of the {len(names)} files that {INDEX} names, "
+                f"{missing[0]} for one; {_DOWNLOAD}"
+            )
+        return [folder / name for name in sorted(names)]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    other = next((f.name for p in WEIGHTS for f in sorted(folder.glob(p))), None)
+    if other is None:
+        raise ModelError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}; {_DOWNLOAD}")
+    raise ModelError(
+        f"{folder} has {other} but neither {SINGLE} nor {INDEX}: load it with transformers and "
+        "save_pretrained it anew, which writes safetensors"
+    )
+
+
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise ValueError("the header is cut short")
+            header = json.loads(opened.read(length))
+        header.pop("__metadata__", None)
+        found = {}
+        for name, entry in header.items():
+            start, stop = (8 + length + at for at in entry["data_offsets"])
+            shape = tuple(entry["shape"])
+            found[name] = StoredTensor(file, entry["dtype"], shape, start, stop)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{file} is no whole safetensors file: {error}; {_DOWNLOAD}") from error
+    end = max((tensor.stop for tensor in found.values()), default=8 + length)
+    if size != end:
+        raise ModelError(
+            f"{file} has {size:,} bytes where its header says {end:,}: it is cut short or "
+            f"damaged; {_DOWNLOAD}"
+        )
+    for name, tensor in found.items():
+        width = _BYTES.get(tensor.dtype)
+        if width is not None and tensor.nbytes != width * math.prod(tensor.shape):
+            raise ModelError(f"{file} is damaged: {name} has the wrong size; {_DOWNLOAD}")
+    return found

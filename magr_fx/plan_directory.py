@@ -1,0 +1,179 @@
+"""A model's directory → what a run would do and cost, without loading a weight."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torchao.core.config import AOBaseConfig
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from magr_fx.calibration_text import BATCH
+from magr_fx.directories import PROCESS, rewritable
+from magr_fx.errors import ModelError
+from magr_fx.model_directory import find_model, read_config, read_directory
+from magr_fx.passes.pipeline import resolve_config
+from magr_fx.passes.plan import Plan, plan
+from magr_fx.planning import Method, Rates, readable
+
+DISK = 1e9  # bytes per second that a disk is taken to read and write
+
+
+@dataclass(frozen=True)
+class DirectoryPlan:
+    """The plan for a model; ``str`` is what ``magr-fx plan`` prints.
+
+    Attributes:
+        name: of the model.
+        parameters: of it, each tied one once.
+        dtype: that it is worked on in.
+        tokens, length: of the calibration.
+        method: how it would be solved.
+        plan: sites, blocks and costs.
+        rates: what this machine does.
+    """
+
+    name: str
+    parameters: int
+    dtype: torch.dtype
+    tokens: int
+    length: int
+    method: Method
+    plan: Plan
+    rates: Rates
+
+    def __str__(self) -> str:
+        costs, sites = self.plan.costs, self.plan.sites
+        size = sum(site.shape[0] * site.shape[1] for site in sites)
+        seconds = costs.seconds(self.rates)
+        memory = {
+            "largest block": costs.block,
+            "its grams": costs.grams,
+            "its solve": costs.solver,
+            "activations between blocks": costs.boundary,
+            "Python and its libraries": PROCESS,
+        }
+        operations = {
+            f"forward, {costs.passes} times": costs.passes * costs.forward,
+            "grams": costs.gram,
+            "solves": costs.solve,
+        }
+        lines = [
+            f"{self.name}: {self.parameters:,} parameters, {self.dtype}, "
+            f"{readable(costs.model, 'B')} on disk",
+            f"rewritten: {len(sites)} sites with {size:,} parameters, in {self.plan.blocks} "
+            f"blocks, on {self.tokens:,} tokens in windows of {self.length}",
+            *_shapes(self.plan),
+            *(["left alone:"] if self.plan.rejections else []),
+            *(f"  {r.name} {_by(r.shape)}: {r.reason}" for r in self.plan.rejections),
+            f"memory, at most: {readable(sum(memory.values()), 'B')}",
+            *(f"  {readable(number, 'B'):>10}  {what}" for what, number in memory.items()),
+            f"disk: {readable(costs.disk, 'B')} are written",
+            f"operations: {readable(sum(operations.values()), 'FLOP')}",
+            *(f"  {readable(number, 'FLOP'):>11}  {what}" for what, number in operations.items()),
+            f"time: about {_time(sum(seconds.values()))}, with products at "
+            f"{readable(self.rates.forward, 'FLOP/s')} in {self.dtype} and "
+            f"{readable(self.rates.solve, 'FLOP/s')} in float32, the disk at "
+            f"{readable(self.rates.disk, 'B/s')}",
+            *(f"  {_time(number):>8}  {what}" for what, number in seconds.items()),
+        ]
+        return "\n".join(lines)
+
+
+def plan_directory(
+    name: str,
+    target: AOBaseConfig | None,
+    *,
+    tokens: int,
+    length: int,
+    skip: tuple[str, ...] = (),
+    head: bool = False,
+    gptq: bool = False,
+    rate: float | None = None,
+) -> DirectoryPlan:
+    """What :func:`magr_fx.directories.transform_directory` would do of a model.
+
+    Args:
+        name: a directory, or a name on the Hub, of which no weights are downloaded.
+        target, tokens, length, skip, head: as for the run.
+        gptq: whether it would round by GPTQ.
+        rate: operations per second of matrix products; None measures them here, in a second.
+
+    Raises:
+        MagRError: the model is no causal language model, damaged, or cannot be traced.
+    """
+    folder = find_model(name, weights=False)
+    raw = read_config(folder)
+    has_weights = any(folder.glob("*.safetensors"))
+    tensors = read_directory(folder) if has_weights else None
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever transformers raises of what it does not know
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ModelError(
+            f"transformers cannot build {name} as a causal language model: "
+            f"{type(error).__name__}: {first}"
+        ) from error
+    dtype = next(model.parameters()).dtype
+    group_size = resolve_config(None, target).group_size
+    searched = target is not None
+    method = Method(search=searched, propagate=searched, groups=group_size is not None, gptq=gptq)
+    found = plan(
+        model.eval(),
+        -(-tokens // (BATCH * length)) * BATCH * length,
+        (BATCH, length),
+        method,
+        filter_fn=rewritable(model, skip, head=head, linears_only=gptq),
+        routed=_routed(raw),
+        stored=None if tensors is None else sum(tensor.nbytes for tensor in tensors.values()),
+    )
+    rates = Rates(rate or measured(dtype), rate or measured(torch.float32), DISK)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return DirectoryPlan(name, parameters, dtype, tokens, length, method, found, rates)
+
+
+def measured(dtype: torch.dtype) -> float:
+    """Operations per second of matrix products of this size on this machine's CPU."""
+    size = 1024
+    one = torch.rand(size, size).to(dtype)
+    one @ one  # warm-up: thread pools
+    best = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        one @ one
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _routed(config: dict[str, Any]) -> float:
+    """The share of the tokens that a router sends to each expert, evenly."""
+    experts = next((config[k] for k in ("num_local_experts", "num_experts", "n_routed_experts")
+                    if config.get(k)), None)  # fmt: skip
+    chosen = config.get("num_experts_per_tok") or config.get("experts_per_token") or 1
+    return 1.0 if experts is None else min(1.0, chosen / experts)
+
+
+def _shapes(found: Plan) -> list[str]:
+    """One line for all sites of one kind: their names without numbers, and their shape."""
+    kinds: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    for site in found.sites:
+        name = ".".join("*" if p.isdigit() else p for p in site.name.partition("[")[0].split("."))
+        kinds[name, site.shape] += 1
+    return [f"  {count:>4} x {name} {_by(shape)}" for (name, shape), count in kinds.items()]
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _time(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"

@@ -1,0 +1,74 @@
+"""A report in a directory: its rows in JSON, each channel's largest magnitude beside them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from magr_fx.config import MagRConfig
+from magr_fx.errors import ConfigError
+from magr_fx.report import MagRReport, Quantization, SiteReport
+
+ROWS, CHANNELS = "magr_report.json", "magr_report.npz"
+_ARRAYS = ("channel_max_before", "channel_max_after")
+
+
+def write_report(report: MagRReport, folder: Path) -> None:
+    """Write ``magr_report.json`` and ``magr_report.npz``.
+
+    Raises:
+        OSError: there is no space, or no permission.
+    """
+    report.to_json(folder / ROWS)
+    arrays = {
+        f"{at}.{name}": getattr(site, name)
+        for at, site in enumerate(report.sites)
+        for name in _ARRAYS
+        if getattr(site, name) is not None
+    }
+    np.savez(folder / CHANNELS, **arrays)
+
+
+def read_report(folder: Path) -> MagRReport:
+    """What :func:`write_report` wrote.
+
+    Raises:
+        ConfigError: there is no report, or it is damaged.
+    """
+    try:
+        record: dict[str, Any] = json.loads((folder / ROWS).read_text(encoding="utf-8"))
+        with np.load(folder / CHANNELS) as arrays:
+            sites = [_site(row, at, arrays) for at, row in enumerate(record["sites"])]
+        rest = {key: value for key, value in record.items() if key not in ("config", "sites")}
+        return MagRReport(MagRConfig(**record["config"]), sites=sites, **rest)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{folder} has no {Path(error.filename).name}; give a directory that magr-fx wrote, or "
+            "that of a run that is not finished"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"the report in {folder} cannot be read: {error!r}") from error
+
+
+def _site(row: dict[str, Any], at: int, arrays: Any) -> SiteReport:
+    known = {f.name for f in fields(SiteReport)}
+    values = {name: _number(value) for name, value in row.items() if name in known}
+    if row["quantization"] is not None:
+        found = {name: _number(value) for name, value in row["quantization"].items()}
+        values["quantization"] = Quantization(**found)
+    else:
+        values["quantization"] = None
+    values["shape"] = tuple(row["shape"])
+    for name in _ARRAYS:
+        if f"{at}.{name}" in arrays:
+            values[name] = arrays[f"{at}.{name}"]
+    return SiteReport(**values)
+
+
+def _number(value: Any) -> Any:
+    """NaN in the place of None, which stands for it in JSON."""
+    return float("nan") if value is None else value

@@ -1,0 +1,293 @@
+"""What is wrong with the input is told in one line, with exit code 2, and nothing is damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from cli_helpers import INT3, SMALL, contents, run
+from safetensors.torch import load_file, save_file
+from tiny_directories import save_model, save_text
+from tiny_models import tiny_llama
+
+from magr_fx.errors import ModelError
+from magr_fx.model_directory import find_model, read_directory
+
+LAYER = "model.layers.0.mlp.up_proj.weight"
+
+
+class Place(NamedTuple):
+    model: Path
+    out: Path
+    text: Path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    save_model(folder / "model", tiny_llama(num_hidden_layers=1), max_shard_size="20KB")
+    save_text(folder / "text.txt")
+    return folder
+
+
+@pytest.fixture
+def place(whole: Path, tmp_path: Path) -> Place:
+    shutil.copytree(whole / "model", tmp_path / "model")
+    shutil.copy(whole / "text.txt", tmp_path)
+    return Place(tmp_path / "model", tmp_path / "out", tmp_path / "text.txt")
+
+
+def refused(place: Place, *more: Any, message: str, command: str = "transform") -> None:
+    """The command fails as it should, and leaves everything as it was."""
+    before = contents(place.model.parent)
+    options = ["--calib", place.text, *INT3, *SMALL, *more]
+    result = run(command, place.model, place.out, *options)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert re.match(rf"magr-fx: error: .*{message}", lines[0]), lines[0]
+    assert contents(place.model.parent) == before
+
+
+def edit(path: Path, change: Callable[[Any], None]) -> None:
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def shard_with(model: Path, name: str) -> Path:
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    return model / str(index["weight_map"][name])
+
+
+def drop_a_shard(place: Place) -> None:
+    shard_with(place.model, LAYER).unlink()
+
+
+def cut_a_shard(place: Place) -> None:
+    path = shard_with(place.model, LAYER)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def cut_a_header(place: Place) -> None:
+    path = shard_with(place.model, LAYER)
+    path.write_bytes(path.read_bytes()[:50])
+
+
+def scramble_a_header(place: Place) -> None:
+    path = shard_with(place.model, LAYER)
+    content = bytearray(path.read_bytes())
+    content[8] = ord("[")
+    path.write_bytes(content)
+
+
+def make_int8(place: Place) -> None:
+    path = shard_with(place.model, LAYER)
+    stored = load_file(path)
+    stored[LAYER] = stored[LAYER].mul(100).to(torch.int8)
+    save_file(stored, path)
+
+
+def say_it_is_quantized(place: Place) -> None:
+    method = {"quant_method": "awq"}
+    edit(place.model / "config.json", lambda config: config.update(quantization_config=method))
+
+
+def leave_a_download(place: Place) -> None:
+    folder = place.model / ".cache" / "huggingface" / "download"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors.4f1a.incomplete").write_bytes(b"half")
+
+
+def break_the_index(place: Place) -> None:
+    (place.model / "model.safetensors.index.json").write_text('{"weight_map"')
+
+
+def only_bin(place: Place) -> None:
+    for path in place.model.glob("*.safetensors*"):
+        path.unlink()
+    torch.save({}, place.model / "pytorch_model.bin")
+
+
+def no_weights(place: Place) -> None:
+    for path in place.model.glob("*.safetensors*"):
+        path.unlink()
+
+
+def no_config(place: Place) -> None:
+    (place.model / "config.json").unlink()
+
+
+def another_kind(place: Place) -> None:
+    edit(place.model / "config.json", lambda config: config.update(model_type="perceptron"))
+
+
+def no_tokenizer(place: Place) -> None:
+    for path in place.model.glob("tokenizer*"):
+        path.unlink()
+
+
+def nan(place: Place) -> None:
+    path = shard_with(place.model, LAYER)
+    stored = load_file(path)
+    stored[LAYER][3, 4] = torch.nan
+    save_file(stored, path, {"format": "pt"})
+
+
+def fill_out(place: Place) -> None:
+    place.out.mkdir()
+    (place.out / "precious.txt").write_text("keep me")
+
+
+def out_is_a_file(place: Place) -> None:
+    place.out.write_text("keep me")
+
+
+def short_text(place: Place) -> None:
+    place.text.write_text("w1 w2 w3")
+
+
+def no_text(place: Place) -> None:
+    place.text.unlink()
+
+
+def binary_text(place: Place) -> None:
+    place.text.write_bytes(b"\xff\xfe\x00")
+
+
+def leave_a_run(place: Place) -> None:
+    folder = place.out.with_name("out.unfinished") / "checkpoint"
+    folder.mkdir(parents=True)
+    (folder / "state-000000.pt").write_bytes(b"")
+
+
+CASES: list[tuple[Callable[[Place], None], str]] = [
+    (drop_a_shard, r"lacks 1 of the \d+ files .*model-0.*finish the download"),
+    (cut_a_shard, r"has [\d,]+ bytes where its header says [\d,]+: .*finish the download"),
+    (cut_a_header, "is no whole safetensors file: the header is cut short; finish the download"),
+    (scramble_a_header, "is no whole safetensors file: .*finish the download"),
+    (make_int8, rf"{LAYER} in .* is stored as I8: .*start from the full-precision model"),
+    (say_it_is_quantized, "already quantized, by awq; start from the full-precision model"),
+    (leave_a_download, r"incomplete is left of an interrupted download; finish the download"),
+    (break_the_index, r"index.json cannot be read: .*finish the download"),
+    (only_bin, r"has pytorch_model.bin but .*save_pretrained it anew"),
+    (no_weights, "has no weights: .*finish the download"),
+    (no_config, r"has no config.json; give a directory"),
+    (another_kind, "perceptron"),
+    (no_tokenizer, "has no tokenizer that transformers can load .*copy its tokenizer files"),
+    (nan, rf"{LAYER} holds NaN or Inf; repair"),
+    (fill_out, "is there and is not empty; name another directory"),
+    (out_is_a_file, "is there and is not empty; name another directory"),
+    (short_text, "has 3 tokens, too few for 128 of calibration; ask for fewer"),
+    (no_text, r"text.txt cannot be read as text"),
+    (binary_text, r"text.txt cannot be read as text"),
+    (leave_a_run, "is of a run that was cut short: add --resume"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), CASES, ids=[case[0].__name__ for case in CASES])
+def test_bad_input_is_refused(damage: Callable[[Place], None], message: str, place: Place) -> None:
+    damage(place)
+    refused(place, message=message)
+
+
+@pytest.mark.parametrize("command", ["transform", "quantize"])
+def test_an_unknown_target_lists_the_valid_ones(command: str, place: Place) -> None:
+    listed = r"no target is called 'int3'; there are int8, .*int1.* -per-channel or -group-N"
+    refused(place, "--target", "int3", message=listed, command=command)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--target", "int3-group-7", "--no-propagate"), "groups of 7 do not divide"),
+        (("--damping", "-1"), "damping must be a finite number"),
+        (("--max-steps", "0"), "max_steps must be an int"),
+        (("--log-json", "/proc/none/log"), "cannot be written: .*name another file"),
+        (("--skip", "*"), "filter_fn"),
+    ],
+)
+def test_wrong_options_are_refused(options: tuple[str, ...], message: str, place: Place) -> None:
+    refused(place, *options, message=message)
+
+
+def test_a_number_that_is_none_is_a_usage_error(place: Place) -> None:
+    command = ("transform", place.model, place.out, "--calib", place.text)
+    result = run(*command, "--alpha", "much")
+    assert (result.exit_code, "--alpha is a number, auto or published" in result.stderr) == (
+        2,
+        True,
+    )
+    result = run("quantize", *command[1:], *INT3, "--refine", 3)
+    assert (result.exit_code, "--refine belongs to --rounding gptq" in result.stderr) == (2, True)
+
+
+def test_a_full_disk_is_seen_before_the_start(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(place.model)._replace(free=150_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    refused(place, message=r"has 0\.0 GB of free disk, and up to .* 3 times the weights.*Free some")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place to write to for nobody")
+def test_a_read_only_place_is_refused(place: Place) -> None:
+    refused(place._replace(out=Path("/proc/out")), message=r"cannot be made: .*where you may write")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_directory_is_refused(place: Place) -> None:
+    folder = place.model.parent / "closed"
+    folder.mkdir(mode=0o500)
+    refused(place._replace(out=folder / "out"), message="cannot be made: .*where you may write")
+
+
+def test_a_run_that_another_process_works_on_is_left_alone(place: Place) -> None:
+    from magr_fx.directories import _alone
+
+    with _alone(place.out.with_name("out.unfinished")):
+        refused(place, "--resume", message="another process works on")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", "is no directory"),
+        ("/nowhere/at/all", "is no directory"),
+        ("no-such-owner/no-such-model", "neither a directory here nor .* from the Hub.*hf auth"),
+        ("no such name!", "neither a directory here nor"),
+    ],
+)
+def test_an_unknown_model_is_refused(name: str, message: str, place: Place) -> None:
+    with pytest.raises(ModelError, match=message):
+        find_model(name)
+    result = run("plan", name)
+    assert result.exit_code == 2
+    assert re.match(rf"magr-fx: error: .*{message}", result.stderr)
+
+
+def test_report_and_plan_need_what_they_read(tmp_path: Path) -> None:
+    result = run("report", tmp_path)
+    assert (result.exit_code, "has no magr_report.json" in result.stderr) == (2, True)
+    (tmp_path / "magr_report.json").write_text("{")
+    (tmp_path / "magr_report.npz").write_text("{")
+    assert "cannot be read" in run("report", tmp_path).stderr
+    assert "has no config.json" in run("plan", tmp_path).stderr
+
+
+def test_headers_are_read_as_safetensors_reads_them(place: Place) -> None:
+    found = read_directory(place.model)
+    for name, stored in found.items():
+        values = load_file(stored.file)[name]
+        assert stored.shape == tuple(values.shape)
+        raw = stored.file.read_bytes()[stored.start : stored.stop]
+        assert raw == values.numpy().tobytes()
+    assert len(found) == 12

@@ -1,0 +1,222 @@
+"""Runs of the command line that are cut short: killed, interrupted, out of disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_helpers import INT3, SMALL, contents, done, run
+from tiny_directories import save_model, save_text
+from tiny_models import tiny_llama
+
+from magr_fx.directories import is_resumable
+from magr_fx.passes.checkpoint import Checkpoint
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a text, and what a run that nobody disturbs makes of them."""
+    folder = tmp_path_factory.mktemp("reference")
+    save_model(folder / "model", tiny_llama())
+    save_text(folder / "text.txt")
+    done(*command(folder, folder / "wanted"))
+    return folder
+
+
+def command(folder: Path, out: Path, *more: Any) -> list[Any]:
+    text = ("--calib", folder / "text.txt")
+    return ["transform", folder / "model", out, *text, *INT3, *SMALL, *more]
+
+
+def after_steps(steps: int, what: BaseException, patched: pytest.MonkeyPatch) -> None:
+    whole = Checkpoint.save
+
+    def save(self: Checkpoint, step: int, *rest: Any) -> None:
+        if step == steps:
+            raise what
+        whole(self, step, *rest)
+
+    patched.setattr(Checkpoint, "save", save)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, log = tmp_path / "out", tmp_path / "log.jsonl"
+    with monkeypatch.context() as patched:
+        after_steps(5, KeyboardInterrupt(), patched)
+        result = run(*command(reference, out, "--log-json", log))
+    assert result.exit_code == 130
+    assert result.stderr == (
+        "magr-fx: interrupted; the blocks that are done are saved: the same command with --resume "
+        "goes on from there\n"
+    )
+    assert not out.exists()
+    # What is done so far can be looked at, by either name.
+    table = done("report", out).output
+    assert table == done("report", f"{out}.unfinished").output
+    rows = re.findall(r"^model\.layers\.0\.\S+", table, re.MULTILINE)
+    assert len(rows) >= 4
+    again = run(*command(reference, out))
+    assert (again.exit_code, "add --resume" in again.stderr) == (2, True)
+    done(*command(reference, out, "--resume", "--log-json", log))
+    assert contents(out) == contents(reference / "wanted")
+    assert not Path(f"{out}.unfinished").exists()
+    logged = [json.loads(line)["number"] for line in log.read_text().splitlines()]
+    assert logged == sorted(logged)
+    assert len(set(logged)) == 8
+
+
+def test_ctrl_c_before_anything_is_done_leaves_nothing(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after_steps(0, KeyboardInterrupt(), monkeypatch)
+    result = run(*command(reference, tmp_path / "out"))
+    assert (result.exit_code, result.stderr) == (130, "magr-fx: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_configuration_is_refused_with_what_differs(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        after_steps(4, KeyboardInterrupt(), patched)
+        run(*command(reference, out))
+    before = contents(tmp_path)
+    other = ("--damping", "0.2", "--target", "int4-per-channel", "--tokens", "64")
+    result = run(*command(reference, out, "--resume", *other))
+    assert result.exit_code == 2
+    assert "belongs to another run, which differs in: calibration, configuration (" in result.stderr
+    assert "damping was None, now 0.2" in result.stderr
+    assert re.search(r"target was .*int3.*, now .*int4", result.stderr)
+    saved = {n: c for n, c in contents(tmp_path).items() if "checkpoint" in n}
+    assert saved == {n: c for n, c in before.items() if "checkpoint" in n}
+
+
+# What a full disk leaves.
+
+
+def limit_files(size: int) -> Callable[[], None]:
+    """No file may grow beyond so many bytes: the system itself then fails to write."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("size", "saved"), [(300, False), (70_000, True)])
+def test_what_cannot_be_written_is_no_file(
+    size: int, saved: bool, reference: Path, tmp_path: Path
+) -> None:
+    """300 bytes are too few for the first file of all, 70,000 for what a later block reads."""
+    out = tmp_path / "out"
+    lifted = limit_files(size)
+    try:
+        result = run(*command(reference, out))
+    finally:
+        lifted()
+    assert result.exit_code == 2, result.output
+    assert re.match(r"magr-fx: error: .*cannot be written: .*[Ff]ree some space", result.stderr)
+    assert saved or os.strerror(errno.EFBIG) in result.stderr  # torch has words of its own
+    assert len(result.stderr.splitlines()) == 1
+    assert not out.exists()
+    assert is_resumable(out) == saved
+    assert ("--resume goes on" in result.stderr) == saved
+    done(*command(reference, out, "--resume"))
+    assert contents(out) == contents(reference / "wanted")
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 600 kB, in memory."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a file system cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_on_the_way(
+    reference: Path, tiny_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tiny_disk / "out"
+    monkeypatch.setattr("magr_fx.directories._check_space", lambda *_: None)
+    filler = tiny_disk / "filler"
+    filler.write_bytes(bytes(450_000))
+    result = run(*command(reference, out))
+    assert result.exit_code == 2, result.output
+    assert os.strerror(errno.ENOSPC) in result.stderr or "No space" in result.stderr
+    assert not out.exists()
+    filler.unlink()
+    done(*command(reference, out, "--resume"))
+    assert contents(out) == contents(reference / "wanted")
+
+
+# SIGKILL: a process that is forked off one where everything is imported, at random points.
+
+KILLED = """
+import os, random, signal, sys, time
+sys.path[:0] = {path!r}
+from click.testing import CliRunner
+from magr_fx.cli import magr_fx as commands
+import magr_fx.directories, transformers.models.llama.modeling_llama
+
+arguments, seed, kills = {arguments!r}, {seed}, 0
+start = time.monotonic()
+assert not CliRunner().invoke(commands, [*arguments, {first!r}]).exit_code
+needed = time.monotonic() - start
+chance = random.Random(seed)
+while True:
+    child = os.fork()
+    if child == 0:
+        commands([*arguments, {out!r}, "--resume"])
+    deadline = time.monotonic() + (600 if kills == {kills} else chance.uniform(0, 1.1 * needed))
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            sys.exit(0 if status == 0 else "the run failed: " + str(status))
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    kills += 1
+    present = os.path.exists({out!r})
+    print("killed, and OUT", "is there" if present else "is not there", flush=True)
+    if present:
+        sys.exit(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_killed_at_random_points_it_comes_to_the_same_bits(reference: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--calib", str(reference / "text.txt"), *INT3, *SMALL]
+    script = KILLED.format(
+        path=sys.path,
+        arguments=["transform", str(reference / "model"), *options],
+        first=str(tmp_path / "first"),
+        out=str(out),
+        seed=int.from_bytes(os.urandom(4), "little"),
+        kills=6,
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "killed" in ran.stdout
+    wanted = contents(tmp_path / "first")  # by one thread too
+    assert contents(out) == wanted
+    assert not Path(f"{out}.unfinished").exists() or "is there" in ran.stdout
