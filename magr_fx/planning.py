@@ -150,8 +150,8 @@ def solve_flops(shapes: Iterable[Shape], method: Method) -> float:
     """Operations of the solves: one product ``2·out·in²`` a step, an evaluation, a candidate.
 
     And ``8/3·in³ + 2·in³`` for λmax's proof, the factorisation and the inverse. With a search:
-    four solves of about 8 steps, 21 candidates (with GPTQ each costs its own ``2·out·in²`` more),
-    and for groups 11 sweeps. Without: about 20 steps, two products in float64 (twice as dear) and
+    four solves of about 8 steps, 21 candidates (with GPTQ each costs ``out·in²`` more: an input's
+    error reaches those after it), and to the nearest in groups 11 sweeps. Without: about 20 steps, two products in float64 (twice as dear) and
     the output error.
     """
     total = 0.0
@@ -159,8 +159,8 @@ def solve_flops(shapes: Iterable[Shape], method: Method) -> float:
         product = 2.0 * shape.rows * shape.inputs**2
         cube = float(shape.inputs) ** 3
         if method.search:
-            products = PATH * (STEPS_OF_PATH + 1) + CANDIDATES * (1 + method.gptq) + 4
-            products += GROUP_SWEEPS * method.groups
+            products = PATH * (STEPS_OF_PATH + 1) + CANDIDATES * (1 + method.gptq / 2) + 4
+            products += GROUP_SWEEPS * (method.groups and not method.gptq)
             factors = (8 / 3 + 2) * cube * (1 + method.gptq)
         else:
             products = STEPS + 2 * 2 + 1
