@@ -151,8 +151,8 @@ def solve_flops(shapes: Iterable[Shape], method: Method) -> float:
 
     And ``8/3·in³ + 2·in³`` for λmax's proof, the factorisation and the inverse. With a search:
     four solves of about 8 steps, 21 candidates (with GPTQ each costs ``out·in²`` more: an input's
-    error reaches those after it), and to the nearest in groups 11 sweeps. Without: about 20 steps, two products in float64 (twice as dear) and
-    the output error.
+    error reaches those after it), and to the nearest in groups 11 sweeps. Without: about 20 steps,
+    two products in float64 (twice as dear) and the output error.
     """
     total = 0.0
     for shape in shapes:
