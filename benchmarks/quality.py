@@ -259,11 +259,16 @@ def tables(results: dict[str, dict[str, float]]) -> str:
 
 
 def summary(results: dict[str, dict[str, float]]) -> str:
-    """Perplexity of SmolLM2 on speeches / on the novel, by method, bits and granularity."""
+    """Perplexity of SmolLM2 on speeches / on the novel, by method, bits and granularity.
+
+    And per channel, the output error of 2 bits on held-out tokens, and the seconds of 3 bits.
+    """
     places = [(bits, group) for bits in ("4", "3", "2") for group in ("0", "64")]
     header = [
         "",
         *(f"int{b}, {'per channel' if g == '0' else f'groups of {g}'}" for b, g in places),
+        "output error, int2",
+        "CPU seconds, int3",
     ]
     measured: dict[tuple[str, str, str], list[dict[str, float]]] = {}
     for key, figures in results.items():
@@ -273,6 +278,10 @@ def summary(results: dict[str, dict[str, float]]) -> str:
     rows = []
     for method in dict.fromkeys(method for method, _, _ in measured):
         cells = [_both(measured.get((method, *place), [])) for place in places]
+        for bits, figure in (("2", "held-out output error"), ("3", "CPU seconds")):
+            runs = measured.get((method, bits, "0"), [])
+            found = [run[figure] for run in runs if figure in run]
+            cells.append(f"{mean(found):.3g}" if found else "")
         rows.append([method, *cells])
     known = list(METHODS)
     rows.sort(key=lambda row: known.index(row[0]) if row[0] in known else len(known))
