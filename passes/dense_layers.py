@@ -97,7 +97,7 @@ def _jetmoe_reduce(self: Any, attended: torch.Tensor, share: torch.Tensor) -> to
     batch, length = attended.shape[:2]
     result = attended.new_zeros(batch * length, self.input_size)
     rows = attended.flatten(2).flatten(0, 1)  # [tokens, experts · hidden], the tokens in order
-    for expert, inner in enumerate(rows.split(self.hidden_size, -1)):
+    for expert, inner in enumerate(torch.split(rows, self.hidden_size, -1)):
         output = self.output_linear(inner, expert)
         result = result + output * share[:, expert, None]
     bias: torch.Tensor = self.bias

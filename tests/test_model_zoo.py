@@ -59,8 +59,8 @@ def compare(name: str, tracing: Tracing, experts: str = "", ops: set[str] | None
         traced = trace_or_read(model, batches, tracing)
         found = find_linears(dict.fromkeys(batch.trace for batch in traced), model)
         if ops is not None:
-            calls = (call for site in found.sites for call in site.calls)
-            ops.update(call.node.target._schema.name for call in calls)
+            targets: list[Any] = [c.node.target for site in found.sites for c in site.calls]
+            ops.update(target._schema.name for target in targets)
         grams = {}
         for shared in chain.from_iterable(
             CalibrationRun(traced, found.sites).collect(progress=False)
