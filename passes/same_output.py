@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -45,11 +46,11 @@ def check_same_output(
     if any(is_random(node) for node in all_nodes(graph_module)):
         return
     try:
-        # In the order in which errors are cheap: the graph does not touch the model's Python state.
         with buffers_kept([Trace(graph_module, ())]):
             graphs = list(graph_module(*_copies(leaves)))
         with (
             torch.compiler.set_stance("force_eager"),
+            _attributes_kept(model),
             registrations_kept(model),
             writes_undone(model),
         ):
@@ -66,6 +67,18 @@ def check_same_output(
             f"itself with calibration batch {index}: {difference} — code that asks whether it is "
             'being exported, or counts its calls, needs trace="make_fx"'
         )
+
+
+@contextlib.contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Restore what forward assigns to attributes of its modules, as torch.export does."""
+    saved = [(vars(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for attributes, before in saved:
+            attributes.clear()
+            attributes.update(before)
 
 
 def _difference(graphs: list[torch.Tensor], models: list[torch.Tensor], tolerance: float) -> str:
