@@ -2,6 +2,7 @@
 
 Their weights are stacks, ``[experts, out, in]`` or ``[experts, in, out]``, and how tokens get to
 them is one of several functions that transformers keeps in a table. Here is one more for the table.
+Layers that are not served by the table have a forward of their own in ``dense_layers``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from magr_fx.errors import ConfigError
+from magr_fx.passes.dense_layers import dense_attributes, routing
 
 _NAME = "magr_fx_all_experts"
 _IMPLEMENTATION = "_experts_implementation_internal"  # of a config; its property goes on to others
@@ -33,13 +35,14 @@ def all_experts(model: nn.Module) -> Iterator[None]:
     """Every token meets every expert inside; what it was not routed to has no weight in the sum.
 
     Raises:
-        ConfigError: the model has no experts that take their forward from transformers' table.
+        ConfigError: the model has no such layer of experts.
     """
     configs = {id(m.config): m.config for m in model.modules() if is_experts(m)}
-    if not configs:
+    others = list(dense_attributes(model))
+    if not configs and not others:
         raise ConfigError(
             f"calibrate_all_experts=True, but {type(model).__name__} has no experts whose forward "
-            "transformers can exchange; leave it out"
+            "can be exchanged: transformers' fused experts; leave it out"
         )
     with contextlib.ExitStack() as restored:
         ALL_EXPERTS_FUNCTIONS[_NAME] = dense_forward
@@ -47,6 +50,12 @@ def all_experts(model: nn.Module) -> Iterator[None]:
         for config in configs.values():
             restored.callback(setattr, config, _IMPLEMENTATION, getattr(config, _IMPLEMENTATION))
             setattr(config, _IMPLEMENTATION, _NAME)
+        for module, name, value in others:
+            if name in vars(module):
+                restored.callback(setattr, module, name, vars(module)[name])
+            else:
+                restored.callback(delattr, module, name)
+            setattr(module, name, value)
         yield
 
 
@@ -60,8 +69,7 @@ def dense_forward(
         hidden: ``[tokens, hidden]``.
         top_k_index, top_k_weights: ``[tokens, k]``: where each token goes, and with what weight.
     """
-    share = hidden.new_zeros(len(hidden), self.num_experts)
-    share = share.scatter_add(1, top_k_index, top_k_weights.to(hidden.dtype))
+    share = routing(self.num_experts, hidden, top_k_index, top_k_weights)
     result = torch.zeros_like(hidden)
     for expert in range(self.num_experts):
         result = result + one_expert(self, expert, hidden) * share[:, expert, None]

@@ -95,6 +95,14 @@ def run_and_trace(
     return _with_attributes(graph_module, stored), not seen.reads_values
 
 
+@contextlib.contextmanager
+def writes_undone(model: nn.Module) -> Iterator[None]:
+    """Restore, at the end, those of the model's parameters and buffers that were written to."""
+    seen = _OpsSeen([*model.parameters(), *model.buffers()])
+    with seen.values_kept(), seen:
+        yield
+
+
 def _make_fx(
     function: Callable[..., Any], own: list[torch.Tensor], inputs: list[torch.Tensor]
 ) -> fx.GraphModule:

@@ -18,6 +18,7 @@ from magr_fx.passes.calibration import Batch
 from magr_fx.passes.experts import all_experts
 from magr_fx.passes.export import export
 from magr_fx.passes.make_fx import run_and_trace
+from magr_fx.passes.same_output import check_same_output
 from magr_fx.passes.tensors_only import PLAIN
 from magr_fx.passes.trace import GUARDS, Trace, TracedBatch
 
@@ -89,7 +90,7 @@ def trace_batches(
     if tracing.tracer == "make_fx":
         return _run(model, batches, "")
     try:
-        return _exported(model, batches)
+        return _exported(model, batches, compare=tracing.has_values)
     except TraceError as error:
         if tracing.tracer == "export":
             raise
@@ -101,7 +102,7 @@ def trace_batches(
         raise TraceError(f"{error}. Before that, {refusal}") from error
 
 
-def _exported(model: nn.Module, batches: list[Batch]) -> list[TracedBatch]:
+def _exported(model: nn.Module, batches: list[Batch], *, compare: bool) -> list[TracedBatch]:
     def make(index: int, leaves: list[Any], spec: TreeSpec) -> tuple[fx.GraphModule, bool]:
         graph_module = export(model, index, leaves, spec)
         if not fits(graph_module, _tensors(leaves)):
@@ -109,6 +110,8 @@ def _exported(model: nn.Module, batches: list[Batch]) -> list[TracedBatch]:
                 f"torch.export's graph of {type(model).__name__} refuses the very input that "
                 f"it was traced with (calibration batch {index})"
             )
+        if compare:
+            check_same_output(graph_module, model, index, leaves, spec)
         return graph_module, True
 
     return _traced(model, batches, make, "export", "")

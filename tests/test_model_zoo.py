@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchao.quantization import IntxWeightOnlyConfig, MappingType
 from toys import INT, report_of
+from transformers.integrations import moe
 from weight_oracle import Matrix, Row, oracle, site_matrix
 
 from magr_fx import MagRConfig, magr_quantize, magr_transform
@@ -47,13 +48,19 @@ def made(name: str, experts: str = "") -> nn.Module:
     return model
 
 
-def compare(name: str, tracing: Tracing, experts: str = "") -> str:
-    """Hold finder and grams against the oracle; returns what traced the model."""
+def compare(name: str, tracing: Tracing, experts: str = "", ops: set[str] | None = None) -> str:
+    """Hold finder and grams against the oracle; returns what traced the model.
+
+    ``ops`` is given the names of the products that were found.
+    """
     model = made(name, experts)
     batches = read_calib(ZOO[name].calib(), model)
     with calibration_mode(model):
         traced = trace_or_read(model, batches, tracing)
         found = find_linears(dict.fromkeys(batch.trace for batch in traced), model)
+        if ops is not None:
+            targets: list[Any] = [c.node.target for site in found.sites for c in site.calls]
+            ops.update(target._schema.name for target in targets)
         grams = {}
         for shared in chain.from_iterable(
             CalibrationRun(traced, found.sites).collect(progress=False)
@@ -91,6 +98,19 @@ def test_make_fx_finds_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", FUSED)
 def test_every_way_to_run_experts(name: str, experts: str) -> None:
     assert compare(name, Tracing(), experts) == ("make_fx" if experts == "eager" else "export")
+
+
+@pytest.mark.parametrize("tracer", ["export", "make_fx"])
+@pytest.mark.parametrize("name", ["Mixtral", "gpt-oss"])
+def test_the_fallback_of_transformers_for_grouped_mm(
+    name: str, tracer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own op, for dtypes and devices that torch's does not serve; stored both ways round."""
+    monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *args: False)
+    ops: set[str] = set()
+    assert compare(name, Tracing(tracer), "grouped_mm", ops) == tracer
+    assert "transformers::grouped_mm_fallback" in ops
+    assert "aten::_grouped_mm" not in ops
 
 
 def by_row(grams: dict[Matrix, Tensor]) -> dict[Row, Tensor]:

@@ -359,12 +359,12 @@ def test_after_a_refusal_of_export_transformers_is_as_before() -> None:
     assert [site.tokens for site in experts] == [TOKENS] * 8
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "llama4", "jetmoe", "dbrx"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
 def test_a_model_without_such_experts_is_refused_unchanged(name: str) -> None:
     make: Callable[[], nn.Module] = MODELS.get(name, tiny_llama)
     model = make()
     before, table = state(model), implementations()
-    with pytest.raises(ConfigError, match="has no experts whose forward transformers can exchange"):
+    with pytest.raises(ConfigError, match="has no experts whose forward can be exchanged"):
         magr_transform(model, IDS, calibrate_all_experts=True)
     assert changed(model, before) == []
     assert implementations() == table
