@@ -19,7 +19,8 @@ from magr_fx.errors import MagRError
 
 Command = Callable[..., None]
 FILE = click.Path(dir_okay=False, path_type=Path)
-FOLDER = click.Path(path_type=Path)
+# Resolved: the name of "." is needed, for what is not finished.
+FOLDER = click.Path(path_type=Path, resolve_path=True)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -107,6 +107,7 @@ def quantize_directory(job: Job) -> MagRReport:
         left = _left_out(model, job)
         rewritten, report = _rewrite(model, prepared, linears_only=True), model.magr_report
         del model
+        shutil.rmtree(job.run / "offload")  # before a third copy of the weights is written
         config = TorchAoConfig(job.target, modules_to_not_convert=left)
         quantized = AutoModelForCausalLM.from_pretrained(
             rewritten, dtype="auto", quantization_config=config
@@ -148,7 +149,7 @@ def report_of(folder: Path) -> MagRReport:
     Raises:
         MagRError: there is no report there, or it cannot be read.
     """
-    if is_resumable(folder):
+    if folder.name and is_resumable(folder):
         folder = folder.with_name(folder.name + UNFINISHED)
     if any((folder / CHECKPOINT).glob("state-*.pt")):
         return checkpoint_report(folder / CHECKPOINT)
@@ -180,6 +181,7 @@ def _prepared(job: Job) -> Iterator[_Prepared]:
     with _alone(job.run):
         try:
             source = find_model(job.model)
+            _check_apart(job, source)
             config = read_config(source)
             tensors = read_directory(source)
             _check_space(job, config, sum(tensor.nbytes for tensor in tensors.values()))
@@ -196,7 +198,18 @@ def _prepared(job: Job) -> Iterator[_Prepared]:
                 shutil.rmtree(job.run, ignore_errors=True)
 
 
+def _check_apart(job: Job, source: Path) -> None:
+    """Nothing may be written into the model's own directory, all of which is copied."""
+    for what, folder in (("OUT", job.out), ("--spill", job.options.get("spill_dir"))):
+        if folder is not None and Path(folder).resolve().is_relative_to(source.resolve()):
+            raise ConfigError(
+                f"{what}, {folder}, lies in the model's directory; name one outside of {source}"
+            )
+
+
 def _check_out(job: Job) -> None:
+    if not job.out.name:
+        raise ConfigError(f"OUT, {job.out}, has no name; name a directory to make")
     if job.out.exists() and not (job.out.is_dir() and not any(job.out.iterdir())):
         raise ConfigError(f"{job.out} is there and is not empty; name another directory for OUT")
     if job.run.exists() and not job.resume:
@@ -274,12 +287,20 @@ def _load(prepared: _Prepared, *, offloaded: bool) -> Any:
 def _rewrite(model: Any, prepared: _Prepared, *, linears_only: bool = False) -> Path:
     """Rewrite a model that is offloaded, and save it."""
     job, origin = prepared.job, Origin(model, prepared.tensors)
+    chosen = rewritable(model, job.skip, head=job.head, linears_only=linears_only)
+    modules = [(name, m) for name, m in model.named_modules() if m._parameters]
+    if not any(chosen(module, name) for name, module in modules):
+        raise ConfigError(
+            "nothing is left to rewrite: "
+            + ("quantize takes nn.Linear only, and " if linears_only else "")
+            + f"--skip leaves out {', '.join(job.skip) or 'nothing'}"
+        )
     magr_transform(
         model,
         prepared.calib,
         job.config,
         target=job.target,
-        filter_fn=rewritable(model, job.skip, head=job.head, linears_only=linears_only),
+        filter_fn=chosen,
         checkpoint_dir=job.run / CHECKPOINT,
         **job.options,
     )

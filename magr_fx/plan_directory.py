@@ -16,6 +16,7 @@ from magr_fx.calibration_text import BATCH
 from magr_fx.directories import PROCESS, rewritable
 from magr_fx.errors import ModelError
 from magr_fx.model_directory import find_model, read_config, read_directory
+from magr_fx.passes.check_model import check_group_size
 from magr_fx.passes.pipeline import resolve_config
 from magr_fx.passes.plan import Plan, plan
 from magr_fx.planning import Method, Rates, readable
@@ -133,6 +134,7 @@ def plan_directory(
         routed=_routed(raw),
         stored=None if tensors is None else sum(tensor.nbytes for tensor in tensors.values()),
     )
+    check_group_size(found.sites, group_size)
     rates = Rates(rate or measured(dtype), rate or measured(torch.float32), DISK)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return DirectoryPlan(name, parameters, dtype, tokens, length, method, found, rates)

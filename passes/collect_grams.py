@@ -182,6 +182,7 @@ class CalibrationRun:
             if after is not None:
                 graphs = [batch.trace.graph_module.graph for batch in self.batches]
                 restore(after[1], streams, graphs, self.grams, [*buffers, *other], stored)
+                after = (after[0], None)  # the streams have it now, and let go of it
             bar = tqdm(steps, "magr", unit="block", disable=_disable(progress))
             for number, step in enumerate(bar):
                 visited = {node for block in step for node in block.nodes}

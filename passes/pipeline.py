@@ -145,7 +145,7 @@ def rewrite_sites(
     try:
         tensors = keeper.restored(saved, found.sites, handling, resident)
         finished = run.collect(
-            after=None if saved is None else (saved["step"], saved["boundary"]),
+            after=None if saved is None else (saved["step"], saved.pop("boundary")),
             save=None if checkpoint is None else keeper.save,
             progress=progress,
         )

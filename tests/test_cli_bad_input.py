@@ -212,7 +212,7 @@ def test_an_unknown_target_lists_the_valid_ones(command: str, place: Place) -> N
         (("--damping", "-1"), "damping must be a finite number"),
         (("--max-steps", "0"), "max_steps must be an int"),
         (("--log-json", "/proc/none/log"), "cannot be written: .*name another file"),
-        (("--skip", "*"), "filter_fn"),
+        (("--skip", "*"), r"nothing is left to rewrite: --skip leaves out \*"),
     ],
 )
 def test_wrong_options_are_refused(options: tuple[str, ...], message: str, place: Place) -> None:
@@ -291,3 +291,27 @@ def test_headers_are_read_as_safetensors_reads_them(place: Place) -> None:
         raw = stored.file.read_bytes()[stored.start : stored.stop]
         assert raw == values.numpy().tobytes()
     assert len(found) == 12
+
+
+def test_nothing_is_written_into_the_models_own_directory(place: Place) -> None:
+    within = place._replace(out=place.model / "out")
+    refused(within, message="OUT, .*, lies in the model's directory; name one outside")
+    spill = ("--spill", place.model / "spilled")
+    refused(place, *spill, message="--spill, .*, lies in the model's directory")
+
+
+def test_a_plan_refuses_groups_that_do_not_divide(place: Place) -> None:
+    result = run("plan", place.model, "--target", "int3-group-48")
+    assert result.exit_code == 2
+    assert "48" in result.stderr
+
+
+def test_the_report_of_the_directory_that_one_is_in(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (
+        run("transform", place.model, place.out, "--calib", place.text, *INT3, *SMALL).exit_code
+        == 0
+    )
+    monkeypatch.chdir(place.out)
+    assert run("report", ".").stdout == run("report", place.out).stdout != ""
