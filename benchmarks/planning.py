@@ -95,7 +95,6 @@ def costs_of(model: Model) -> Costs:
             found.append(plan.plan.costs)
     two, three = found
     own = {f.name: (getattr(two, f.name), getattr(three, f.name)) for f in fields(Costs)}
-    print(model.name, own, file=sys.stderr)
     whole = Costs(**{name: a + (model.layers - 2) * (b - a) for name, (a, b) in own.items()})
     by_hand = model.layers * solve_flops(model.shapes, METHOD)
     if abs(whole.solve - by_hand) > 0.01 * by_hand:

@@ -250,7 +250,8 @@ def depth_lines(rates: Rates, known: dict[int, tuple[Run, Costs]]) -> list[str]:
         "",
         f"Time is linear: {first:.1f} s and {line:.2f} s a layer (processor), at most {off:.0%} "
         f"off. The process's own memory grows by {growth:.1f} MB a layer, whose weights are "
-        f"{a_layer:.1f} MB: what grows is the traced graph and the report.",
+        f"{a_layer:.1f} MB: memory is not constant here, and this does not tell what it is that "
+        "stays, the graph, the report or weights.",
         "",
     ]
 
@@ -286,9 +287,8 @@ def width_lines(rates: Rates, known: dict[int, tuple[Run, Costs]]) -> list[str]:
         "",
         *exponents(runs, rates),
         "",
-        "The formula counts matrix products. What lies between them goes with the square of the "
-        "width, so that the measured powers of the times are smaller than the predicted ones, and "
-        "come closer as the width grows.",
+        "The formula counts matrix products only, at one rate for all sizes. What lies between "
+        "the products goes with the square of the width.",
         "",
     ]
 
