@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 import tempfile
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 from readme import put_table
 from transformers import LlamaConfig, PretrainedConfig, Qwen3MoeConfig

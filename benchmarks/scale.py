@@ -19,7 +19,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -98,7 +97,7 @@ def save_text(file: Path) -> Path:
 
 
 @contextmanager
-def processor_time(stages: Counter[str]) -> Iterator[None]:
+def processor_time(stages: dict[str, float]) -> Iterator[None]:
     """Count the processor's seconds of each stage of the report, beside the clock's."""
     timed = MagRReport.timed
 
@@ -107,7 +106,7 @@ def processor_time(stages: Counter[str]) -> Iterator[None]:
         start = time.process_time()
         with timed(report, stage):
             yield
-        stages[stage] += time.process_time() - start
+        stages[stage] = stages.get(stage, 0.0) + time.process_time() - start
 
     with mock.patch.object(MagRReport, "timed", counted):
         yield
@@ -128,7 +127,7 @@ class Peak(threading.Thread):
 
 def in_directory(folder: Path) -> None:
     """The process of one run: what it was goes to standard output."""
-    peak, stages = Peak(), Counter[str]()
+    peak, stages = Peak(), dict[str, float]()
     peak.start()
     job = Job(
         model=str(folder / "model"),
@@ -151,7 +150,7 @@ def as_rank(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     ids = torch.randint(0, VOCABULARY, (TOKENS // (4 * LENGTH), 4, LENGTH))
     dist.broadcast(ids, 0)
-    stages = Counter[str]()
+    stages = dict[str, float]()
     with processor_time(stages):
         magr_transform(model, list(ids), target=named_target(TARGET), progress=False)
     found = {"stages": stages, "clock": model.magr_report.seconds}
@@ -294,7 +293,8 @@ def width_lines(rates: Rates, known: dict[int, tuple[Run, Costs]]) -> list[str]:
 
 
 def rank_lines() -> list[str]:
-    rows, alone = [], {}
+    rows: list[list[str]] = []
+    alone: dict[str, float] = {}
     for ranks in RANKS:
         found = measure_ranks(ranks)
         row = [str(ranks)]
