@@ -1,0 +1,168 @@
+"""What runs on large models would cost by the formulas of magr_fx/planning.py.
+
+    python benchmarks/planning.py
+
+Models of two and of three layers of the published sizes are traced without weights, as `magr-fx
+plan` does; every further layer costs as much again. Writes its table into README.md.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from dataclasses import dataclass, fields
+
+from readme import put_table
+from transformers import LlamaConfig, PretrainedConfig, Qwen3MoeConfig
+
+from magr_fx.named_targets import named_target
+from magr_fx.plan_directory import plan_directory
+from magr_fx.planning import Costs, Method, Rates, Shape, gram_bytes, solve_flops, solver_bytes
+
+TOKENS, LENGTH, TARGET = 262_144, 2048, "int3-per-channel"
+METHOD = Method()
+RANKS = (1, 8, 64)
+GPU, CPU = Rates(400e12, 45e12, 1e9), Rates(2e12, 2e12, 1e9)
+LINK = {id(GPU): 25e9, id(CPU): 2.5e9}  # bytes per second between two devices
+
+
+@dataclass(frozen=True)
+class Model:
+    """Published sizes; ``shapes`` are the problems of one layer."""
+
+    name: str
+    layers: int
+    config: PretrainedConfig
+    shapes: tuple[Shape, ...]
+
+
+def llama(name: str, layers: int, width: int, inner: int, heads: int) -> Model:
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        vocab_size=128_256,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+    key_value = 8 * width // heads
+    shapes = (
+        Shape(width + 2 * key_value, width),
+        Shape(width, width),
+        Shape(2 * inner, width),
+        Shape(width, inner),
+    )
+    return Model(name, layers, config, shapes)
+
+
+def qwen3_coder() -> Model:
+    width, heads, inner, experts, chosen = 6144, 96 * 128, 2560, 160, 8
+    config = Qwen3MoeConfig(
+        hidden_size=width,
+        num_attention_heads=96,
+        num_key_value_heads=8,
+        head_dim=128,
+        num_experts=experts,
+        num_experts_per_tok=chosen,
+        moe_intermediate_size=inner,
+        vocab_size=151_936,
+        dtype="bfloat16",
+        architectures=["Qwen3MoeForCausalLM"],
+    )
+    share = chosen / experts
+    shapes = (
+        Shape(heads + 2 * 8 * 128, width),
+        Shape(width, heads),
+        Shape(experts, width),
+        Shape(2 * inner, width, share, experts),
+        Shape(width, inner, share, experts),
+    )
+    return Model("Qwen3-Coder-480B-A35B", 62, config, shapes)
+
+
+def costs_of(model: Model) -> Costs:
+    """Of all layers: what two cost, and what the third adds, for each of the others."""
+    found = []
+    for layers in (2, 3):
+        with tempfile.TemporaryDirectory() as folder:
+            model.config.num_hidden_layers = layers
+            model.config.save_pretrained(folder)
+            plan = plan_directory(
+                folder, named_target(TARGET), tokens=TOKENS, length=LENGTH, rate=1.0
+            )
+            found.append(plan.plan.costs)
+    two, three = found
+    own = {f.name: (getattr(two, f.name), getattr(three, f.name)) for f in fields(Costs)}
+    whole = Costs(**{name: a + (model.layers - 2) * (b - a) for name, (a, b) in own.items()})
+    by_hand = model.layers * solve_flops(model.shapes, METHOD)
+    if abs(whole.solve - by_hand) > 0.01 * by_hand:
+        sys.exit(f"{model.name}: the trace has other shapes than this file")
+    return whole
+
+
+def solve_of_a_rank(model: Model, ranks: int) -> float:
+    """Operations: rows are split, each gram is factorised by all; experts are spread as wholes."""
+    total = 0.0
+    for shape in model.shapes:
+        one = Shape(shape.rows, shape.inputs)
+        if shape.problems > 1:
+            total += -(-shape.problems // ranks) * solve_flops([one], METHOD)
+        else:
+            factors = solve_flops([Shape(0, shape.inputs)], METHOD)
+            total += factors + (solve_flops([one], METHOD) - factors) / ranks
+    return model.layers * total
+
+
+def memory_of_a_rank(model: Model, costs: Costs, ranks: int) -> float:
+    """Bytes beside the weights that are not worked on: grams are whole on every rank."""
+    rows = (Shape(-(-s.rows // (ranks if s.problems == 1 else 1)), s.inputs) for s in model.shapes)
+    solver = max(solver_bytes(shape, METHOD) for shape in rows)
+    return costs.block + costs.grams + solver + costs.boundary / ranks
+
+
+def hours(model: Model, costs: Costs, ranks: int, rates: Rates) -> float:
+    """The calibration divided, the solves spread, and grams and weights sent to all."""
+    seconds = costs.seconds(rates)
+    total = (seconds["forward"] + seconds["grams"]) / ranks + seconds["disk"]
+    total += solve_of_a_rank(model, ranks) / rates.solve
+    if ranks > 1:
+        grams = model.layers * gram_bytes(model.shapes, METHOD)
+        weights = 2 * model.layers * sum(shape.parameters for shape in model.shapes)
+        total += (2 * grams + weights) / LINK[id(rates)]
+    return total / 3600
+
+
+def main() -> None:
+    models = (
+        llama("Llama-3-8B", 32, 4096, 14_336, 32),
+        llama("Llama-3-70B", 80, 8192, 28_672, 64),
+        qwen3_coder(),
+    )
+    header = [
+        "model", "weights", "devices", "block, grams, solve, activations", "together",
+        "hours on GPUs", "hours on CPU servers",
+    ]  # fmt: skip
+    lines = [f"| {' | '.join(header)} |", "| --- |" + " ---: |" * (len(header) - 1)]
+    for model in models:
+        costs = costs_of(model)
+        for ranks in RANKS:
+            memory = memory_of_a_rank(model, costs, ranks)
+            boundary = costs.boundary / ranks
+            parts = (costs.block, costs.grams, memory - costs.block - costs.grams - boundary)
+            cells = [
+                model.name if ranks == 1 else "",
+                f"{costs.model / 1e9:.0f}" if ranks == 1 else "",
+                str(ranks),
+                " + ".join(f"{part / 1e9:.1f}" for part in (*parts, boundary)),
+                f"{memory / 1e9:.0f}",
+                *(f"{hours(model, costs, ranks, rates):.1f}" for rates in (GPU, CPU)),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    table = "\n".join(lines)
+    print(table)
+    put_table("planning", table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,358 @@
+"""Time and peak memory against depth, width and ranks, beside what the formulas predict. Linux.
+
+    python benchmarks/scale.py
+
+Llamas with random weights go from directory to directory, each in a process of its own with one
+thread; its processor time and its peak memory are what the system says of the process when it has
+ended. The predictions are those of `magr-fx plan`, with the products of one thread as measured
+here. Writes its tables to benchmarks/scale.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from unittest import mock
+
+import torch
+from footprint import resident
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import distributed as dist
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedTokenizerFast as FastTokenizer
+
+from magr_fx import magr_transform
+from magr_fx.directories import PROCESS, Job, transform_directory
+from magr_fx.named_targets import named_target
+from magr_fx.plan_directory import measured, plan_directory
+from magr_fx.planning import Costs, Rates
+from magr_fx.report import MagRReport
+
+OUT = Path(__file__).with_suffix(".md")
+TARGET, VOCABULARY, TOKENS, LENGTH = "int3-per-channel", 512, 4096, 128
+DEPTHS, WIDTH = (2, 4, 8, 16), 256
+WIDTHS, DEPTH = (256, 512, 1024), 2
+RANKS, WIDTH_OF_RANKS = (1, 2, 4), 512
+MB = 10**6
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one process was: seconds (of the processor, and by the clock), and bytes at its peak.
+
+    Attributes:
+        cpu, wall: of the whole process, imports and tracing included.
+        stages, clock: of the report's stages, of the processor and by the clock.
+        peak: resident memory, mapped files included, which the system can take back.
+        own: what is the process's alone (anonymous memory), sampled.
+        bare: the same, after the imports.
+    """
+
+    cpu: float
+    wall: float
+    stages: dict[str, float]
+    clock: dict[str, float]
+    peak: float
+    own: float
+    bare: float
+
+
+def save_llama(folder: Path, width: int, depth: int) -> Path:
+    """A Llama with random weights and a tokenizer; shapes in the proportions of Llama-2-7B."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=11 * width // 4,
+        num_hidden_layers=depth,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        vocab_size=VOCABULARY,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokens = {f"w{at}": at for at in range(VOCABULARY)}
+    tokenizer = Tokenizer(WordLevel(tokens, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    FastTokenizer(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
+    return folder
+
+
+def save_text(file: Path) -> Path:
+    ids = torch.randint(0, VOCABULARY, (2 * TOKENS,), generator=torch.Generator().manual_seed(1))
+    file.write_text(" ".join(f"w{at}" for at in ids.tolist()), encoding="utf-8")
+    return file
+
+
+@contextmanager
+def processor_time(stages: dict[str, float]) -> Iterator[None]:
+    """Count the processor's seconds of each stage of the report, beside the clock's."""
+    timed = MagRReport.timed
+
+    @contextmanager
+    def counted(report: MagRReport, stage: str) -> Iterator[None]:
+        start = time.process_time()
+        with timed(report, stage):
+            yield
+        stages[stage] = stages.get(stage, 0.0) + time.process_time() - start
+
+    with mock.patch.object(MagRReport, "timed", counted):
+        yield
+
+
+class Peak(threading.Thread):
+    """The most anonymous memory of this process, looked at every 10 ms."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.bare = self.most = resident("RssAnon")
+
+    def run(self) -> None:
+        while True:
+            self.most = max(self.most, resident("RssAnon"))
+            time.sleep(0.01)
+
+
+def in_directory(folder: Path) -> None:
+    """The process of one run: what it was goes to standard output."""
+    peak, stages = Peak(), dict[str, float]()
+    peak.start()
+    job = Job(
+        model=str(folder / "model"),
+        out=folder / "out",
+        text=folder / "text.txt",
+        target=named_target(TARGET),
+        tokens=TOKENS,
+        length=LENGTH,
+        options={"progress": False},
+    )
+    with processor_time(stages):
+        report = transform_directory(job)
+    sizes = {"own": peak.most * 2**20, "bare": peak.bare * 2**20}
+    print(json.dumps({"stages": stages, "clock": report.seconds, **sizes}))
+
+
+def as_rank(folder: Path) -> None:
+    """One of the processes that torchrun starts."""
+    dist.init_process_group("gloo")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    ids = torch.randint(0, VOCABULARY, (TOKENS // (4 * LENGTH), 4, LENGTH))
+    dist.broadcast(ids, 0)
+    stages = dict[str, float]()
+    with processor_time(stages):
+        magr_transform(model, list(ids), target=named_target(TARGET), progress=False)
+    found = {"stages": stages, "clock": model.magr_report.seconds}
+    (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def run(command: list[str]) -> tuple[str, float, float, int]:
+    """Standard output, seconds of the processor and by the clock, and the peak in bytes."""
+    start = time.perf_counter()
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(
+            [sys.executable, *command], stdout=out, stderr=errors, env=os.environ | threads
+        )
+        _, status, usage = os.wait4(child.pid, 0)
+        out.seek(0)
+        errors.seek(0)
+        if status:
+            sys.exit(f"{' '.join(command)} failed:\n{errors.read()[-3000:]}")
+        wall = time.perf_counter() - start
+        return out.read(), usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss * 1024
+
+
+def measure(width: int, depth: int) -> tuple[Run, Costs]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_llama(folder / "model", width, depth)
+        save_text(folder / "text.txt")
+        plan = plan_directory(
+            str(folder / "model"), named_target(TARGET), tokens=TOKENS, length=LENGTH, rate=1.0
+        )
+        out, cpu, wall, peak = run([__file__, "--directory", name])
+    found = Run(cpu=cpu, wall=wall, peak=peak, **json.loads(out.splitlines()[-1]))
+    print(f"width {width}, depth {depth}: {asdict(found)}", file=sys.stderr)
+    return found, plan.plan.costs
+
+
+def measure_ranks(ranks: int) -> list[dict[str, dict[str, float]]]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_llama(folder / "model", WIDTH_OF_RANKS, DEPTH)
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        run([*torchrun, __file__, "--rank", name])
+        found = [json.loads((folder / f"rank{at}.json").read_text()) for at in range(ranks)]
+    print(f"ranks {ranks}: {found}", file=sys.stderr)
+    return found
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    rule = ["---:"] * len(header)
+    return [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
+
+
+HEADER = [
+    "checkpoint, MB", "peak memory, MB", "the process's own, MB", "above the imports, MB",
+    "predicted, MB", "seconds by the clock", "processor seconds", "calibration", "predicted",
+    "solve", "predicted",
+]  # fmt: skip
+
+
+def cells(found: Run, costs: Costs, rates: Rates) -> list[str]:
+    seconds = costs.seconds(rates)
+    sizes = (costs.model, found.peak, found.own, found.own - found.bare, costs.memory)
+    calibration = found.stages["check"] + found.stages["grams"]
+    times = (calibration, seconds["forward"] + seconds["grams"])
+    return [
+        *(f"{size / MB:.0f}" for size in sizes),
+        f"{found.wall:.0f}",
+        f"{found.cpu:.1f}",
+        *(f"{each:.1f}" for each in (*times, found.stages["solve"], seconds["solve"])),
+    ]
+
+
+def slope(xs: tuple[int, ...], ys: list[float]) -> float:
+    """Of the straight line through the points that is nearest to them."""
+    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
+    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum(
+        (a - x) ** 2 for a in xs
+    )
+
+
+def depth_lines(rates: Rates, known: dict[int, tuple[Run, Costs]]) -> list[str]:
+    runs = [known[depth] for depth in DEPTHS]
+    rows = [[str(d), *cells(*r, rates)] for d, r in zip(DEPTHS, runs, strict=True)]
+    a_layer = slope(DEPTHS, [costs.model for _, costs in runs]) / MB
+    growth = slope(DEPTHS, [found.own for found, _ in runs]) / MB
+    cpu = [found.cpu for found, _ in runs]
+    line = slope(DEPTHS, cpu)
+    first = sum(cpu) / len(cpu) - line * sum(DEPTHS) / len(DEPTHS)
+    off = max(abs(c - first - line * d) / c for c, d in zip(cpu, DEPTHS, strict=True))
+    return [
+        f"## Depth, at width {WIDTH}",
+        "",
+        *table(["layers", *HEADER], rows),
+        "",
+        f"Time is linear: {first:.1f} s and {line:.2f} s a layer (processor), at most {off:.0%} "
+        f"off. The process's own memory grows by {growth:.1f} MB a layer, whose weights are "
+        f"{a_layer:.1f} MB: memory is not constant here, and this does not tell what it is that "
+        "stays, the graph, the report or weights.",
+        "",
+    ]
+
+
+def exponents(runs: list[tuple[Run, Costs]], rates: Rates) -> list[str]:
+    parts: dict[str, tuple[list[float], list[float]]] = {
+        "calibration": (
+            [r.stages["check"] + r.stages["grams"] for r, _ in runs],
+            [c.seconds(rates)["forward"] + c.seconds(rates)["grams"] for _, c in runs],
+        ),
+        "solve": ([r.stages["solve"] for r, _ in runs], [c.solve for _, c in runs]),
+        "memory": ([r.own - r.bare for r, _ in runs], [c.memory for _, c in runs]),
+    }
+    rows = []
+    for name, pair in parts.items():
+        powers = [
+            f"{math.log(many / few) / math.log(wide / narrow):.2f}"
+            for side in pair
+            for narrow, wide, few, many in zip(WIDTHS, WIDTHS[1:], side, side[1:], strict=False)
+        ]
+        rows.append([name, *powers])
+    steps = [f"{a} to {b}" for a, b in pairwise(WIDTHS)]
+    return table(["power of the width", *steps, *(f"predicted, {s}" for s in steps)], rows)
+
+
+def width_lines(rates: Rates, known: dict[int, tuple[Run, Costs]]) -> list[str]:
+    runs = [known[width] for width in WIDTHS]
+    rows = [[str(w), *cells(*r, rates)] for w, r in zip(WIDTHS, runs, strict=True)]
+    return [
+        f"## Width, at {DEPTH} layers",
+        "",
+        *table(["width", *HEADER], rows),
+        "",
+        *exponents(runs, rates),
+        "",
+        "The formula counts matrix products only, at one rate for all sizes. What lies between "
+        "the products goes with the square of the width.",
+        "",
+    ]
+
+
+def rank_lines() -> list[str]:
+    rows: list[list[str]] = []
+    alone: dict[str, float] = {}
+    for ranks in RANKS:
+        found = measure_ranks(ranks)
+        row = [str(ranks)]
+        for name, stages in {"calibration": ("check", "grams"), "solve": ("solve",)}.items():
+            most = max(sum(rank["stages"][stage] for stage in stages) for rank in found)
+            clock = max(sum(rank["clock"][stage] for stage in stages) for rank in found)
+            alone.setdefault(name, most)
+            row += [f"{most:.1f}", f"{alone[name] / most:.2f}", f"{clock:.1f}"]
+        rows.append(row)
+    header = ["ranks"]
+    for name in ("calibration", "solve"):
+        header += [f"{name}, processor s", "speed-up", f"{name}, clock s"]
+    return [
+        f"## Ranks, at width {WIDTH_OF_RANKS} and {DEPTH} layers",
+        "",
+        *table(header, rows),
+        "",
+        "Through torchrun with gloo, each rank with the model in memory; of the rank that took "
+        "longest. The speed-up is of its own processor time: what remains for it to do, waiting "
+        "left out. On two cores this shows how the work is split, and for two ranks what the "
+        "clock makes of it where nothing else runs; of four ranks the clock can show nothing, and "
+        "of the cost of a network there is nothing to be seen on one machine.",
+        "",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.directory:
+        return in_directory(args.directory)
+    if args.rank:
+        return as_rank(args.rank)
+    torch.set_num_threads(1)
+    rate = max(measured(torch.float32) for _ in range(5))
+    rates = Rates(rate, rate, math.inf)
+    by_depth = {depth: measure(WIDTH, depth) for depth in DEPTHS}
+    by_width = {w: by_depth[DEPTH] if w == WIDTH else measure(w, DEPTH) for w in WIDTHS}
+    lines = [
+        "# Scale",
+        "",
+        f"`python benchmarks/scale.py`: Llamas with random weights in float32, {TARGET}, "
+        f"{TOKENS:,} tokens in windows of {LENGTH}, from directory to directory, one thread; torch "
+        f"{torch.__version__}. Matrix products of {rate / 1e9:.0f} GFLOP/s, as measured, are what "
+        "the predicted times divide by. Times by the clock were taken on two cores that others "
+        "kept busy: they say little, processor seconds more. Both are of the whole process, "
+        "imports and tracing included; calibration and solve are processor seconds. Predicted "
+        f"memory is above the imports, for which `magr-fx plan` adds {PROCESS / MB:.0f} MB.",
+        "",
+        *depth_lines(rates, by_depth),
+        *width_lines(rates, by_width),
+        *rank_lines(),
+    ]
+    OUT.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
