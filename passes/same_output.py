@@ -1,4 +1,4 @@
-"""An exported graph and its model on one and the same input: do they compute the same?
+"""Whether an exported graph computes what its model does, on one and the same input.
 
 Code that asks whether it is being exported may do something else then.
 """
@@ -31,8 +31,9 @@ def check_same_output(
 ) -> None:
     """Run both once on the input that the graph was traced with, and compare what they return.
 
-    Nothing keeps what the two runs write. Graphs with random numbers are not compared, nor is an
-    input that one of the two fails on: to say so is up to the check of the calibration.
+    Nothing keeps what the two runs write. Graphs with random numbers are not compared, nor a model
+    whose forward hooks would see one run more, nor an input that one of the two fails on: to say so
+    is up to the check of the calibration.
 
     Args:
         graph_module: by torch.export.
@@ -43,7 +44,8 @@ def check_same_output(
     Raises:
         TraceError: they return something else.
     """
-    if any(is_random(node) for node in all_nodes(graph_module)):
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    if hooked or any(is_random(node) for node in all_nodes(graph_module)):
         return
     try:
         with buffers_kept([Trace(graph_module, ())]):
