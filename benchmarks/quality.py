@@ -53,9 +53,14 @@ class Subject(NamedTuple):
 
     model: nn.Module
     calib: Callable[[int], Any]  # seed → calibration batches
-    held: Any  # batches of held-out text, for output errors
+    texts: dict[str, Any]  # batches of held-out text, and of text unlike the calibration
     scores: Callable[[nn.Module], dict[str, float]]  # lower is better
     quantizable: Callable[[nn.Module, str], bool]
+
+    @property
+    def held(self) -> Any:
+        """The batches for output errors."""
+        return self.texts["sotu_heldout"]
 
 
 def config(bits: int, group: int, *, hqq: bool = False) -> IntxWeightOnlyConfig:
@@ -330,7 +335,7 @@ def language_model_subject() -> Subject:
     return Subject(
         model,
         lambda seed: random_windows(tokenizer, TEXT, count=32, seed=seed),
-        texts["sotu_heldout"],
+        texts,
         lambda m: {f"perplexity, {name}": perplexity(m, text) for name, text in texts.items()},
         lambda module, name: isinstance(module, nn.Linear) and name != "lm_head",
     )
@@ -339,11 +344,12 @@ def language_model_subject() -> Subject:
 def encoder_subject() -> Subject:
     model, tokenizer = encoder()
     calibration = sentences(tokenizer, TEXT, 1536)
-    held = sentences(tokenizer, DATA / "sotu_heldout.txt", 256)
-    unlike = sentences(tokenizer, DATA / "moby_dick.txt", 256)
+    texts = {
+        name: sentences(tokenizer, DATA / f"{name}.txt", 256)
+        for name in ("sotu_heldout", "moby_dick")
+    }
 
     def scores(candidate: nn.Module) -> dict[str, float]:
-        texts = {"sotu_heldout": held, "moby_dick": unlike}
         return {
             f"1 - cosine, {name}": float(
                 1 - (_embed(model, t) * _embed(candidate, t)).sum(-1).mean()
@@ -355,7 +361,7 @@ def encoder_subject() -> Subject:
         order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(seed))
         return [calibration[i] for i in order[:16].tolist()]
 
-    return Subject(model, calib, held, scores, lambda module, _: isinstance(module, nn.Linear))
+    return Subject(model, calib, texts, scores, lambda module, _: isinstance(module, nn.Linear))
 
 
 @torch.no_grad()

@@ -18,11 +18,8 @@ from typing import Any
 import torch
 from quality import Run, language_model_subject, ours
 from solver import align
-from texts import DATA
 from torch import Tensor, nn
 from torch.nn import functional
-
-from language_model import bundled_model, load, token_batches  # isort: skip
 
 # After these the original's first token is: ordinary again; massive; so to the end.
 BLOCKS = (10, 11, 20)
@@ -57,12 +54,9 @@ def main() -> None:
     subject = language_model_subject()
     run = Run(subject, args.bits, args.group, 0, [], [])
     models = {"original": subject.model, "quantized": ours(run, rounding="gptq")}
-    _, tokenizer = load(bundled_model(), device="cpu", dtype=torch.float32)
     rows = []
-    for text in ("sotu_heldout", "moby_dick"):
-        tokens = torch.cat(
-            token_batches(tokenizer, DATA / f"{text}.txt", tokens=4096, length=512, device="cpu")
-        )
+    for text, batches in subject.texts.items():
+        tokens = torch.cat(batches)
         found = [windows(model, tokens) for model in models.values()]
         for at in range(len(tokens)):
             losses = [f"{loss[at]:.2f}" for loss, _ in found]

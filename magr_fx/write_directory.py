@@ -21,6 +21,7 @@ from magr_fx.model_directory import (
     largest_layer,
     read_directory,
 )
+from magr_fx.passes.offloaded import offloading_hook
 
 # The least size of a shard where transformers writes them, each of which it has in memory.
 SHARD = 512 * 2**20
@@ -154,9 +155,7 @@ def _overwrite(file: Path, stored: StoredTensor, weight: torch.Tensor) -> None:
 def _offloaded_weights(model: Any) -> Any:
     """accelerate's OffloadedWeightsLoader, which all modules of a model share."""
     for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):
-            weights = getattr(one, "weights_map", None)
-            if weights is not None:
-                return weights.dataset
+        hook = offloading_hook(module)
+        if hook is not None:
+            return hook.weights_map.dataset
     raise ModelError("no weight of the model is offloaded; this is an error of magr-fx")

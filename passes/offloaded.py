@@ -58,7 +58,7 @@ def _origin(value: fx.Node) -> fx.Node:
 
 def is_offloaded(model: object) -> bool:
     """Whether accelerate keeps some of the model's weights elsewhere."""
-    return isinstance(model, nn.Module) and any(map(_offloading_hook, model.modules()))
+    return isinstance(model, nn.Module) and any(map(offloading_hook, model.modules()))
 
 
 @contextlib.contextmanager
@@ -222,7 +222,7 @@ def _hooked(model: nn.Module) -> Iterator[tuple[Any, nn.Module, str, str]]:
     """
     known: set[nn.Module] = set()
     for name, outer in model.named_modules():
-        hook = _offloading_hook(outer)
+        hook = offloading_hook(outer)
         if hook is None:
             continue
         for path, module in outer.named_modules() if hook.place_submodules else [("", outer)]:
@@ -257,7 +257,7 @@ def reserved(like: torch.Tensor) -> tuple[nn.Parameter, mmap.mmap]:
     return nn.Parameter(values, like.requires_grad), pages
 
 
-def _offloading_hook(module: nn.Module) -> Any:
+def offloading_hook(module: nn.Module) -> Any:
     """accelerate's hook that fetches the module's weights, or None."""
     hook: Any = getattr(module, "_hf_hook", None)
     for one in getattr(hook, "hooks", (hook,)):  # a SequentialHook has several
