@@ -156,7 +156,6 @@ MAIN = (
     "magr-fx, nearest",
     "published MagR, GPTQ",
     "magr-fx, GPTQ",
-    f"magr-fx, GPTQ, refine={REFINE}",
 )
 # Propagated weights make up for what earlier layers lost: on original inputs they have to differ.
 ONE_SHOT = tuple(name for name in METHODS if not name.startswith("magr-fx") or "no prop" in name)

@@ -31,6 +31,7 @@ from magr_fx.errors import CheckpointError, ConfigError, ModelError
 from magr_fx.model_directory import StoredTensor, find_model, read_config, read_directory
 from magr_fx.passes.checkpoint import checkpoint_report
 from magr_fx.passes.find_linears import FilterFn
+from magr_fx.passes.offloaded import offloaded_weights
 from magr_fx.passes.to_torchao import describe, is_quantized
 from magr_fx.report import MagRReport
 from magr_fx.report_files import read_report, write_report
@@ -286,7 +287,8 @@ def _load(prepared: _Prepared, *, offloaded: bool) -> Any:
 
 def _rewrite(model: Any, prepared: _Prepared, *, linears_only: bool = False) -> Path:
     """Rewrite a model that is offloaded, and save it."""
-    job, origin = prepared.job, Origin(model, prepared.tensors)
+    job = prepared.job
+    origin = Origin(model, offloaded_weights(model), prepared.tensors)
     chosen = rewritable(model, job.skip, head=job.head, linears_only=linears_only)
     modules = [(name, m) for name, m in model.named_modules() if m._parameters]
     if not any(chosen(module, name) for name, module in modules):

@@ -21,7 +21,6 @@ from magr_fx.model_directory import (
     largest_layer,
     read_directory,
 )
-from magr_fx.passes.offloaded import offloading_hook
 
 # The least size of a shard where transformers writes them, each of which it has in memory.
 SHARD = 512 * 2**20
@@ -40,13 +39,14 @@ class Origin:
 
     Args:
         model: as ``from_pretrained(folder, device_map={"": "disk"})`` loads it.
+        weights: accelerate's OffloadedWeightsLoader, which all of its modules share.
         tensors: what ``folder`` holds, see :func:`magr_fx.model_directory.read_directory`.
     """
 
-    def __init__(self, model: Any, tensors: dict[str, StoredTensor]) -> None:
+    def __init__(self, model: Any, weights: Any, tensors: dict[str, StoredTensor]) -> None:
         self.model, self.tensors = model, tensors
-        self._weights = _offloaded_weights(model)
-        self._entries = dict(self._weights.index)
+        self._weights = weights
+        self._entries = dict(weights.index)
 
     def changed(self) -> dict[str, str | None]:
         """The model's weights that are others now, with their names in the directory.
@@ -150,12 +150,3 @@ def _overwrite(file: Path, stored: StoredTensor, weight: torch.Tensor) -> None:
     with file.open("r+b") as opened:
         opened.seek(stored.start)
         opened.write(plain.view(torch.uint8).numpy().data)
-
-
-def _offloaded_weights(model: Any) -> Any:
-    """accelerate's OffloadedWeightsLoader, which all modules of a model share."""
-    for module in model.modules():
-        hook = offloading_hook(module)
-        if hook is not None:
-            return hook.weights_map.dataset
-    raise ModelError("no weight of the model is offloaded; this is an error of magr-fx")

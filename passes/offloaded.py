@@ -266,6 +266,19 @@ def offloading_hook(module: nn.Module) -> Any:
     return None
 
 
+def offloaded_weights(model: nn.Module) -> Any:
+    """accelerate's OffloadedWeightsLoader, which all modules of a model share.
+
+    Raises:
+        ModelError: no weight is offloaded.
+    """
+    for module in model.modules():
+        hook = offloading_hook(module)
+        if hook is not None:
+            return hook.weights_map.dataset
+    raise ModelError("no weight of the model is offloaded")
+
+
 def _unprefixed(values: Any, key: str) -> tuple[Any, str]:
     """The dict, or accelerate's OffloadedWeightsLoader, that has the values, and the key there."""
     while hasattr(values, "prefix"):
