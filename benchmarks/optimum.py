@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torchao.quantization import quantize_
 
 from magr_fx import MagRConfig, solve_magr, solve_magr_path
-from magr_fx.gram import damped, output_error
+from magr_fx.gram import LEAST_DAMPING, damped, output_error
 
 from language_model import bundled_model, load, perplexity, token_batches  # isort: skip
 from quickstart import per_channel, quantizable  # isort: skip
@@ -77,7 +77,7 @@ def after_torchao(layers: list[Layer], tol: float) -> list[str]:
     """Seconds, and the root mean square of the layers' output errors at 3 and 4 bits."""
     seconds, squares = 0.0, {3: 0.0, 4: 0.0}
     for layer in layers:
-        gram = damped(layer.gram, MagRConfig().regularisation)
+        gram = damped(layer.gram, LEAST_DAMPING)
         start = time.perf_counter()
         rows = solve_magr(layer.weight, gram, tol=tol, max_steps=300).weight
         seconds += time.perf_counter() - start
@@ -143,7 +143,7 @@ def main() -> None:
         for name in ("sotu_heldout", "moby_dick")
     ]
     alpha = MagRConfig().penalty
-    default = MagRConfig().regularisation
+    default = LEAST_DAMPING
     runs: list[tuple[str, float, dict[str, Any]]] = [
         ("admm, tol 1e-2", default, {"tol": 1e-2}),
         ("admm, tol 1e-3 (default)", default, {}),

@@ -22,7 +22,7 @@ from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerAxis, Per
 
 from magr_fx import MagRConfig, solve_magr
 from magr_fx.gptq import compensation
-from magr_fx.gram import damped
+from magr_fx.gram import LEAST_DAMPING, damped
 from magr_fx.passes.torchao_rounding import TorchaoRounding
 from magr_fx.rounding import Candidate, Nearest, OnGrid, Rounded, Rounding
 from magr_fx.search import choose
@@ -74,7 +74,7 @@ def cost(layer: Layer, group: int | None, gptq: bool) -> Cost:
     )
     config = MagRConfig(alpha="auto", group_size=group)
     single = MagRConfig(group_size=group)
-    gram = damped(layer.gram, single.regularisation)
+    gram = damped(layer.gram, LEAST_DAMPING)
     torchao = TorchaoRounding(target, [len(layer.weight)])
     start = Rounded(torchao.values(layer.weight), (layer.weight,))
 

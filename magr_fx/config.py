@@ -12,6 +12,7 @@ import torch
 from torchao.core.config import AOBaseConfig
 
 from magr_fx.errors import ConfigError
+from magr_fx.gram import damping_for
 
 SOLVERS = ("admm", "pgd")
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
@@ -30,9 +31,6 @@ PUBLISHED_STEPS = 200
 # (benchmarks/optimum.md).
 ADMM_STEPS = 100
 ADMM_TOL = 1e-3
-# The optimum fits the calibration closer than an iteration that stops early; some damping keeps it
-# from fitting what is particular to a few thousand tokens (benchmarks/optimum.md).
-ADMM_DAMPING = 0.1
 # The relative dual gap at which alpha="auto" takes a solution of ADMM: what is closer is lost in
 # rounding, and the rounded rows are judged anyway (benchmarks/README.md).
 SEARCH_TOL = 0.1
@@ -116,7 +114,8 @@ class MagRConfig(AOBaseConfig):  # type: ignore[misc]
         tol: relative dual gap (gap / objective) at which a row counts as converged; None is 1e-3
             for admm (0.1 while ``alpha="auto"`` compares) and 0 for pgd; 0 always takes
             ``max_steps``.
-        damping: s in G + s·mean(diag G)·I, the gram that is solved with; None is 0.1 for admm
+        damping: s in G + s·mean(diag G)·I, the gram that is solved with; None is, for admm, 0.3
+            where tokens are few and 0.1 where they are many, see :func:`magr_fx.gram.damping_for`,
             and 0, the calibration gram itself, for pgd. More keeps the weight where it was in
             the directions that the calibration hardly reaches. The report's output errors
             always use the calibration gram itself.
@@ -151,7 +150,7 @@ class MagRConfig(AOBaseConfig):  # type: ignore[misc]
             check_alpha(self.penalty)
         check_group_size(self.group_size)
         SolverOptions(self.solver, self.max_steps, self.tol, self.precision)
-        if not (_is_number(self.regularisation) and self.regularisation >= 0):
+        if self.damping is not None and not (_is_number(self.damping) and self.damping >= 0):
             raise ConfigError(f"damping must be a finite number of at least 0, got {self.damping}")
         self._check_step()
 
@@ -194,15 +193,21 @@ class MagRConfig(AOBaseConfig):  # type: ignore[misc]
             return self.alpha
         return PUBLISHED_ALPHA_PER_CHANNEL if self.group_size is None else PUBLISHED_ALPHA_PER_GROUP
 
-    @property
-    def regularisation(self) -> float:
-        """``damping``, or the solver's own value where that is None."""
+    def regularisation(self, tokens: int, inputs: int) -> float:
+        """``damping``, or the solver's own value for a gram of so many tokens, ``[in, in]``.
+
+        The optimum fits the calibration closer than an iteration that stops early; damping keeps
+        it from fitting what is particular to a few thousand tokens (benchmarks/optimum.md).
+        """
         if self.damping is not None:
             return self.damping
-        return ADMM_DAMPING if self.solver == "admm" else 0.0
+        return damping_for(tokens, inputs) if self.solver == "admm" else 0.0
 
     def resolved(self) -> MagRConfig:
-        """This config with what it stands for in the place of every None but ``group_size``'s."""
+        """This config with what it stands for in the place of every None that has one value.
+
+        ``group_size`` is the target's, admm's ``damping`` each gram's own.
+        """
         options = SolverOptions(self.solver, self.max_steps, self.tol, self.precision)
         searching = self.alpha == "auto"
         loose = searching and self.tol is None and self.solver == "admm"
@@ -211,7 +216,7 @@ class MagRConfig(AOBaseConfig):  # type: ignore[misc]
             alpha="auto" if searching else self.penalty,
             max_steps=options.max_steps,
             tol=SEARCH_TOL if loose else options.tol,
-            damping=self.regularisation,
+            damping=0.0 if self.damping is None and self.solver == "pgd" else self.damping,
         )
 
     def without_step(self) -> MagRConfig:

@@ -55,6 +55,16 @@ class Choice:
         return Choice(rounded, *map(change, rest))
 
 
+def joined(choices: Sequence[Choice]) -> Choice:
+    """Those of several pieces of a weight, one below the other."""
+    if len(choices) == 1:
+        return choices[0]
+    values, parts = zip(*(choice.rounded for choice in choices), strict=True)
+    rounded = Rounded(torch.cat(values), tuple(map(torch.cat, zip(*parts, strict=True))))
+    rest = ("alpha", "clip", "status", "steps", "error")
+    return Choice(rounded, *(torch.cat([getattr(c, name) for c in choices]) for name in rest))
+
+
 @torch.no_grad()
 def choose(
     aim: Tensor,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,17 +13,18 @@ from torchao.core.config import AOBaseConfig
 from magr_fx.config import Handling, MagRConfig
 from magr_fx.coordinate_descent import descend
 from magr_fx.drift import made_up_for
-from magr_fx.gptq import compensation
+from magr_fx.gptq import Compensation, compensation
 from magr_fx.gram import damped, output_energy, relative_error
 from magr_fx.grid import stacked
 from magr_fx.passes.find_linears import Site
 from magr_fx.passes.ranks import ALONE, Ranks
+from magr_fx.passes.row_pieces import pieces, within
 from magr_fx.passes.shared_gram import SharedGram
-from magr_fx.passes.to_torchao import shares_one_step
+from magr_fx.passes.to_torchao import rows_are_independent, shares_one_step
 from magr_fx.passes.torchao_rounding import TorchaoRounding, dequantized, grid_of
 from magr_fx.report import Quantization
 from magr_fx.rounding import Nearest, OnGrid, Rounded
-from magr_fx.search import Choice, choose
+from magr_fx.search import Choice, choose, joined
 from magr_fx.solution import Status
 
 
@@ -65,56 +66,26 @@ def quantized_weights(
     Raises:
         MagRError: the gram or the weight cannot be worked with.
     """
-    sites, gram = shared.sites, damped(shared.collected, config.regularisation)
-    rows = [site.shape[0] for site in sites]
+    sites = shared.sites
+    rows, columns = [site.shape[0] for site in sites], sites[0].shape[1]
     whole = torch.cat([site.weight for site in sites])
-    own = ranks.part_of(len(whole))
-    weight = whole[own]
-    aim = weight.to(torch.float32)
-    if shared.drift is not None:
-        aim = made_up_for(weight, shared.collected, shared.drift)
-    torchao = TorchaoRounding(target.config, _within(rows, own))
-    alone = torchao.tensors(weight)
-    start = torch.cat([dequantized(tensor) for tensor in alone])
-    units = rows if shares_one_step(target.config) else None
-    everywhere = ranks.concat if ranks.world > 1 else None
-    if target.handling.rounding == "gptq":
-        on_grid = OnGrid(torchao.grid, compensation(gram, by_activation=target.handling.act_order))
-        grid = stacked([grid_of(tensor) for tensor in alone])
-        codes = torch.cat([tensor.qdata for tensor in alone])  # type: ignore[attr-defined]
-        choice = choose(
-            aim,
-            gram,
-            on_grid,
-            Rounded(start, (codes, grid.scale, grid.zero_point)),
-            config,
-            dtype=weight.dtype,
-            units=units,
-            everywhere=everywhere,
-        )
-        codes, scale, zero = choice.rounded.parts
-        grid = grid._replace(scale=scale, zero_point=zero)
-        if target.handling.refine:
-            codes = descend(codes, aim, gram, grid, passes=target.handling.refine)
-        rounded = Rounded(grid.values(codes), (codes, scale, zero))
-    else:
-        choice = choose(
-            aim,
-            gram,
-            Nearest(torchao.values),
-            Rounded(start, (weight,)),
-            config,
-            dtype=weight.dtype,
-            units=units,
-            one_weight=True,
-            everywhere=everywhere,
-        )
-        rounded = choice.rounded
-    aim, start = ranks.concat(aim), ranks.concat(start)
-    choice = replace(choice, rounded=rounded).mapped(ranks.concat)
+    gptq = target.handling.rounding == "gptq"
+    gram = damped(shared.collected, config.regularisation(int(shared.tokens), columns))
+    spread = compensation(gram, by_activation=target.handling.act_order) if gptq else None
+    cut = [slice(0, len(whole))]
+    if rows_are_independent(target.config):
+        cut = pieces(len(whole), columns, whole.device)
+    chosen = []
+    for piece in cut:
+        part = ranks.part_of(piece.stop - piece.start)
+        own = slice(piece.start + part.start, piece.start + part.stop)
+        torchao = TorchaoRounding(target.config, within(rows, own))
+        found = _choose(whole[own], gram, shared, torchao, config, target, spread, ranks)
+        chosen.append(found.mapped(ranks.concat))
+    aim, start, choice = _joined(chosen)
     values, parts = choice.rounded
     torchao = TorchaoRounding(target.config, rows)
-    if target.handling.rounding == "gptq":
+    if gptq:
         tensors, final = torchao.on_grid(whole, parts), values.to(whole.dtype)
     else:
         (final,) = parts
@@ -127,14 +98,63 @@ def quantized_weights(
     return result
 
 
-def _within(rows: list[int], part: slice) -> list[int]:
-    """How many rows of each of the stacked weights lie in a part of the stack, if any do."""
-    ends = list(accumulate(rows))
-    pieces = [
-        min(end, part.stop) - max(end - length, part.start)
-        for end, length in zip(ends, rows, strict=True)
-    ]
-    return [piece for piece in pieces if piece > 0]
+class _Chosen(NamedTuple):
+    """What some rows are to do the same as, what torchao alone makes of them, and their choice."""
+
+    aim: Tensor  # [out, in], float32
+    start: Tensor  # [out, in], float32
+    choice: Choice
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> _Chosen:
+        """With each of its tensors, whose first dimension is the rows, changed."""
+        return _Chosen(change(self.aim), change(self.start), self.choice.mapped(change))
+
+
+def _joined(chosen: list[_Chosen]) -> _Chosen:
+    """One below the other."""
+    if len(chosen) == 1:
+        return chosen[0]
+    aims, starts, choices = zip(*chosen, strict=True)
+    return _Chosen(torch.cat(aims), torch.cat(starts), joined(choices))
+
+
+def _choose(
+    weight: Tensor,
+    gram: Tensor,
+    shared: SharedGram,
+    torchao: TorchaoRounding,
+    config: MagRConfig,
+    target: Target,
+    spread: Compensation | None,
+    ranks: Ranks,
+) -> _Chosen:
+    """Choose for rows that are worked on together; with GPTQ, ``spread`` is of the gram."""
+    aim = weight.to(torch.float32)
+    if shared.drift is not None:
+        aim = made_up_for(weight, shared.collected, shared.drift)
+    alone = torchao.tensors(weight)
+    start = torch.cat([dequantized(tensor) for tensor in alone])
+    options: dict[str, Any] = {
+        "dtype": weight.dtype,
+        "units": torchao.rows if shares_one_step(target.config) else None,
+        "everywhere": ranks.concat if ranks.world > 1 else None,
+    }
+    if spread is None:
+        rounding = Nearest(torchao.values)
+        choice = choose(
+            aim, gram, rounding, Rounded(start, (weight,)), config, one_weight=True, **options
+        )
+        return _Chosen(aim, start, choice)
+    grid = stacked([grid_of(tensor) for tensor in alone])
+    codes = torch.cat([tensor.qdata for tensor in alone])  # type: ignore[attr-defined]
+    first = Rounded(start, (codes, grid.scale, grid.zero_point))
+    choice = choose(aim, gram, OnGrid(torchao.grid, spread), first, config, **options)
+    codes, scale, zero = choice.rounded.parts
+    grid = grid._replace(scale=scale, zero_point=zero)
+    if target.handling.refine:
+        codes = descend(codes, aim, gram, grid, passes=target.handling.refine)
+    rounded = Rounded(grid.values(codes), (codes, scale, zero))
+    return _Chosen(aim, start, replace(choice, rounded=rounded))
 
 
 def _report(

@@ -165,7 +165,10 @@ def _solve(together: list[SharedGram], config: MagRConfig, ranks: Ranks) -> list
     weights = [_stacked(shared.sites) for shared in together]
     if ranks.world > 1:
         weights = [weight[ranks.part_of(len(weight))] for weight in weights]
-    grams = [damped(shared.collected, config.regularisation) for shared in together]
+    grams = [
+        damped(gram, config.regularisation(int(shared.tokens), len(gram)))
+        for shared, gram in ((shared, shared.collected) for shared in together)
+    ]
     single = len(together) == 1
     solution = solve_magr(
         weights[0] if single else torch.stack(weights),

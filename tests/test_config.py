@@ -51,7 +51,7 @@ def test_published_is_the_authors_recipe() -> None:
     assert config.penalty == 1e-3
     options = SolverOptions(config.solver, config.max_steps, config.tol, config.precision)
     assert (options.solver, options.max_steps, options.tol) == ("pgd", 200, 0.0)
-    assert config.regularisation == 0
+    assert config.regularisation(500, 64) == 0
 
 
 def test_published_with_groups_takes_the_per_group_alpha() -> None:
@@ -61,16 +61,21 @@ def test_published_with_groups_takes_the_per_group_alpha() -> None:
 
 
 def test_damping_is_for_the_solver_that_goes_to_the_optimum() -> None:
-    assert MagRConfig().regularisation == 0.1
-    assert MagRConfig(solver="pgd").regularisation == 0
+    assert MagRConfig().regularisation(10**6, 64) == 0.1
+    assert MagRConfig(solver="pgd").regularisation(10**6, 64) == 0
     for solver in ("admm", "pgd"):
-        assert MagRConfig(solver=solver, damping=0.3).regularisation == 0.3
-        assert MagRConfig(solver=solver, damping=0).regularisation == 0
+        assert MagRConfig(solver=solver, damping=0.2).regularisation(8, 64) == 0.2
+        assert MagRConfig(solver=solver, damping=0).regularisation(8, 64) == 0
+
+
+def test_fewer_tokens_are_damped_more() -> None:
+    damping = [MagRConfig().regularisation(tokens, 64) for tokens in (0, 16, 64, 256, 576, 10**4)]
+    assert damping == pytest.approx([0.3, 0.3, 0.3, 0.15, 0.1, 0.1])
 
 
 def test_resolved_says_what_none_stands_for() -> None:
     assert MagRConfig().resolved() == MagRConfig(
-        alpha=1e-3, max_steps=100, tol=1e-3, damping=0.1, precision="float32"
+        alpha=1e-3, max_steps=100, tol=1e-3, damping=None, precision="float32"
     )
     assert MagRConfig.published(64).resolved() == MagRConfig(
         alpha=1e-4, group_size=64, solver="pgd", max_steps=200, tol=0.0, damping=0.0

@@ -18,6 +18,7 @@ from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor
 
 from magr_fx.config import Handling, MagRConfig
 from magr_fx.gptq import compensation, gptq
+from magr_fx.passes import quantized_weights as module
 from magr_fx.passes.quantized_weights import QuantizedWeight, Target, quantized_weights
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.to_torchao import describe, target_group_size
@@ -71,6 +72,8 @@ def solved(
     **handling: Any,
 ) -> list[QuantizedWeight]:  # fmt: skip
     config = config or MagRConfig(alpha="auto")
+    if config.damping is None:
+        config = dataclasses.replace(config, damping=DAMPING)
     config = dataclasses.replace(config, group_size=target_group_size(target))
     return quantized_weights(made.shared, config, Target(target, Handling(rounding, **handling)))
 
@@ -350,3 +353,47 @@ def test_a_singular_gram_makes_up_for_drift_all_the_same() -> None:
     for one in solved(made, targets.INT8[0], config=config):
         assert one.refusal is None
         assert one.report.error < one.report.error_alone
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_rows_in_pieces_become_what_they_become_together(
+    rounding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, made = targets.intx(3, targets.ASYMMETRIC, None), problem(drift=True)
+    config = MagRConfig(alpha="auto", max_steps=200, tol=1e-4)  # where all rows converge
+    together = solved(made, target, rounding, config)
+    seen: list[int] = []
+    choose = module.choose
+    monkeypatch.setattr(module, "pieces", lambda *_: [slice(0, 20), slice(20, 48)])
+    monkeypatch.setattr(
+        module, "choose", lambda a, *o, **k: seen.append(len(a)) or choose(a, *o, **k)
+    )
+    apart = solved(made, target, rounding, config)
+    assert seen == [20, 28]
+    assert_no_worse_than_torchao(made, target, apart)
+    for one, two in zip(together, apart, strict=True):
+        assert one.report.error == pytest.approx(two.report.error, rel=0.05)
+        assert one.choice.error.shape == two.choice.error.shape
+
+
+@pytest.mark.parametrize("target", [targets.ODD_SCALES[2], ONE_STEP[0]], ids=describe)
+def test_rows_that_depend_on_each_other_stay_together(
+    target: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "pieces", lambda *_: pytest.fail("they were cut"))
+    made = problem()
+    assert_no_worse_than_torchao(made, target, solved(made, target))
+
+
+def test_few_tokens_are_damped_more_than_many() -> None:
+    made, target = problem(), targets.intx(3, targets.ASYMMETRIC, None)
+    own = MagRConfig(alpha="auto", group_size=target_group_size(target))
+    rule = 0.3 * (IN / (TOKENS - HELD)) ** 0.5
+    given = dataclasses.replace(own, damping=rule)
+    by_rule, by_number, least = (
+        quantized_weights(made.shared, config, Target(target, Handling("nearest")))
+        for config in (own, given, dataclasses.replace(own, damping=0.1))
+    )
+    for one, two in zip(by_rule, by_number, strict=True):
+        assert torch.equal(one.weight, two.weight)
+    assert not all(torch.equal(a.weight, b.weight) for a, b in zip(by_rule, least, strict=True))

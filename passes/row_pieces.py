@@ -1,0 +1,42 @@
+"""Where to cut stacked weights whose rows are independent, so that few are worked on at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+
+# A search holds some 25 copies of the rows that it works on. So many numbers at a time fit beside
+# the grams, and fill the machine; but no fewer rows than inputs, or factorising the gram, which
+# each piece does again, would take more than a tenth of the time.
+CPU_NUMBERS, DEVICE_NUMBERS = 1 << 21, 1 << 26
+# Pieces are multiples of this, as kernels that weights are packed for want to have them.
+MULTIPLE = 64
+
+
+def pieces(rows: int, columns: int, device: torch.device) -> list[slice]:
+    """Cut a stack ``[rows, columns]`` into pieces of nearly equal size, in their order.
+
+    Example:
+        >>> pieces(5632, 1024, torch.device("cpu"))
+        [slice(0, 1920, None), slice(1920, 3840, None), slice(3840, 5632, None)]
+    """
+    numbers = CPU_NUMBERS if device.type == "cpu" else DEVICE_NUMBERS
+    count = -(-rows // max(columns, numbers // columns))
+    size = -(-rows // (count * MULTIPLE)) * MULTIPLE
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def within(rows: Sequence[int], part: slice) -> list[int]:
+    """How many rows of each of the stacked weights lie in a part of the stack, if any do.
+
+    Example:
+        >>> within([4, 2, 2], slice(3, 7))
+        [1, 2, 1]
+    """
+    found = [
+        min(end, part.stop) - max(end - length, part.start)
+        for end, length in zip(accumulate(rows), rows, strict=True)
+    ]
+    return [piece for piece in found if piece > 0]

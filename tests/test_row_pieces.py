@@ -1,0 +1,44 @@
+"""Stacks of rows are cut so that few are worked on at a time, and none is lost."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from magr_fx.passes.row_pieces import CPU_NUMBERS, MULTIPLE, pieces, within
+
+CPU = torch.device("cpu")
+
+
+@given(rows=st.integers(1, 200_000), columns=st.integers(1, 30_000))
+def test_every_row_is_in_one_piece(rows: int, columns: int) -> None:
+    cut = pieces(rows, columns, CPU)
+    assert (cut[0].start, cut[-1].stop) == (0, rows)
+    assert all(one.stop == two.start for one, two in pairwise(cut))
+    assert all(piece.start % MULTIPLE == 0 for piece in cut)
+    most = max(columns, CPU_NUMBERS // columns)
+    assert all(0 < piece.stop - piece.start < most + MULTIPLE for piece in cut)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "count"),
+    [(3072, 576, 1), (576, 1536, 1), (5632, 1024, 3), (28672, 4096, 7), (4096, 14336, 1)],
+)
+def test_what_fits_stays_whole(rows: int, columns: int, count: int) -> None:
+    assert len(pieces(rows, columns, CPU)) == count
+
+
+def test_a_device_takes_more_at_once() -> None:
+    assert len(pieces(22016, 4096, torch.device("cuda"))) == 2
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.data())
+def test_the_rows_of_each_weight_in_a_part(rows: list[int], data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, sum(rows) - 1))
+    part = slice(start, data.draw(st.integers(start + 1, sum(rows))))
+    owner = [at for at, count in enumerate(rows) for _ in range(count)][part]
+    assert within(rows, part) == [owner.count(at) for at in dict.fromkeys(owner)]
