@@ -123,7 +123,7 @@ def _kept(rows: Tensor, keep: Tensor | None, part: slice, like: Tensor) -> Tenso
 
 
 def damping_for(tokens: int, inputs: int) -> float:
-    """The share s of mean(diag G) to regularise with: 0.3·sqrt(in / tokens) within [0.1, 0.3].
+    """The share s of mean(diag G) to regularise with: ¼·sqrt(in / tokens) within [0.1, 0.3].
 
     Of n tokens the gram's spectrum is off by about 2·sqrt(in / n) of itself (Bai and Yin, Ann.
     Probab. 21, 1993), so that few tokens want more damping: with 512 of them 0.3 has both a lower
@@ -135,9 +135,8 @@ def damping_for(tokens: int, inputs: int) -> float:
         tokens: in the gram.
         inputs: of the site.
     """
-    if tokens <= 0:
-        return MOST_DAMPING
-    return min(MOST_DAMPING, max(LEAST_DAMPING, MOST_DAMPING * math.sqrt(inputs / tokens)))
+    share = math.sqrt(inputs / max(1, tokens)) / 4
+    return min(MOST_DAMPING, max(LEAST_DAMPING, share))
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
