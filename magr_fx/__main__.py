@@ -16,7 +16,9 @@ def main() -> None:
         )
         sys.exit(2)
     from magr_fx.cli import magr_fx
+    from magr_fx.memory import give_back_what_is_freed
 
+    give_back_what_is_freed()  # this process works for nobody else
     magr_fx(prog_name="magr-fx")
 
 
