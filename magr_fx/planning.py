@@ -12,6 +12,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
+from magr_fx.row_pieces import pieces
+
 FLOAT = 4  # bytes: grams and solves are in float32
 
 # alpha="auto" (magr_fx/search.py): four penalties solved for, and about how many roundings of all
@@ -85,12 +89,22 @@ def solver_bytes(shape: Shape, method: Method) -> int:
     ``12·in²`` while the gram is damped and factorised; ``32·min(out, 2048)·in`` of the
     certificate in float64; and in float32, of ``out·in`` numbers each: 4 without a search (the best
     iterate, the direction of the dual, z + u, the result), 13 with one (the path's solutions, the
-    best values and weights so far, the candidate, what was rounded, the aim, the steps).
+    best values and weights so far, the candidate, what was rounded, the aim, the steps). A search
+    works on one piece of the rows at a time (:func:`magr_fx.row_pieces.pieces`, on a CPU), and has
+    5 of the whole weight beside it, where that is more than a piece.
     """
+    whole = shape.rows * shape.inputs
+    piece = _piece(shape) if method.search else shape.rows
     copies = 13 if method.search else 4
-    matrix = shape.rows * shape.inputs
-    certificate = 32 * min(shape.rows, 2048) * shape.inputs
-    return 12 * shape.inputs**2 + certificate + copies * FLOAT * matrix
+    numbers = copies * piece * shape.inputs + (5 * whole if piece < shape.rows else 0)
+    certificate = 32 * min(piece, 2048) * shape.inputs
+    return 12 * shape.inputs**2 + certificate + FLOAT * numbers
+
+
+def _piece(shape: Shape) -> int:
+    """The most rows that a search works on together."""
+    cut = pieces(shape.rows, shape.inputs, torch.device("cpu"))
+    return max((piece.stop - piece.start for piece in cut), default=0)
 
 
 def boundary_bytes(width: int, tokens: int, itemsize: int, method: Method) -> int:
@@ -149,7 +163,8 @@ def gram_flops(shapes: Iterable[Shape], tokens: int, method: Method) -> float:
 def solve_flops(shapes: Iterable[Shape], method: Method) -> float:
     """Operations of the solves: one product ``2·out·in²`` a step, an evaluation, a candidate.
 
-    And ``8/3·in³ + 2·in³`` for λmax's proof, the factorisation and the inverse. With a search:
+    And ``8/3·in³ + 2·in³`` for λmax's proof, the factorisation and the inverse, for each piece of
+    the rows that a search works on. With one:
     four solves of about 8 steps, 21 candidates (with GPTQ each costs ``out·in²`` more: an input's
     error reaches those after it), and to the nearest in groups 11 sweeps. Without: about 20 steps,
     two products in float64 (twice as dear) and the output error.
@@ -161,7 +176,8 @@ def solve_flops(shapes: Iterable[Shape], method: Method) -> float:
         if method.search:
             products = PATH * (STEPS_OF_PATH + 1) + CANDIDATES * (1 + method.gptq / 2) + 4
             products += GROUP_SWEEPS * (method.groups and not method.gptq)
-            factors = (8 / 3 + 2) * cube * (1 + method.gptq)
+            times = len(pieces(shape.rows, shape.inputs, torch.device("cpu"))) + method.gptq
+            factors = (8 / 3 + 2) * cube * max(1, times)
         else:
             products = STEPS + 2 * 2 + 1
             factors = (8 / 3 + 2) * cube

@@ -18,12 +18,12 @@ from magr_fx.gram import damped, output_energy, relative_error
 from magr_fx.grid import stacked
 from magr_fx.passes.find_linears import Site
 from magr_fx.passes.ranks import ALONE, Ranks
-from magr_fx.passes.row_pieces import pieces, within
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.to_torchao import rows_are_independent, shares_one_step
 from magr_fx.passes.torchao_rounding import TorchaoRounding, dequantized, grid_of
 from magr_fx.report import Quantization
 from magr_fx.rounding import Nearest, OnGrid, Rounded
+from magr_fx.row_pieces import pieces, within
 from magr_fx.search import Choice, choose, joined
 from magr_fx.solution import Status
 

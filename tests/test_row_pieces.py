@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magr_fx.passes.row_pieces import CPU_NUMBERS, MULTIPLE, pieces, within
+from magr_fx.row_pieces import CPU_NUMBERS, MULTIPLE, pieces, within
 
 CPU = torch.device("cpu")
 

@@ -23,6 +23,8 @@ def pieces(rows: int, columns: int, device: torch.device) -> list[slice]:
         [slice(0, 1920, None), slice(1920, 3840, None), slice(3840, 5632, None)]
     """
     numbers = CPU_NUMBERS if device.type == "cpu" else DEVICE_NUMBERS
+    if rows == 0:
+        return []
     count = -(-rows // max(columns, numbers // columns))
     size = -(-rows // (count * MULTIPLE)) * MULTIPLE
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
