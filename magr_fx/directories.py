@@ -184,6 +184,7 @@ def _prepared(job: Job) -> Iterator[_Prepared]:
             source = find_model(job.model)
             _check_apart(job, source)
             config = read_config(source)
+            check_length(config, job.length)
             tensors = read_directory(source)
             _check_space(job, config, sum(tensor.nbytes for tensor in tensors.values()))
             tokenizer = _tokenizer(source)
@@ -197,6 +198,22 @@ def _prepared(job: Job) -> Iterator[_Prepared]:
         finally:
             if not is_resumable(job.out):
                 shutil.rmtree(job.run, ignore_errors=True)
+
+
+def check_length(config: dict[str, Any], length: int) -> None:
+    """Whether the model knows so many positions.
+
+    Raises:
+        ConfigError: windows are longer than that.
+    """
+    own = config.get("text_config") or config
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    most = next((own[name] for name in names if own.get(name)), None)
+    if isinstance(most, int) and length > most:
+        raise ConfigError(
+            f"windows of {length:,} tokens are longer than the {most:,} positions that the model "
+            f"knows; give --length {most}, or less"
+        )
 
 
 def _check_apart(job: Job, source: Path) -> None:

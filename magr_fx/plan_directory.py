@@ -13,8 +13,8 @@ from torchao.core.config import AOBaseConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from magr_fx.calibration_text import BATCH
-from magr_fx.directories import PROCESS, rewritable
-from magr_fx.errors import ModelError
+from magr_fx.directories import PROCESS, check_length, rewritable
+from magr_fx.errors import ConfigError, ModelError
 from magr_fx.model_directory import find_model, read_config, read_directory
 from magr_fx.passes.check_model import check_group_size
 from magr_fx.passes.pipeline import resolve_config
@@ -109,6 +109,9 @@ def plan_directory(
     """
     folder = find_model(name, weights=False)
     raw = read_config(folder)
+    check_length(raw, length)
+    if gptq and target is None:
+        raise ConfigError("rounding by GPTQ is to the grid of a target: give --target as well")
     has_weights = any(folder.glob("*.safetensors"))
     tensors = read_directory(folder) if has_weights else None
     try:

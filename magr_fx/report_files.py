@@ -45,7 +45,7 @@ def read_report(folder: Path) -> MagRReport:
             sites = [_site(row, at, arrays) for at, row in enumerate(record["sites"])]
         rest = {key: value for key, value in record.items() if key not in ("config", "sites")}
         return MagRReport(MagRConfig(**record["config"]), sites=sites, **rest)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(
             f"{folder} has no {Path(error.filename).name}; give a directory that magr-fx wrote, or "
             "that of a run that is not finished"

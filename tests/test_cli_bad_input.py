@@ -212,6 +212,7 @@ def test_an_unknown_target_lists_the_valid_ones(command: str, place: Place) -> N
         (("--damping", "-1"), "damping must be a finite number"),
         (("--max-steps", "0"), "max_steps must be an int"),
         (("--log-json", "/proc/none/log"), "cannot be written: .*name another file"),
+        (("--length", "4096"), "windows of 4,096 tokens are longer than the 2,048 .*--length 2048"),
         (("--skip", "*"), r"nothing is left to rewrite: --skip leaves out \*"),
     ],
 )
@@ -281,6 +282,7 @@ def test_report_and_plan_need_what_they_read(tmp_path: Path) -> None:
     (tmp_path / "magr_report.npz").write_text("{")
     assert "cannot be read" in run("report", tmp_path).stderr
     assert "has no config.json" in run("plan", tmp_path).stderr
+    assert "give a directory" in run("report", tmp_path / "magr_report.npz").stderr
 
 
 def test_headers_are_read_as_safetensors_reads_them(place: Place) -> None:
@@ -304,6 +306,13 @@ def test_a_plan_refuses_groups_that_do_not_divide(place: Place) -> None:
     result = run("plan", place.model, "--target", "int3-group-48")
     assert result.exit_code == 2
     assert "48" in result.stderr
+
+
+def test_a_plan_of_what_a_run_would_refuse_is_refused(place: Place) -> None:
+    without = run("plan", place.model, "--rounding", "gptq")
+    assert (without.exit_code, "give --target as well" in without.stderr) == (2, True)
+    long = run("plan", place.model, "--length", "4096")
+    assert (long.exit_code, "give --length 2048, or less" in long.stderr) == (2, True)
 
 
 def test_the_report_of_the_directory_that_one_is_in(
