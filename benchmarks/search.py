@@ -37,17 +37,17 @@ class Timed:
         self.rounding, self.calls, self.seconds = rounding, 0, 0.0
 
     def __call__(self, rows: Tensor, clipped: Tensor) -> Rounded:
-        start = time.perf_counter()
+        start = time.process_time()
         rounded = self.rounding(rows, clipped)
-        self.calls, self.seconds = self.calls + 1, self.seconds + time.perf_counter() - start
+        self.calls, self.seconds = self.calls + 1, self.seconds + time.process_time() - start
         return rounded
 
     def each(self, candidates: Iterable[Candidate]) -> Iterator[Rounded]:
         listed = list(candidates)
-        start = time.perf_counter()
+        start = time.process_time()
         rounded = list(self.rounding.each(listed))
         self.calls += len(listed)
-        self.seconds += time.perf_counter() - start
+        self.seconds += time.process_time() - start
         return iter(rounded)
 
 
@@ -78,11 +78,11 @@ def cost(layer: Layer, group: int | None, gptq: bool) -> Cost:
     torchao = TorchaoRounding(target, [len(layer.weight)])
     start = Rounded(torchao.values(layer.weight), (layer.weight,))
 
-    once = time.perf_counter()
+    once = time.process_time()
     solve_magr(layer.weight, gram, alpha=single.penalty, group_size=group)
-    once = time.perf_counter() - once
+    once = time.process_time() - once
 
-    total = time.perf_counter()
+    total = time.process_time()
     inner: Rounding = Nearest(torchao.values)
     if gptq:
         inner = OnGrid(torchao.grid, compensation(gram, by_activation=True))
@@ -97,7 +97,7 @@ def cost(layer: Layer, group: int | None, gptq: bool) -> Cost:
         dtype=layer.weight.dtype,
         one_weight=not gptq,
     )
-    total = time.perf_counter() - total
+    total = time.process_time() - total
     return Cost(once, total - rounding.seconds, rounding.seconds, rounding.calls)
 
 
@@ -125,7 +125,10 @@ def main() -> None:
                 rows.append([f"{layer.name} [{out}, {columns}]", *how, *one.cells()])
             together = Cost(*(sum(column) for column in zip(*costs, strict=True)))
             rows.append(["together", *how, *together.cells()])
-    title = f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, SmolLM2-135M."
+    title = (
+        f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, SmolLM2-135M; "
+        "seconds of the processor."
+    )
     table = f"{title}\n\n{align(header, rows)}\n"
     print(table)
     Path(__file__).with_suffix(".md").write_text(table, encoding="utf-8")
