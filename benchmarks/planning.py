@@ -17,7 +17,16 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
 from magr_fx.named_targets import named_target
 from magr_fx.plan_directory import plan_directory
-from magr_fx.planning import Costs, Method, Rates, Shape, gram_bytes, solve_flops, solver_bytes
+from magr_fx.planning import (
+    FLOAT,
+    Costs,
+    Method,
+    Rates,
+    Shape,
+    gram_bytes,
+    solve_flops,
+    solver_bytes,
+)
 
 TOKENS, LENGTH, TARGET = 262_144, 2048, "int3-per-channel"
 METHOD = Method()
@@ -109,15 +118,18 @@ def solve_of_a_rank(model: Model, ranks: int) -> float:
         if shape.problems > 1:
             total += -(-shape.problems // ranks) * solve_flops([one], METHOD)
         else:
-            factors = solve_flops([Shape(0, shape.inputs)], METHOD)
-            total += factors + (solve_flops([one], METHOD) - factors) / ranks
+            total += solve_flops([Shape(-(-shape.rows // ranks), shape.inputs)], METHOD)
     return model.layers * total
 
 
 def memory_of_a_rank(model: Model, costs: Costs, ranks: int) -> float:
     """Bytes beside the weights that are not worked on: grams are whole on every rank."""
-    rows = (Shape(-(-s.rows // (ranks if s.problems == 1 else 1)), s.inputs) for s in model.shapes)
-    solver = max(solver_bytes(shape, METHOD) for shape in rows)
+    solver = 0
+    for shape in model.shapes:
+        split = ranks > 1 and shape.problems == 1
+        rows = -(-shape.rows // ranks) if split else shape.rows
+        kept = 5 * FLOAT * shape.rows * shape.inputs if split else 0  # everybody's, in the end
+        solver = max(solver, solver_bytes(Shape(rows, shape.inputs), METHOD) + kept)
     return costs.block + costs.grams + solver + costs.boundary / ranks
 
 

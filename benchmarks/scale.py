@@ -349,8 +349,8 @@ def main() -> None:
         f"`python benchmarks/scale.py`: Llamas with random weights in float32, {TARGET}, "
         f"{TOKENS:,} tokens in windows of {LENGTH}, from directory to directory, one thread; torch "
         f"{torch.__version__}. Matrix products of {rate / 1e9:.0f} GFLOP/s, as measured, are what "
-        "the predicted times divide by. Times by the clock were taken on two cores that others "
-        "kept busy: they say little, processor seconds more. Both are of the whole process, "
+        "the predicted times divide by. Times by the clock say little where "
+        "something else runs, processor seconds more. Both are of the whole process, "
         "imports and tracing included; calibration and solve are processor seconds. Predicted "
         f"memory is above the imports, for which `magr-fx plan` adds {PROCESS / MB:.0f} MB.",
         "",

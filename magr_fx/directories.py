@@ -209,7 +209,9 @@ def check_length(config: dict[str, Any], length: int) -> None:
     own = config.get("text_config") or config
     names = ("max_position_embeddings", "n_positions", "max_seq_len")
     most = next((own[name] for name in names if own.get(name)), None)
-    if isinstance(most, int) and length > most:
+    # ALiBi knows distances, not positions: of Falcon, and of MPT.
+    alibi = own.get("alibi") or (own.get("attn_config") or {}).get("alibi")
+    if isinstance(most, int) and length > most and not alibi:
         raise ConfigError(
             f"windows of {length:,} tokens are longer than the {most:,} positions that the model "
             f"knows; give --length {most}, or less"

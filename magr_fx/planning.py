@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from magr_fx.row_pieces import pieces
+from magr_fx.row_pieces import cut, pieces
 
 FLOAT = 4  # bytes: grams and solves are in float32
 
@@ -91,20 +91,23 @@ def solver_bytes(shape: Shape, method: Method) -> int:
     iterate, the direction of the dual, z + u, the result), 13 with one (the path's solutions, the
     best values and weights so far, the candidate, what was rounded, the aim, the steps). A search
     works on one piece of the rows at a time (:func:`magr_fx.row_pieces.pieces`, on a CPU), and has
-    5 of the whole weight beside it, where that is more than a piece.
+    5 of the whole weight beside it, where that is more than a piece; 7 when the pieces are joined.
     """
     whole = shape.rows * shape.inputs
     piece = _piece(shape) if method.search else shape.rows
     copies = 13 if method.search else 4
-    numbers = copies * piece * shape.inputs + (5 * whole if piece < shape.rows else 0)
+    numbers = copies * piece * shape.inputs
+    if piece < shape.rows:
+        numbers = max(numbers + 5 * whole, 7 * whole)
     certificate = 32 * min(piece, 2048) * shape.inputs
     return 12 * shape.inputs**2 + certificate + FLOAT * numbers
 
 
 def _piece(shape: Shape) -> int:
     """The most rows that a search works on together."""
-    cut = pieces(shape.rows, shape.inputs, torch.device("cpu"))
-    return max((piece.stop - piece.start for piece in cut), default=0)
+    count = pieces(shape.rows, shape.inputs, torch.device("cpu"))
+    most: int = max(piece.stop - piece.start for piece in cut(shape.rows, count))
+    return most
 
 
 def boundary_bytes(width: int, tokens: int, itemsize: int, method: Method) -> int:
@@ -164,7 +167,7 @@ def solve_flops(shapes: Iterable[Shape], method: Method) -> float:
     """Operations of the solves: one product ``2·out·in²`` a step, an evaluation, a candidate.
 
     And ``8/3·in³ + 2·in³`` for λmax's proof, the factorisation and the inverse, for each piece of
-    the rows that a search works on. With one:
+    the rows that a search works on. With a search:
     four solves of about 8 steps, 21 candidates (with GPTQ each costs ``out·in²`` more: an input's
     error reaches those after it), and to the nearest in groups 11 sweeps. Without: about 20 steps,
     two products in float64 (twice as dear) and the output error.
@@ -176,8 +179,8 @@ def solve_flops(shapes: Iterable[Shape], method: Method) -> float:
         if method.search:
             products = PATH * (STEPS_OF_PATH + 1) + CANDIDATES * (1 + method.gptq / 2) + 4
             products += GROUP_SWEEPS * (method.groups and not method.gptq)
-            times = len(pieces(shape.rows, shape.inputs, torch.device("cpu"))) + method.gptq
-            factors = (8 / 3 + 2) * cube * max(1, times)
+            times = pieces(shape.rows, shape.inputs, torch.device("cpu")) + method.gptq
+            factors = (8 / 3 + 2) * cube * times
         else:
             products = STEPS + 2 * 2 + 1
             factors = (8 / 3 + 2) * cube

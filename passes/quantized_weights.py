@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from magr_fx.passes.to_torchao import rows_are_independent, shares_one_step
 from magr_fx.passes.torchao_rounding import TorchaoRounding, dequantized, grid_of
 from magr_fx.report import Quantization
 from magr_fx.rounding import Nearest, OnGrid, Rounded
-from magr_fx.row_pieces import pieces, within
+from magr_fx.row_pieces import cut, pieces, within
 from magr_fx.search import Choice, choose, joined
 from magr_fx.solution import Status
 
@@ -72,17 +71,30 @@ def quantized_weights(
     gptq = target.handling.rounding == "gptq"
     gram = damped(shared.collected, config.regularisation(int(shared.tokens), columns))
     spread = compensation(gram, by_activation=target.handling.act_order) if gptq else None
-    cut = [slice(0, len(whole))]
-    if rows_are_independent(target.config):
-        cut = pieces(len(whole), columns, whole.device)
-    chosen = []
-    for piece in cut:
-        part = ranks.part_of(piece.stop - piece.start)
-        own = slice(piece.start + part.start, piece.start + part.stop)
-        torchao = TorchaoRounding(target.config, within(rows, own))
-        found = _choose(whole[own], gram, shared, torchao, config, target, spread, ranks)
-        chosen.append(found.mapped(ranks.concat))
-    aim, start, choice = _joined(chosen)
+    own = ranks.part_of(len(whole))
+    weight = whole[own]
+    aim = weight.to(torch.float32)
+    if shared.drift is not None:
+        aim = made_up_for(weight, shared.collected, shared.drift)
+    count = 1
+    if rows_are_independent(target.config):  # the same on all ranks, which meet in every piece
+        count = pieces(-(-len(whole) // ranks.world), columns, whole.device)
+    starts: list[Tensor] = []
+    choices: list[Choice] = []
+    for piece in cut(len(weight), count):
+        stacked_rows = within(rows, slice(own.start + piece.start, own.start + piece.stop))
+        torchao = TorchaoRounding(target.config, stacked_rows)
+        start, choice = _choose(
+            weight[piece], aim[piece], gram, torchao, config, target, spread, ranks
+        )
+        starts.append(start)
+        choices.append(choice)
+        del start, choice
+    start = starts[0] if count == 1 else torch.cat(starts)
+    starts.clear()  # of each matrix only one copy more than is kept
+    choice = joined(choices)
+    choices.clear()
+    aim, start, choice = ranks.concat(aim), ranks.concat(start), choice.mapped(ranks.concat)
     values, parts = choice.rounded
     torchao = TorchaoRounding(target.config, rows)
     if gptq:
@@ -98,40 +110,20 @@ def quantized_weights(
     return result
 
 
-class _Chosen(NamedTuple):
-    """What some rows are to do the same as, what torchao alone makes of them, and their choice."""
-
-    aim: Tensor  # [out, in], float32
-    start: Tensor  # [out, in], float32
-    choice: Choice
-
-    def mapped(self, change: Callable[[Tensor], Tensor]) -> _Chosen:
-        """With each of its tensors, whose first dimension is the rows, changed."""
-        return _Chosen(change(self.aim), change(self.start), self.choice.mapped(change))
-
-
-def _joined(chosen: list[_Chosen]) -> _Chosen:
-    """One below the other."""
-    if len(chosen) == 1:
-        return chosen[0]
-    aims, starts, choices = zip(*chosen, strict=True)
-    return _Chosen(torch.cat(aims), torch.cat(starts), joined(choices))
-
-
 def _choose(
     weight: Tensor,
+    aim: Tensor,
     gram: Tensor,
-    shared: SharedGram,
     torchao: TorchaoRounding,
     config: MagRConfig,
     target: Target,
     spread: Compensation | None,
     ranks: Ranks,
-) -> _Chosen:
-    """Choose for rows that are worked on together; with GPTQ, ``spread`` is of the gram."""
-    aim = weight.to(torch.float32)
-    if shared.drift is not None:
-        aim = made_up_for(weight, shared.collected, shared.drift)
+) -> tuple[Tensor, Choice]:
+    """For rows that are worked on together: what torchao alone makes of them, and their choice.
+
+    With GPTQ, ``spread`` is of the gram.
+    """
     alone = torchao.tensors(weight)
     start = torch.cat([dequantized(tensor) for tensor in alone])
     options: dict[str, Any] = {
@@ -144,7 +136,7 @@ def _choose(
         choice = choose(
             aim, gram, rounding, Rounded(start, (weight,)), config, one_weight=True, **options
         )
-        return _Chosen(aim, start, choice)
+        return start, choice
     grid = stacked([grid_of(tensor) for tensor in alone])
     codes = torch.cat([tensor.qdata for tensor in alone])  # type: ignore[attr-defined]
     first = Rounded(start, (codes, grid.scale, grid.zero_point))
@@ -153,8 +145,7 @@ def _choose(
     grid = grid._replace(scale=scale, zero_point=zero)
     if target.handling.refine:
         codes = descend(codes, aim, gram, grid, passes=target.handling.refine)
-    rounded = Rounded(grid.values(codes), (codes, scale, zero))
-    return _Chosen(aim, start, replace(choice, rounded=rounded))
+    return start, replace(choice, rounded=Rounded(grid.values(codes), (codes, scale, zero)))
 
 
 def _report(

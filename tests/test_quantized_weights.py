@@ -369,7 +369,8 @@ def test_rows_in_pieces_become_what_they_become_together(
         seen.append(len(aim))
         return choose(aim, *args, **options)
 
-    monkeypatch.setattr(module, "pieces", lambda *_: [slice(0, 20), slice(20, 48)])
+    monkeypatch.setattr(module, "pieces", lambda *_: 2)
+    monkeypatch.setattr(module, "cut", lambda *_: [slice(0, 20), slice(20, 48)])
     monkeypatch.setattr(module, "choose", counted)
     apart = solved(made, target, rounding, config)
     assert seen == [20, 28]
