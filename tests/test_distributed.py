@@ -220,7 +220,7 @@ def test_the_result_is_that_of_one_process(
         for one, other in pairs:
             assert float((one - other).abs().max()) < 2e-3 * float(other.abs().max())
     elif way.startswith("rows"):  # a row whose candidates are as good may choose another one
-        assert min(share) > 0.95
+        assert min(share) > 0.9
         assert error_of(ours) == pytest.approx(error_of(wanted), rel=1e-3)
     else:  # as far apart as one process with its batches in another order: few rows choose alike
         assert sum(share) / len(share) > 0.15
