@@ -149,7 +149,9 @@ def test_report_is_that_of_the_run(tmp_path: Path, text: Path) -> None:
         "transform", source, out, "--calib", text, *INT3, *SMALL, "--log-json", log, "--progress"
     )
     table = done("report", out).output
-    assert result.stdout.splitlines()[:-1] == table.splitlines()[-6:]
+    totals = result.stdout.splitlines()[:-1]
+    assert len(totals) > 5
+    assert totals == table.splitlines()[-len(totals) :]
     rows = re.findall(r"^(model\.layers\.\d\S+) +\d+x\d+ ", table, re.MULTILINE)
     assert len(rows) == 14
     assert "rows by alpha" in table

@@ -177,7 +177,7 @@ def test_json_holds_every_figure(mixed: MagRReport, tmp_path: Path) -> None:
         "solver": "admm",
         "max_steps": 100,
         "tol": 1e-3,
-        "damping": 0.1,
+        "damping": None,
         "precision": "float32",
     }
     assert (record["batches"], record["traces"]) == (2, 1)
