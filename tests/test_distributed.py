@@ -102,6 +102,7 @@ def of_whole_numbers(target: Any = INT3, **options: Any) -> nn.Module:
     calib = [torch.randint(-9, 10, (rows, 128), generator=generator(rows)) for rows in (70, 50, 9)]
     calib = [x.float() for x in calib]
     model: nn.Module = Heads()
+    options = {"config": MagRConfig(damping=0.1), **options}  # as where there are many tokens
     if target is None:
         return magr_transform(model, calib, **options)
     return magr_quantize(model, calib, target, **options)
@@ -220,7 +221,7 @@ def test_the_result_is_that_of_one_process(
         for one, other in pairs:
             assert float((one - other).abs().max()) < 2e-3 * float(other.abs().max())
     elif way.startswith("rows"):  # a row whose candidates are as good may choose another one
-        assert min(share) > 0.9
+        assert min(share) > 0.95
         assert error_of(ours) == pytest.approx(error_of(wanted), rel=1e-3)
     else:  # as far apart as one process with its batches in another order: few rows choose alike
         assert sum(share) / len(share) > 0.15
