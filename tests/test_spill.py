@@ -15,6 +15,7 @@ from torch import fx
 
 from magr_fx import CheckpointError, ConfigError, magr_transform
 from magr_fx.passes import spill
+from magr_fx.passes.offloaded import _TRIM
 from magr_fx.passes.spill import Spill
 
 INT3 = intx(3, ASYMMETRIC, None)
@@ -93,6 +94,7 @@ def test_it_is_no_memory_of_the_process(tmp_path: Path) -> None:
     assert anonymous() - before > 60
     Spill(tmp_path, []).keep(values)
     gc.collect()
+    _TRIM(0)  # what other tests freed may have left a hole in the heap, which glibc takes and keeps
     assert anonymous() - before < 8
     assert float(values[node].sum()) == 16 * 2**20
 
