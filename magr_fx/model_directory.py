@@ -113,7 +113,7 @@ def read_directory(folder: Path) -> dict[str, StoredTensor]:
         raise ModelError(f"{unfinished} is left of an interrupted download; {_DOWNLOAD}")
     tensors: dict[str, StoredTensor] = {}
     for file in _shards(folder):
-        tensors |= _read_header(file)
+        tensors |= read_header(file)
     for name, tensor in tensors.items():
         if len(tensor.shape) >= 2 and tensor.dtype not in _BYTES:
             raise ModelError(
@@ -163,7 +163,12 @@ def _shards(folder: Path) -> list[Path]:
     )
 
 
-def _read_header(file: Path) -> dict[str, StoredTensor]:
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Every tensor of one file of safetensors.
+
+    Raises:
+        ModelError: it is damaged, or cut short.
+    """
     size = file.stat().st_size
     try:
         with file.open("rb") as opened:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import fnmatch
 import os
 import shutil
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -18,78 +17,134 @@ from magr_fx.model_directory import (
     INDEX,
     WEIGHTS,
     StoredTensor,
-    largest_layer,
     read_directory,
+    read_header,
 )
 
-# The least size of a shard where transformers writes them, each of which it has in memory.
-SHARD = 512 * 2**20
+# A weight's name and value → what is stored for it, by name.
+Parts = Callable[[str, torch.Tensor], dict[str, torch.Tensor]]
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+_CHUNK = 2**24  # bytes that are copied at once
 
 
-class Origin:
-    """Where each weight of a model that is offloaded to disk came from.
+class Shards:
+    """A directory's weights in the making: each is written as soon as it is finished.
 
-    To be made before the model is changed.
+    The shards have their names, headers and full sizes from the start, so that a disk without
+    room for them is noticed before there is anything to lose. Names, dtypes and metadata are those
+    of the origin, and so is every byte of what is not rewritten.
 
     Args:
-        model: as ``from_pretrained(folder, device_map={"": "disk"})`` loads it.
-        weights: accelerate's OffloadedWeightsLoader, which all of its modules share.
-        tensors: what ``folder`` holds, see :func:`magr_fx.model_directory.read_directory`.
+        tensors: what the origin holds, see :func:`magr_fx.model_directory.read_directory`.
+        folder: where to write.
+
+    Raises:
+        OSError: there is no space, or no permission.
     """
 
-    def __init__(self, model: Any, weights: Any, tensors: dict[str, StoredTensor]) -> None:
-        self.model, self.tensors = model, tensors
-        self._weights = weights
-        self._entries = dict(weights.index)
-
-    def changed(self) -> dict[str, str | None]:
-        """The model's weights that are others now, with their names in the directory.
-
-        None where it has no such tensor: transformers made the weight of several.
-        """
-        found: dict[str, str | None] = {}
-        for name, entry in self._entries.items():
-            if self._weights.index[name] is not entry:
-                key = entry.get("weight_name")
-                stored = None if key is None else self.tensors.get(key)
-                same = stored is not None and str(stored.file) == str(entry["safetensors_file"])
-                found[name] = key if same else None
-        return found
-
-    def write(self, folder: Path) -> None:
-        """Write the weights as they are now.
-
-        Shards, names, dtypes and metadata are those of the origin, and every byte of a weight that
-        did not change; one weight is in memory at a time. Where transformers made weights of
-        several tensors (fused experts), it writes them itself, in shards of 512 MiB, or as large
-        as the largest layer, one of which is in memory at a time.
-
-        Raises:
-            OSError: there is no space, or no permission.
-        """
-        changed = self.changed()
-        if None in changed.values():
-            size = max(SHARD, largest_layer(self.tensors))
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Attempting to save a model with offloaded")
-                self.model.save_pretrained(folder, max_shard_size=size)
-            return
-        copies: dict[Path, Path] = {}
-        for file in dict.fromkeys(tensor.file for tensor in self.tensors.values()):
-            copies[file] = folder / file.name
-            shutil.copyfile(file, copies[file])
-        index = next(iter(self.tensors.values())).file.parent / INDEX
+    def __init__(self, tensors: dict[str, StoredTensor], folder: Path) -> None:
+        self.tensors = tensors
+        self._written: set[str] = set()
+        self._copies: dict[Path, Path] = {}
+        for file in dict.fromkeys(tensor.file for tensor in tensors.values()):
+            self._copies[file] = folder / file.name
+            _laid_out(file, folder / file.name)
+        index = next(iter(tensors.values())).file.parent / INDEX
         if index.exists():
             shutil.copyfile(index, folder / INDEX)
-        for name, key in changed.items():
-            stored = self.tensors[key or name]
-            _overwrite(copies[stored.file], stored, self._weights[name])
+
+    def write(self, name: str, weight: torch.Tensor) -> Path:
+        """Write a tensor of the origin anew, in the dtype it has there; the shard that has it."""
+        stored = self.tensors[name]
+        overwrite(self._copies[stored.file], stored, weight)
+        self._written.add(name)
+        return self._copies[stored.file]
+
+    def finish(self) -> None:
+        """Copy what was not written."""
+        for name, stored in self.tensors.items():
+            if name not in self._written:
+                with stored.file.open("rb") as origin, self._copies[stored.file].open("r+b") as own:
+                    _copy(origin, own, stored.start, stored.stop)
+
+
+class RewrittenWeights(Mapping[str, torch.Tensor]):
+    """The weights of a model that is offloaded to disk: read where they are, written to shards.
+
+    Takes the place of accelerate's OffloadedWeightsLoader, whose ``index`` says where the values of
+    each weight are. Those of a weight that transformers made of several stored tensors (fused
+    experts) are in a file that it wrote itself; that file is overwritten too.
+
+    Args:
+        weights: accelerate's loader.
+        shards: where weights are written to when they change.
+        parts: a weight's name and value → the tensors that are stored for it, by their names.
+    """
+
+    def __init__(self, weights: Any, shards: Shards, parts: Parts) -> None:
+        self._weights, self._shards, self._parts = weights, shards, parts
+        # What is known of accelerate's loader elsewhere.
+        self.index: dict[str, dict[str, Any]] = weights.index
+        self.state_dict, self.save_folder = weights.state_dict, weights.save_folder
+        self._stored = {name: self._one_tensor(name) for name in self.index}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        value: torch.Tensor = self._weights[name]
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def stored_as(self, name: str) -> str | None:
+        """The one tensor of the origin that a weight is; None where it is made of several."""
+        return self._stored[name]
+
+    def _one_tensor(self, name: str) -> str | None:
+        key: str = self.index[name].get("weight_name", name)
+        stored = self._shards.tensors.get(key)
+        file = self.index[name].get("safetensors_file")
+        return key if stored is not None and str(stored.file) == str(file) else None
+
+    def check(self, name: str, like: torch.Tensor) -> None:
+        """Whether a weight can be written as it was stored.
+
+        Raises:
+            ModelError: transformers cannot take it apart.
+        """
+        if self._stored[name] is not None:
+            return
+        try:
+            parts = {key: part.shape for key, part in self._parts(name, like).items()}
+            wrong = [key for key, shape in parts.items() if self._shards.tensors[key].shape != shape]
+        except Exception as error:  # whatever a conversion raises of what it does not have
+            wrong, parts = [f"{type(error).__name__}: {error}"], {}
+        if wrong or not parts:
+            raise ModelError(
+                f"{name} {tuple(like.shape)} is made of several stored tensors, and transformers "
+                f"cannot take it apart by itself ({', '.join(wrong)}). Load the model with "
+                "transformers, save it with save_pretrained(folder, save_original_format=False), "
+                "and give that directory"
+            )
+
+    def store(self, name: str, weight: torch.Tensor) -> None:
+        """Write a weight that changed to the shards; from now on it is read there."""
+        key = self._stored[name]
+        if key is not None:
+            file = self._shards.write(key, weight)
+            self.index[name] = {**self.index[name], "safetensors_file": str(file)}
+            return
+        for key, part in self._parts(name, weight).items():
+            self._shards.write(key, part)
+        own = Path(self.index[name]["safetensors_file"])
+        overwrite(own, read_header(own)[self.index[name]["weight_name"]], weight)
 
 
 def copy_rest(source: Path, folder: Path, *, keep: tuple[str, ...] = ()) -> None:
@@ -145,8 +200,27 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _overwrite(file: Path, stored: StoredTensor, weight: torch.Tensor) -> None:
+def overwrite(file: Path, stored: StoredTensor, weight: torch.Tensor) -> None:
+    """Write a tensor in its place in a file of safetensors, in the dtype that it has there."""
     plain = weight.to(_DTYPES[stored.dtype]).contiguous().flatten()
     with file.open("r+b") as opened:
         opened.seek(stored.start)
         opened.write(plain.view(torch.uint8).numpy().data)
+
+
+def _laid_out(file: Path, copy: Path) -> None:
+    """Make a file with the header of another one, and room for all of its tensors."""
+    with file.open("rb") as origin, copy.open("wb") as made:
+        length = int.from_bytes(origin.read(8), "little")
+        _copy(origin, made, 0, 8 + length)
+        made.flush()
+        os.posix_fallocate(made.fileno(), 0, file.stat().st_size)
+
+
+def _copy(origin: BinaryIO, made: BinaryIO, start: int, stop: int) -> None:
+    origin.seek(start)
+    made.seek(start)
+    while start < stop:
+        piece = origin.read(min(_CHUNK, stop - start))
+        made.write(piece)
+        start += len(piece)

@@ -11,11 +11,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import fx, nn
@@ -131,6 +131,13 @@ class Kept(Protocol):
     def load(self) -> torch.Tensor: ...
 
     def store(self, weight: torch.Tensor) -> None: ...
+
+
+@runtime_checkable
+class Storing(Protocol):
+    """Weights that know themselves where to keep new values; see :func:`keep_in`."""
+
+    def store(self, name: str, weight: torch.Tensor) -> None: ...
 
 
 class Pages:
@@ -279,6 +286,18 @@ def offloaded_weights(model: nn.Module) -> Any:
     raise ModelError("no weight of the model is offloaded")
 
 
+def keep_in(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Let a model that is offloaded to disk have its weights from these.
+
+    Args:
+        model: all of its modules share accelerate's OffloadedWeightsLoader.
+        weights: what takes its place, with its ``index``, ``state_dict`` and ``save_folder``; if it
+            is :class:`Storing`, weights that change go there.
+    """
+    for hook, *_ in _hooked(model):
+        hook.weights_map.dataset = weights
+
+
 def _unprefixed(values: Any, key: str) -> tuple[Any, str]:
     """The dict, or accelerate's OffloadedWeightsLoader, that has the values, and the key there."""
     while hasattr(values, "prefix"):
@@ -302,6 +321,9 @@ def _store(values: Any, key: str, weight: torch.Tensor) -> None:
     in_memory = values if isinstance(values, dict) else values.state_dict
     if key in in_memory:
         in_memory[key].copy_(weight)
+        return
+    if isinstance(values, Storing):
+        values.store(key, weight)
         return
     # As accelerate stores it, but not through a memory map, which a full disk ends with a signal.
     # First under another name: what is there under this one is always whole.
