@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import MutableMapping
 from dataclasses import asdict
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from magr_fx.config import Handling, MagRConfig
@@ -240,6 +242,53 @@ def magr_quantize(
         return model
 
 
+def round_apart(
+    model: nn.Module,
+    calib: Any,
+    target: Any,
+    config: MagRConfig | None,
+    tensors: MutableMapping[str, torch.Tensor],
+    *,
+    refine: int = 0,
+    propagate: bool | None = None,
+    filter_fn: FilterFn | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    spill_dir: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> MagRReport:
+    """:func:`magr_quantize` with GPTQ of a model that stays as it is, and may be offloaded.
+
+    Args:
+        model, calib, target, config, refine, propagate, filter_fn, checkpoint_dir, spill_dir,
+        progress: as for :func:`magr_quantize`.
+        tensors: takes torchao's tensor of each site by its name, block by block.
+
+    Raises:
+        ConfigError, CalibrationError, ModelError, TraceError, CheckpointError: as for
+            :func:`magr_quantize`.
+    """
+    with together(False) as ranks, at_hand(model) as resident:
+        config = resolve_config(config, target, required=True)
+        handling = Handling("gptq", True, refine, propagate is not False)
+        check_model(model, offloaded=is_offloaded(model))
+        return _run(
+            model,
+            read_calib(calib, model),
+            config,
+            Target(target, handling),
+            filter_fn=filter_fn,
+            tracing=Tracing("auto", False).without_values(),
+            resident=resident,
+            ranks=ranks,
+            strict=False,
+            checkpoint_dir=checkpoint_dir,
+            spill_dir=spill_dir,
+            progress=progress,
+            quantize=False,
+            tensors=tensors,
+        )
+
+
 def _quantize_graph(
     model: Model, calib: Any, quantizer: Any, config: MagRConfig, options: dict[str, Any]
 ) -> Model:
@@ -296,11 +345,13 @@ def _run(
     quantize: bool,
     resident: Resident = all_resident,
     ranks: Ranks = ALONE,
+    tensors: MutableMapping[str, torch.Tensor] | None = None,
 ) -> MagRReport:
     inner = unwrap(model)
     progress = progress if ranks.rank == 0 else False
     quantizer = target if quantize else None
     report = MagRReport(config, "" if quantizer is None else describe(quantizer.config))
+    tensors = {} if tensors is None else tensors
     weights: list[Quantizable] = []
     with calibration_mode(inner):
         with report.timed("trace"):
@@ -338,11 +389,12 @@ def _run(
             if checkpoint_dir is not None:
                 checkpoint = Checkpoint(checkpoint_dir, known, ranks)
         try:
-            tensors = rewrite_sites(
+            rewrite_sites(
                 traced,
                 found,
                 config,
                 report,
+                tensors,
                 target=target,
                 resident=resident,
                 checkpoint=checkpoint,

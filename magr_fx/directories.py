@@ -12,9 +12,10 @@ import fcntl
 import fnmatch
 import functools
 import importlib.util
+import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,21 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from magr_fx.api import magr_quantize, magr_transform
+from magr_fx.api import magr_transform, round_apart
 from magr_fx.calibration_text import text_batches
 from magr_fx.config import MagRConfig
 from magr_fx.errors import CheckpointError, ConfigError, ModelError
-from magr_fx.model_directory import StoredTensor, find_model, read_config, read_directory
+from magr_fx.model_directory import CONFIG, StoredTensor, find_model, read_config, read_directory
 from magr_fx.passes.checkpoint import checkpoint_report
 from magr_fx.passes.find_linears import FilterFn
 from magr_fx.passes.offloaded import keep_in, offloaded_weights
-from magr_fx.passes.to_torchao import describe, is_quantized
+from magr_fx.passes.quantizable import quantized_copy
+from magr_fx.passes.to_torchao import describe
 from magr_fx.report import MagRReport
 from magr_fx.report_files import read_report, write_report
-from magr_fx.write_directory import RewrittenWeights, Shards, copy_rest, publish
+from magr_fx.tensor_files import TensorFiles
+from magr_fx.write_directory import RewrittenWeights, Shards, copy_rest, publish, stored_as
+from magr_fx.write_quantized import write_quantized, write_quantized_config
 
 UNFINISHED = ".unfinished"
 CHECKPOINT = "checkpoint"
@@ -92,56 +96,59 @@ def transform_directory(job: Job) -> MagRReport:
             ``out`` is as it was then.
     """
     with _prepared(job) as prepared:
-        model = _load(prepared, offloaded=True)
+        model = _load(prepared)
         return _finish(prepared, _rewrite(model, prepared), model.magr_report)
 
 
 def quantize_directory(job: Job) -> MagRReport:
-    """:func:`transform_directory` for a target, then torchao by transformers' ``TorchAoConfig``.
+    """:func:`transform_directory` for a target, then torchao, a weight at a time.
 
-    Quantized are the linears that transformers quantizes by default, all but the head. The weights
-    are rewritten a block at a time; the quantized model is in memory as a whole at the end, with
-    what torchao stores for each weight.
+    Quantized are the linears that transformers' ``TorchAoConfig`` quantizes, all but the head.
 
     Raises:
         MagRError: as :func:`transform_directory`.
     """
     with _prepared(job) as prepared:
-        model = _load(prepared, offloaded=True)
-        left = _left_out(model, job)
+        model = _load(prepared)
+        linears = _linears(model, prepared)
         rewritten, report = _rewrite(model, prepared, linears_only=True), model.magr_report
-        del model
-        shutil.rmtree(job.run / "offload")  # before a third copy of the weights is written
-        config = TorchAoConfig(job.target, modules_to_not_convert=left)
-        quantized = AutoModelForCausalLM.from_pretrained(
-            rewritten, dtype="auto", quantization_config=config
-        )
-        return _finish(prepared, _save_quantized(quantized, prepared, report), report)
+        weights = offloaded_weights(model)
+
+        def value(name: str) -> torch.Tensor:
+            return quantized_copy(weights[name], job.target)
+
+        now = replace(prepared, tensors=read_directory(rewritten))
+        return _finish(prepared, _save_quantized(model, now, linears, value, report), report)
 
 
 def quantize_directory_gptq(job: Job) -> MagRReport:
-    """:func:`magr_fx.magr_quantize` with GPTQ; the model is in memory as a whole.
+    """:func:`magr_fx.magr_quantize` with GPTQ, a block in memory at a time.
 
     Raises:
         MagRError: as :func:`transform_directory`.
     """
     with _prepared(job) as prepared:
-        model = _load(prepared, offloaded=False)
-        config = TorchAoConfig(job.target, modules_to_not_convert=_left_out(model, job))
-        magr_quantize(
+        model = _load(prepared)
+        linears = _linears(model, prepared)
+        rounded = TensorFiles(_emptied(job.run / "rounded"))
+        report = round_apart(
             model,
             prepared.calib,
             job.target,
             job.config,
-            rounding="gptq",
-            filter_fn=rewritable(model, job.skip, linears_only=True),
+            rounded,
+            filter_fn=_chosen(model, job, linears_only=True),
             checkpoint_dir=job.run / CHECKPOINT,
             **job.options,
         )
-        model.config.quantization_config = config
-        model.hf_quantizer = AutoHfQuantizer.from_config(config)
-        report: MagRReport = model.magr_report
-        return _finish(prepared, _save_quantized(model, prepared, report), report)
+        weights = offloaded_weights(model)
+
+        def value(name: str) -> torch.Tensor:
+            if name in rounded:
+                return rounded[name]
+            return quantized_copy(weights[name], job.target)
+
+        return _finish(prepared, _save_quantized(model, prepared, linears, value, report), report)
 
 
 def report_of(folder: Path) -> MagRReport:
@@ -291,13 +298,16 @@ def _alone(run: Path) -> Iterator[None]:
         yield
 
 
-def _load(prepared: _Prepared, *, offloaded: bool) -> Any:
-    options: dict[str, Any] = {}
-    if offloaded:
-        offload = _emptied(prepared.job.run / "offload")  # of what a run that was cut short wrote
-        options = {"device_map": {"": "disk"}, "offload_folder": str(offload)}
+def _load(prepared: _Prepared) -> Any:
+    """The model, all of it offloaded to where it is stored."""
+    offload = _emptied(prepared.job.run / "offload")  # of what a run that was cut short wrote
     try:
-        return AutoModelForCausalLM.from_pretrained(prepared.source, dtype="auto", **options)
+        return AutoModelForCausalLM.from_pretrained(
+            prepared.source,
+            dtype="auto",
+            device_map={"": "disk"},
+            offload_folder=str(offload),
+        )
     except Exception as error:  # whatever transformers raises of a model that it does not know
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -310,25 +320,15 @@ def _load(prepared: _Prepared, *, offloaded: bool) -> Any:
 def _rewrite(model: Any, prepared: _Prepared, *, linears_only: bool = False) -> Path:
     """Rewrite a model that is offloaded; each weight is saved as soon as it is finished."""
     job = prepared.job
-    chosen = rewritable(model, job.skip, head=job.head, linears_only=linears_only)
-    names = [
-        f"{name}.{key}"
-        for name, module in model.named_modules()
-        for key, value in module._parameters.items()
-        if value is not None and chosen(module, name)
-    ]
-    if not names:
-        raise ConfigError(
-            "nothing is left to rewrite: "
-            + ("quantize takes nn.Linear only, and " if linears_only else "")
-            + f"--skip leaves out {', '.join(job.skip) or 'nothing'}"
-        )
+    chosen = _chosen(model, job, linears_only=linears_only)
     folder = _emptied(job.run / "rewritten")
     shards = Shards(prepared.tensors, folder)
-    parts = functools.partial(_as_stored, model)
+    parts = functools.partial(revert_weight_conversion, model)
     weights = RewrittenWeights(offloaded_weights(model), shards, parts)
-    for name in names:
-        weights.check(name, model.get_parameter(name))
+    for name, module in model.named_modules():
+        for key, like in module._parameters.items():
+            if like is not None and chosen(module, name):
+                weights.check(f"{name}.{key}", like)
     keep_in(model, weights)
     magr_transform(
         model,
@@ -344,19 +344,72 @@ def _rewrite(model: Any, prepared: _Prepared, *, linears_only: bool = False) -> 
     return folder
 
 
-def _as_stored(model: Any, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What transformers stores of a weight that it makes of several tensors."""
-    stored: dict[str, torch.Tensor] = revert_weight_conversion(model, {name: weight})
-    return stored
+def _chosen(model: Any, job: Job, *, linears_only: bool) -> FilterFn:
+    """What the job rewrites.
+
+    Raises:
+        ConfigError: nothing.
+    """
+    chosen = rewritable(model, job.skip, head=job.head, linears_only=linears_only)
+    modules = [(name, module) for name, module in model.named_modules() if module._parameters]
+    if not any(chosen(module, name) for name, module in modules):
+        raise ConfigError(
+            "nothing is left to rewrite: "
+            + ("quantize takes nn.Linear only, and " if linears_only else "")
+            + f"--skip leaves out {', '.join(job.skip) or 'nothing'}"
+        )
+    return chosen
 
 
-def _save_quantized(model: Any, prepared: _Prepared, report: MagRReport) -> Path:
+@dataclass(frozen=True)
+class _Linears:
+    """What transformers quantizes: its config, and the weights' names, by those in the files."""
+
+    config: TorchAoConfig
+    names: dict[str, list[str]]
+
+
+def _linears(model: Any, prepared: _Prepared) -> _Linears:
+    """What transformers quantizes of a model that is offloaded.
+
+    Raises:
+        ModelError: one of these is not stored as it is in the model.
+    """
+    job = prepared.job
+    config = TorchAoConfig(job.target, modules_to_not_convert=_left_out(model, job))
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    quantizer.preprocess_model(model)  # finds out what is left alone
+    index = offloaded_weights(model).index
+    names: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        if quantizer.param_needs_quantization(model, name):
+            key = stored_as(name, index, prepared.tensors)
+            if key is None:
+                raise ModelError(
+                    f"transformers makes {name} of several stored tensors; load the model with "
+                    "it, save it with save_pretrained(folder, save_original_format=False), and "
+                    "give that directory, or leave it out with --skip"
+                )
+            names.setdefault(key, []).append(name)
+    return _Linears(config, names)
+
+
+def _save_quantized(
+    model: Any,
+    prepared: _Prepared,
+    linears: _Linears,
+    value: Callable[[str], torch.Tensor],
+    report: MagRReport,
+) -> Path:
     """Save a quantized model, and note in the report what of it is."""
-    report.mark_quantized({n for n, p in model.named_parameters() if is_quantized(p)})
-    report.target = describe(prepared.job.target)
     folder = _emptied(prepared.job.run / "quantized")
-    model.save_pretrained(folder, max_shard_size="2GB")
-    copy_rest(prepared.source, folder, keep=("config.json",))
+    parts = functools.partial(revert_weight_conversion, model)
+    progress = prepared.job.options.get("progress")
+    done = write_quantized(prepared.tensors, linears.names, value, parts, folder, progress=progress)
+    report.mark_quantized(done)
+    report.target = describe(prepared.job.target)
+    write_quantized_config(prepared.source, folder, json.loads(linears.config.to_json_string()))
+    copy_rest(prepared.source, folder, keep=(CONFIG,))
     return folder
 
 

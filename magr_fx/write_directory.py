@@ -21,8 +21,8 @@ from magr_fx.model_directory import (
     read_header,
 )
 
-# A weight's name and value → what is stored for it, by name.
-Parts = Callable[[str, torch.Tensor], dict[str, torch.Tensor]]
+# Tensors by the model's names → what is stored for them, by the names in the files.
+Parts = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -83,7 +83,7 @@ class RewrittenWeights(Mapping[str, torch.Tensor]):
     Args:
         weights: accelerate's loader.
         shards: where weights are written to when they change.
-        parts: a weight's name and value → the tensors that are stored for it, by their names.
+        parts: takes weights apart into what is stored for them.
     """
 
     def __init__(self, weights: Any, shards: Shards, parts: Parts) -> None:
@@ -91,7 +91,7 @@ class RewrittenWeights(Mapping[str, torch.Tensor]):
         # What is known of accelerate's loader elsewhere.
         self.index: dict[str, dict[str, Any]] = weights.index
         self.state_dict, self.save_folder = weights.state_dict, weights.save_folder
-        self._stored = {name: self._one_tensor(name) for name in self.index}
+        self._stored = {name: stored_as(name, self.index, shards.tensors) for name in self.index}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         value: torch.Tensor = self._weights[name]
@@ -103,16 +103,6 @@ class RewrittenWeights(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._weights)
 
-    def stored_as(self, name: str) -> str | None:
-        """The one tensor of the origin that a weight is; None where it is made of several."""
-        return self._stored[name]
-
-    def _one_tensor(self, name: str) -> str | None:
-        key: str = self.index[name].get("weight_name", name)
-        stored = self._shards.tensors.get(key)
-        file = self.index[name].get("safetensors_file")
-        return key if stored is not None and str(stored.file) == str(file) else None
-
     def check(self, name: str, like: torch.Tensor) -> None:
         """Whether a weight can be written as it was stored.
 
@@ -122,8 +112,10 @@ class RewrittenWeights(Mapping[str, torch.Tensor]):
         if self._stored[name] is not None:
             return
         try:
-            parts = {key: part.shape for key, part in self._parts(name, like).items()}
-            wrong = [key for key, shape in parts.items() if self._shards.tensors[key].shape != shape]
+            parts = {key: part.shape for key, part in self._parts({name: like}).items()}
+            wrong = [
+                key for key, shape in parts.items() if self._shards.tensors[key].shape != shape
+            ]
         except Exception as error:  # whatever a conversion raises of what it does not have
             wrong, parts = [f"{type(error).__name__}: {error}"], {}
         if wrong or not parts:
@@ -141,10 +133,25 @@ class RewrittenWeights(Mapping[str, torch.Tensor]):
             file = self._shards.write(key, weight)
             self.index[name] = {**self.index[name], "safetensors_file": str(file)}
             return
-        for key, part in self._parts(name, weight).items():
+        for key, part in self._parts({name: weight}).items():
             self._shards.write(key, part)
         own = Path(self.index[name]["safetensors_file"])
         overwrite(own, read_header(own)[self.index[name]["weight_name"]], weight)
+
+
+def stored_as(
+    name: str, index: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
+) -> str | None:
+    """The one tensor of a directory that a weight is; None where it is made of several.
+
+    Args:
+        name: the model's.
+        index: of accelerate's OffloadedWeightsLoader.
+        tensors: what the directory holds.
+    """
+    key: str = index[name].get("weight_name", name)
+    file = index[name].get("safetensors_file")
+    return key if key in tensors and str(tensors[key].file) == str(file) else None
 
 
 def copy_rest(source: Path, folder: Path, *, keep: tuple[str, ...] = ()) -> None:

@@ -103,6 +103,7 @@ class MagRPass(PassBase):
                     found,
                     self.config,
                     report,
+                    {},  # torchao's tensors, with GPTQ only
                     target=self.target,
                     strict=self.strict,
                     filter_fn=self.filter_fn,

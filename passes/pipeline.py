@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping, MutableMapping
 from contextlib import closing
 from dataclasses import replace
 from time import perf_counter
@@ -86,6 +87,7 @@ def rewrite_sites(
     found: Found,
     config: MagRConfig,
     report: MagRReport,
+    tensors: MutableMapping[str, torch.Tensor],
     *,
     target: Target | None = None,
     resident: Resident = all_resident,
@@ -95,7 +97,7 @@ def rewrite_sites(
     strict: bool = False,
     filter_fn: FilterFn | None = None,
     progress: bool | None = None,
-) -> dict[str, torch.Tensor]:
+) -> None:
     """Check the calibration, then solve and rewrite every site, block by block, into ``report``.
 
     Nothing is written before every batch has run once and every activation was finite. Should
@@ -106,6 +108,8 @@ def rewrite_sites(
         found: the sites.
         config: how to solve.
         report: what is filled.
+        tensors: with GPTQ takes torchao's tensors by the names of their sites, which keep their
+            weights; as soon as each is made.
         target: what will quantize the sites, and takes part; None rewrites without it.
         resident: has those weights in memory that are worked on.
         checkpoint: where to save each step, and what to go on from.
@@ -114,9 +118,6 @@ def rewrite_sites(
         strict: whether every weight that meets an input has to be rewritten, but for those that
             ``filter_fn`` leaves out.
         progress: whether to show bars.
-
-    Returns:
-        With GPTQ, torchao's tensors by the names of their sites, which then keep their weights.
 
     Raises:
         CalibrationError: an activation is NaN or Inf.
@@ -143,7 +144,7 @@ def rewrite_sites(
             refuse_uncovered(found.rejections, run.unfed(), filter_fn)
     keeper = _Keeper(checkpoint, report)
     try:
-        tensors = keeper.restored(saved, found.sites, handling, resident)
+        keeper.restore(saved, found.sites, handling, resident, tensors)
         finished = run.collect(
             after=None if saved is None else (saved["step"], saved.pop("boundary")),
             save=None if checkpoint is None else keeper.save,
@@ -158,7 +159,7 @@ def rewrite_sites(
                 if shared is None:
                     break
                 fill_up(shared)
-                tensors |= _rewrite(shared, config, target, report, run, ranks)
+                tensors.update(_rewrite(shared, config, target, report, run, ranks))
                 keeper.remember(shared, tensors)
                 memory = high_water_mark(shared[0].sites[0].parameter.device)
                 now = perf_counter()
@@ -185,7 +186,6 @@ def rewrite_sites(
         )
     if strict:
         refuse_failed(report, written=handling.rounding != "gptq")
-    return tensors
 
 
 def _rewrite(
@@ -226,30 +226,29 @@ class _Keeper:
         self.checkpoint, self.report = checkpoint, report
         self.weights: dict[str, torch.Tensor] = {}
 
-    def restored(
+    def restore(
         self,
         saved: dict[str, Any] | None,
         sites: list[Site],
         handling: Handling,
         resident: Resident,
-    ) -> dict[str, torch.Tensor]:
+        tensors: MutableMapping[str, torch.Tensor],
+    ) -> None:
         """Write again what an earlier run made of its sites; with GPTQ, its tensors."""
-        tensors: dict[str, torch.Tensor] = {}
         if saved is None or self.checkpoint is None:
-            return tensors
+            return
         logger.info("going on after step %d of %s", saved["step"], self.checkpoint.folder)
         for weights in self.checkpoint.weights(saved["step"]):
             if handling.rounding == "gptq":
-                tensors |= weights
+                tensors.update(weights)
                 continue
             own = [site for site in sites if site.name in weights]
             with resident([site.parameter for site in own]):
                 for site in own:
                     rewrite_weight(site, weights[site.name])
         self.report.sites = saved["rows"]
-        return tensors
 
-    def remember(self, finished: list[SharedGram], tensors: dict[str, torch.Tensor]) -> None:
+    def remember(self, finished: list[SharedGram], tensors: Mapping[str, torch.Tensor]) -> None:
         """What was made of the sites of these grams: their weights, or torchao's tensors."""
         if self.checkpoint is None:
             return
