@@ -267,15 +267,15 @@ def round_apart(
         ConfigError, CalibrationError, ModelError, TraceError, CheckpointError: as for
             :func:`magr_quantize`.
     """
+    taking_part = Target(target, Handling("gptq", True, refine, propagate is not False))
+    config = resolve_config(config, target, required=True)
+    check_model(model, offloaded=is_offloaded(model))
     with together(False) as ranks, at_hand(model) as resident:
-        config = resolve_config(config, target, required=True)
-        handling = Handling("gptq", True, refine, propagate is not False)
-        check_model(model, offloaded=is_offloaded(model))
         return _run(
             model,
             read_calib(calib, model),
             config,
-            Target(target, handling),
+            taking_part,
             filter_fn=filter_fn,
             tracing=Tracing("auto", False).without_values(),
             resident=resident,

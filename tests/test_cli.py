@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cli_helpers import INT3, SMALL, contents, done, run, tensors
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_directories import save_model, save_text
 from tiny_models import tiny_llama, tiny_mixtral
@@ -140,6 +141,40 @@ def test_quantize_is_magr_quantize(rounding: str, tmp_path: Path, text: Path) ->
     assert config["quantization_config"]["quant_method"] == "torchao"
     rest = {key: value for key, value in config.items() if key != "quantization_config"}
     assert rest == json.loads(before["config.json"])
+
+
+def test_a_quantized_directory_is_what_transformers_saves(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tensors and the same metadata, but for where they are and what is said of others."""
+    monkeypatch.setattr("magr_fx.write_quantized.SHARD", 20_000)
+    source = save_model(tmp_path / "model", tiny_llama(tie_word_embeddings=True))
+    out, wanted = tmp_path / "out", tmp_path / "wanted"
+    done("quantize", source, out, "--calib", text, *INT3, *SMALL, "--skip", "*.0.*.o_proj")
+    files = sorted(out.glob("model-*.safetensors"))
+    assert len(files) > 3
+    assert json.loads((out / "model.safetensors.index.json").read_text())["weight_map"] == {
+        name: file.name for file in files for name in load_file(file)
+    }
+    load(out).save_pretrained(wanted)
+    ours, theirs = tensors(out), tensors(wanted)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert sum(name.endswith("_weight_qdata") for name in ours) == 13
+    described = metadata(wanted / "model.safetensors")
+    for file in files:  # each says all: which other readers go by
+        own = metadata(file)
+        names = json.loads(own.pop("tensor_names"))
+        assert own.pop("format") == "pt"
+        assert sorted(names) == sorted(own)
+        assert own.items() <= described.items()
+        assert {n for n, what in described.items() if "Intx" in what} <= own.keys()
+
+
+def metadata(file: Path) -> dict[str, str]:
+    with safe_open(file, framework="pt") as opened:
+        found: dict[str, str] = opened.metadata()
+    return found
 
 
 def test_report_is_that_of_the_run(tmp_path: Path, text: Path) -> None:

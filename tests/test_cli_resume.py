@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_helpers import INT3, SMALL, contents, done, run
+import torch
+from cli_helpers import INT3, SMALL, contents, done, run, tensors
 from tiny_directories import save_model, save_text
 from tiny_models import tiny_llama
 
-from magr_fx.directories import is_resumable
+from magr_fx.directories import is_resumable, report_of
 from magr_fx.passes.checkpoint import Checkpoint
 
 
@@ -27,7 +28,7 @@ from magr_fx.passes.checkpoint import Checkpoint
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, a text, and what a run that nobody disturbs makes of them."""
     folder = tmp_path_factory.mktemp("reference")
-    save_model(folder / "model", tiny_llama())
+    save_model(folder / "model", tiny_llama(), max_shard_size="40KB")
     save_text(folder / "text.txt")
     done(*command(folder, folder / "wanted"))
     return folder
@@ -104,6 +105,40 @@ def test_another_configuration_is_refused_with_what_differs(
     assert saved == {n: c for n, c in before.items() if "checkpoint" in n}
 
 
+def test_what_is_finished_is_in_its_shard(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only at the end: each block's weights are in OUT's shards, and nowhere else but saved."""
+    out, run_folder = tmp_path / "out", tmp_path / "out.unfinished"
+    with monkeypatch.context() as patched:
+        after_steps(5, KeyboardInterrupt(), patched)
+        assert run(*command(reference, out)).exit_code == 130
+    rewritten = [row.name for row in report_of(run_folder).rewritten]
+    assert 0 < len(rewritten) < 14
+    before, wanted = tensors(reference / "model"), tensors(reference / "wanted")
+    now = tensors(run_folder / "rewritten")
+    assert now.keys() == wanted.keys()
+    assert all(torch.equal(now[name], wanted[name]) for name in rewritten)
+    assert not any(torch.equal(before[name], wanted[name]) for name in rewritten)
+    assert not any(run_folder.rglob("*.dat"))
+    done(*command(reference, out, "--resume"))
+    assert contents(out) == contents(reference / "wanted")
+
+
+def test_gptq_goes_on_where_it_was(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["quantize", *command(reference, tmp_path / "out")[1:], "--rounding", "gptq"]
+    done(*arguments[:2], tmp_path / "whole", *arguments[3:])
+    with monkeypatch.context() as patched:
+        after_steps(5, KeyboardInterrupt(), patched)
+        assert run(*arguments).exit_code == 130
+    rounded = tmp_path / "out.unfinished" / "rounded"
+    assert 0 < len(list(rounded.iterdir())) < 14
+    done(*arguments, "--resume")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 # What a full disk leaves.
 
 
@@ -118,7 +153,7 @@ def limit_files(size: int) -> Callable[[], None]:
 def test_what_cannot_be_written_is_no_file(
     size: int, saved: bool, reference: Path, tmp_path: Path
 ) -> None:
-    """300 bytes are too few for the first file of all, 70,000 for what a later block reads."""
+    """300 bytes are too few for the shards, 70,000 enough, but not for what a later block reads."""
     out = tmp_path / "out"
     lifted = limit_files(size)
     try:

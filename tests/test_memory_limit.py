@@ -23,7 +23,7 @@ from tiny_directories import save_text, save_tokenizer
 from tiny_models import VOCABULARY
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from magr_fx.model_directory import largest_layer, read_directory
+from magr_fx.model_directory import StoredTensor, largest_layer, read_directory
 
 MIB = 2**20
 LIMIT = 768 * MIB
@@ -118,15 +118,32 @@ def look():
         peak = max(peak, now * 1024)
         time.sleep(0.005)
 threading.Thread(target=look, daemon=True).start()
-from magr_fx.cli import magr_fx
-magr_fx(sys.argv[1:], standalone_mode=False)
-print("peak", peak)
+from magr_fx.__main__ import main
+try:
+    main()
+finally:
+    print("peak", peak)
 """
 
 
-def test_a_model_several_times_the_memory(tmp_path: Path) -> None:
-    source, text = large_model(tmp_path / "model"), save_text(tmp_path / "text.txt")
-    stored = read_directory(source)
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return large_model(tmp_path_factory.mktemp("large") / "model")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("transform", "--solver", "pgd", "--max-steps", "3"),
+        ("quantize", "--target", "int8-per-channel", "--rounding", "gptq", "--alpha", "1e-3"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_model_several_times_the_memory(
+    command: tuple[str, ...], large: Path, tmp_path: Path
+) -> None:
+    text = save_text(tmp_path / "text.txt")
+    stored = read_directory(large)
     size, block = sum(tensor.nbytes for tensor in stored.values()), largest_layer(stored)
     assert size > 3 * LIMIT
     assert block + 2**30 > LIMIT
@@ -139,25 +156,30 @@ def test_a_model_several_times_the_memory(tmp_path: Path) -> None:
         "model.layers.20.*",
     ]
     skip = [part for pattern in left for part in ("--skip", pattern)]
-    command = ["transform", source, tmp_path / "out", "--calib", text, *SMALL, *skip]
-    command += ["--solver", "pgd", "--max-steps", "3", "--spill", tmp_path / "spilled"]
+    verb, *options = command
+    out = tmp_path / "out"
+    arguments = [verb, large, out, "--calib", text, *SMALL, *skip, *options]
     with limited() as group:
         if group is not None:  # the limit is one
             hungry = run_in(group, f"bytearray({LIMIT}).find(1)\nprint('alive')")
             assert (hungry.returncode, hungry.stdout) == (-9, "")
-        ran = run_in(group, SCRIPT, *command)
+        ran = run_in(group, SCRIPT, *arguments, "--spill", tmp_path / "spilled")
     assert ran.returncode == 0, ran.stderr[-2000:]
     peak = int(ran.stdout.rsplit("peak", 1)[1])
     assert peak < min(LIMIT, block + 2**30)
-    before, after = stored, read_directory(tmp_path / "out")
-    assert before.keys() == after.keys()
+    before, after = stored, read_directory(out)
     changed = {
-        name
-        for name, tensor in before.items()
-        if tensor.file.read_bytes()[tensor.start : tensor.stop]
-        != after[name].file.read_bytes()[tensor.start : tensor.stop]
+        name for name in before if name not in after or bits(before, name) != bits(after, name)
     }
-    ends = (0, LAYERS - 1)
-    assert changed == {f"model.layers.{at}.self_attn.o_proj.weight" for at in ends}
+    sites = {f"model.layers.{at}.self_attn.o_proj.weight" for at in (0, LAYERS - 1)}
+    assert changed == sites
+    made = {name.replace("_weight_qdata", "weight") for name in after if "_weight_qdata" in name}
+    assert made == (sites if verb == "quantize" else set())
     if group is None:
         pytest.skip("no control group can be made here; the peak was measured without one")
+
+
+def bits(tensors: dict[str, StoredTensor], name: str) -> bytes:
+    with tensors[name].file.open("rb") as file:
+        file.seek(tensors[name].start)
+        return file.read(tensors[name].nbytes)
