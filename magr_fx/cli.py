@@ -102,8 +102,7 @@ def transform(target: str | None, head: bool, **given: Any) -> None:
 def quantize(target: str, rounding: str, refine: int, **given: Any) -> None:
     """Rewrite and quantize MODEL into OUT, which transformers loads by itself.
 
-    To the nearest the weights are rewritten block by block, and the quantized model is in memory
-    in the end; with GPTQ the whole model is.
+    One block of the model is in memory at a time, and one shard when it is saved.
     """
     with _told(given["out"]):
         from magr_fx.directories import quantize_directory, quantize_directory_gptq

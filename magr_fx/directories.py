@@ -1,8 +1,7 @@
 """A Hugging Face directory → the same with rewritten or quantized weights.
 
-Weights are read and rewritten a block at a time; with GPTQ the model is in memory as a whole, and
-so is any quantized one in the end. What is written is an ordinary directory of transformers; until
-it is whole it has another name.
+Weights are read, rewritten and saved a block at a time, and quantized a shard at a time. What is
+written is an ordinary directory of transformers; until it is whole it has another name.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ from magr_fx.write_quantized import write_quantized, write_quantized_config
 
 UNFINISHED = ".unfinished"
 CHECKPOINT = "checkpoint"
-# Copies of the weights on the disk, beside the model itself: what is saved to go on from, the
-# rewritten ones, and the result.
+# Copies of the weights on the disk, beside the model itself, at most: what is saved to go on from,
+# the shards of OUT, and the quantized ones, or the fused experts that transformers makes of several.
 COPIES = 3
 # Bytes that Python, torch and transformers take before there is any model, about.
 PROCESS = 500_000_000

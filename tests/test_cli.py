@@ -17,10 +17,13 @@ from safetensors.torch import load_file, save_file
 from tiny_directories import save_model, save_text
 from tiny_models import tiny_llama, tiny_mixtral
 from torch import nn
+from torchao.quantization import quantize_
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+from transformers.quantizers import AutoHfQuantizer
 
 from magr_fx import MagRConfig, magr_quantize, magr_transform
 from magr_fx.calibration_text import text_batches
+from magr_fx.directories import rewritable
 from magr_fx.named_targets import named_target
 from magr_fx.passes.to_torchao import is_quantized
 
@@ -156,7 +159,13 @@ def test_a_quantized_directory_is_what_transformers_saves(
     assert json.loads((out / "model.safetensors.index.json").read_text())["weight_map"] == {
         name: file.name for file in files for name in load_file(file)
     }
-    load(out).save_pretrained(wanted)
+    model = load(source)
+    chosen = rewritable(model, ("*.0.*.o_proj",), linears_only=True)
+    magr_transform(model, batches(source, text), target=TARGET, filter_fn=chosen)
+    quantize_(model, TARGET, chosen)
+    model.config.quantization_config = TorchAoConfig(TARGET)
+    model.hf_quantizer = AutoHfQuantizer.from_config(model.config.quantization_config)
+    model.save_pretrained(wanted)
     ours, theirs = tensors(out), tensors(wanted)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
