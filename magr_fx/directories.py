@@ -46,7 +46,7 @@ from magr_fx.write_quantized import write_quantized, write_quantized_config
 UNFINISHED = ".unfinished"
 CHECKPOINT = "checkpoint"
 # Copies of the weights on the disk, beside the model itself, at most: what is saved to go on from,
-# the shards of OUT, and the quantized ones, or the fused experts that transformers makes of several.
+# the shards of OUT, and the quantized ones, or the fused experts that transformers puts together.
 COPIES = 3
 # Bytes that Python, torch and transformers take before there is any model, about.
 PROCESS = 500_000_000

@@ -70,6 +70,9 @@ _SPLIT_FROM, _PARTS = 256, 4
 def add_to_gram(gram: Tensor, tokens: Tensor, keep: Tensor | None = None) -> None:
     """Add XᵀX to ``gram`` in place, in float32 whatever the activation's dtype.
 
+    On CUDA float16 and bfloat16 are multiplied as they are, which tensor cores do: a product of two
+    of them is exact in float32, in which the sums are taken.
+
     Args:
         gram: ``[in, in]`` float32.
         tokens: X, ``[tokens, in]``, any floating dtype, any device.
@@ -78,7 +81,7 @@ def add_to_gram(gram: Tensor, tokens: Tensor, keep: Tensor | None = None) -> Non
     for part in _chunks(tokens):
         rows = _kept(tokens[part], keep, part, gram)
         with full_float32():
-            _add_square(gram, rows)
+            _add_square(gram, rows if _multiplies_into_float32(rows) else rows.float())
 
 
 def _add_square(gram: Tensor, rows: Tensor) -> None:
@@ -86,8 +89,17 @@ def _add_square(gram: Tensor, rows: Tensor) -> None:
     size = len(gram) if len(gram) < _SPLIT_FROM else -(-len(gram) // _PARTS)
     for start in range(0, len(gram), size):
         end = min(start + size, len(gram))
-        gram[start:end, start:].addmm_(rows[:, start:end].T, rows[:, start:])
+        left, right, sums = rows[:, start:end].T, rows[:, start:], gram[start:end, start:]
+        if rows.dtype == torch.float32:
+            sums.addmm_(left, right)
+        else:
+            sums.add_(torch.mm(left, right, out_dtype=torch.float32))
         gram[end:, start:end] = gram[start:end, end:].T
+
+
+def _multiplies_into_float32(rows: Tensor) -> bool:
+    """Whether torch multiplies such numbers as they are and sums them up in float32."""
+    return rows.is_cuda and rows.dtype in (torch.float16, torch.bfloat16)
 
 
 @torch.no_grad()
@@ -103,8 +115,8 @@ def add_to_drift(
         keep: as for :func:`add_to_gram`.
     """
     for part in _chunks(tokens):
-        rows = _kept(tokens[part], keep, part, drift)
-        missing = _kept(original[part], keep, part, drift).sub(rows)
+        rows = _kept(tokens[part], keep, part, drift).float()
+        missing = _kept(original[part], keep, part, drift).float().sub(rows)
         with full_float32():
             drift.addmm_(rows.T, missing)
 
@@ -114,8 +126,8 @@ def _chunks(tokens: Tensor) -> list[slice]:
 
 
 def _kept(rows: Tensor, keep: Tensor | None, part: slice, like: Tensor) -> Tensor:
-    """The rows in float32, with zeros for those that do not count."""
-    rows = rows.to(like.device, torch.float32)
+    """The rows, with zeros for those that do not count."""
+    rows = rows.to(like.device)
     if keep is None:
         return rows
     # A select, not a product: 0 · NaN is NaN. And no boolean index: its size is a sync.

@@ -15,6 +15,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Hashable, Mapping
 from functools import partial
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -125,10 +126,12 @@ class CalibrationRun:
         stream = [self._start(batch) for batch in self.batches]
         steps = list(in_step(self._blocks.values()))
         with buffers_kept(self._blocks):
-            for step in tqdm(steps, "checking", unit="block", disable=_disable(progress)):
+            bar = tqdm(steps, "checking", unit="block", disable=_disable(progress))
+            for number, step in enumerate(bar):
                 seen: list[tuple[str, int]] = []
                 finite: list[torch.Tensor] = []  # read together: one sync per step
-                with self._resident(read_by(step)):
+                ahead = read_by(chain(*steps[number + 1 : number + 2]))
+                with self._resident(read_by(step), ahead=ahead):
                     for block, batch, (environment,) in self._runs(step, [stream]):
                         look = partial(self._look, batch, seen, finite)
                         self._run(block, batch, environment, look)
@@ -194,7 +197,8 @@ class CalibrationRun:
                     continue
                 self.working_on = (step[0].label[0], number + 1, len(steps))
                 parameters = [site.parameter for shared in finished for site in shared.sites]
-                with self._resident([*read_by(step), *parameters]):
+                ahead = read_by(chain(*steps[number + 1 : number + 2]))
+                with self._resident([*read_by(step), *parameters], ahead=ahead):
                     runs = self._runs(step, streams)
                     decisions = [Decisions() for _ in runs]
                     for (block, batch, environments), decided in zip(runs, decisions, strict=True):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import torch
 from torch import fx, nn
 
 from magr_fx.errors import ModelError
+from magr_fx.model_directory import read_header
 from magr_fx.passes.blocks import Block
 from magr_fx.passes.trace import attribute
 from magr_fx.passes.weight_views import COPIES, VIEWS
@@ -29,12 +31,23 @@ from magr_fx.passes.weight_views import COPIES, VIEWS
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)
 _ALIASES = VIEWS | COPIES  # some copies are none where there is nothing to change
 
-# Has the values of these weights in memory while it is open; all others are left as they are.
-Resident = Callable[[Iterable[torch.Tensor]], AbstractContextManager[None]]
+
+class Resident(Protocol):
+    """Has the values of these weights in memory while it is open; all others are left as they are.
+
+    ``ahead`` are those that will be asked for next, which the disk may begin to read.
+    """
+
+    def __call__(
+        self, tensors: Iterable[torch.Tensor], *, ahead: Iterable[torch.Tensor] = ()
+    ) -> AbstractContextManager[None]: ...
 
 
-def all_resident(_: Iterable[torch.Tensor]) -> AbstractContextManager[None]:
-    """A :data:`Resident` of a model that is in memory as a whole."""
+def all_resident(
+    tensors: Iterable[torch.Tensor], *, ahead: Iterable[torch.Tensor] = ()
+) -> AbstractContextManager[None]:
+    """The :class:`Resident` of a model that is in memory as a whole."""
+    del tensors, ahead
     return contextlib.nullcontext()
 
 
@@ -112,11 +125,21 @@ class _Weight:
         for values, key in self.kept:
             _store(values, key, weight)
 
+    def announce(self) -> None:
+        values, key = self.kept[0]
+        entry = {} if isinstance(values, dict) else values.index.get(key, {})
+        file = entry.get("safetensors_file")
+        if file is not None and hasattr(os, "posix_fadvise"):  # not on macOS
+            stored = read_header(Path(file))[entry.get("weight_name", key)]
+            with stored.file.open("rb") as opened:
+                span = (stored.start, stored.nbytes)
+                os.posix_fadvise(opened.fileno(), *span, os.POSIX_FADV_WILLNEED)
+
 
 class Kept(Protocol):
     """A weight with its values elsewhere; ``parameter``, whose memory ``pages`` is, stands for it.
 
-    ``load`` gives its values, ``store`` keeps new ones.
+    ``load`` gives its values, ``store`` keeps new ones, ``announce`` says that they will be loaded.
     """
 
     @property
@@ -131,6 +154,8 @@ class Kept(Protocol):
     def load(self) -> torch.Tensor: ...
 
     def store(self, weight: torch.Tensor) -> None: ...
+
+    def announce(self) -> None: ...
 
 
 @runtime_checkable
@@ -169,11 +194,12 @@ class Pages:
                     )
 
     @contextlib.contextmanager
-    def resident(self, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-        """Have these weights, or those that these are views of, in memory."""
-        found = (self._of.get(tensor.untyped_storage().data_ptr()) for tensor in tensors)
+    def resident(
+        self, tensors: Iterable[torch.Tensor], *, ahead: Iterable[torch.Tensor] = ()
+    ) -> Iterator[None]:
+        """Have these weights, or those that these are views of, in memory; see Resident."""
         # In the order they were asked for, which is the same on all ranks.
-        weights = dict.fromkeys(w for w in found if w is not None and w not in self._versions)
+        weights = [weight for weight in self._behind(tensors) if weight not in self._versions]
         self._before()
         try:
             with torch.no_grad():
@@ -181,6 +207,9 @@ class Pages:
                     weight.parameter.copy_(weight.load())
                     self._versions[weight] = weight.parameter._version
             _TRIM(0)  # of what was read
+            for weight in self._behind(ahead):
+                if weight not in weights:
+                    weight.announce()
             yield
         finally:
             for weight in weights:
@@ -189,6 +218,10 @@ class Pages:
                     weight.store(weight.parameter.detach())
                 weight.pages.madvise(mmap.MADV_DONTNEED)
             _TRIM(0)
+
+    def _behind(self, tensors: Iterable[torch.Tensor]) -> list[Kept]:
+        found = (self._of.get(tensor.untyped_storage().data_ptr()) for tensor in tensors)
+        return list(dict.fromkeys(weight for weight in found if weight is not None))
 
 
 def _find(model: nn.Module) -> list[_Weight]:

@@ -108,6 +108,9 @@ class _Weight:
             new = distribute_tensor(weight, mesh, placements, src_data_rank=None)
             self.shard.to_local().copy_(new.to_local())
 
+    def announce(self) -> None:
+        """Nothing: it is in the ranks' memory."""
+
 
 def _check(name: str, shard: Any, ranks: Ranks) -> None:
     if shard.device.type != "cpu":

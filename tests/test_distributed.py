@@ -458,8 +458,10 @@ def count_resident() -> list[int]:
     load = Pages.resident
 
     @contextlib.contextmanager
-    def counted(self: Pages, tensors: Iterable[Tensor]) -> Iterator[None]:
-        with load(self, tensors):
+    def counted(
+        self: Pages, tensors: Iterable[Tensor], *, ahead: Iterable[Tensor] = ()
+    ) -> Iterator[None]:
+        with load(self, tensors, ahead=ahead):
             sizes.append(sum(weight.parameter.numel() for weight in self._versions))
             yield
 

@@ -54,6 +54,19 @@ def test_wide_grams_are_summed_by_block_rows(columns: int) -> None:
     assert torch.equal(gram, gram.T)  # to the bit, which one product does not promise
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float32_on_cuda(dtype: torch.dtype) -> None:
+    """As exactly as float32 sums are: 300 products of about 1, which half precision cannot add."""
+    rows = (1 + 0.1 * activations(300, 514)).to(dtype)
+    gram = torch.zeros(514, 514, device="cuda")
+    keep = torch.arange(300) % 3 > 0
+    add_to_gram(gram, rows.cuda(), keep.cuda())
+    expected = gram_of(rows[keep])
+    torch.testing.assert_close(gram.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_no_rows_add_nothing() -> None:
     gram = torch.ones(3, 3)
     add_to_gram(gram, torch.empty(0, 3))

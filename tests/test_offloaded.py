@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from magr_fx import ConfigError, ModelError, magr_quantize, magr_transform
+from magr_fx.model_directory import read_header
 from magr_fx.passes import offloaded
+from magr_fx.passes.offloaded import _Weight
 from magr_fx.passes.trace_batches import Tracing
 
 CALIB = [token_ids(3, 17, seed=1), token_ids(2, 9, seed=2)]
@@ -96,6 +99,41 @@ def test_the_checkpoint_stays_and_the_result_can_be_saved(tmp_path: Path) -> Non
     assert not list((tmp_path / "offload").glob("*unfinished*"))
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs posix_fadvise")
+def test_the_disk_begins_to_read_the_next_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one is worked on: the right bytes of the right file, each weight before its use."""
+    offloaded = offload(llama(tied=False), "from_pretrained", tmp_path)
+    file = tmp_path / "saved" / "model.safetensors"
+    names = {tensor.start: name for name, tensor in read_header(file).items()}
+    events: list[tuple[str, str]] = []
+    load = _Weight.load
+
+    def announced(descriptor: int, start: int, length: int, advice: int) -> None:
+        assert os.fstat(descriptor).st_ino == file.stat().st_ino
+        assert advice == os.POSIX_FADV_WILLNEED
+        stored = read_header(file)[names[start]]
+        assert length == stored.nbytes
+        events.append(("announced", names[start]))
+
+    def loaded(self: _Weight) -> torch.Tensor:
+        events.append(("loaded", self.name))
+        return load(self)
+
+    monkeypatch.setattr(os, "posix_fadvise", announced)
+    monkeypatch.setattr(_Weight, "load", loaded)
+    magr_transform(offloaded, CALIB, checkpoint_dir=None)
+    weights = [f"model.layers.1.{part}.weight" for part in ("self_attn.q_proj", "mlp.down_proj")]
+    for name in weights:
+        # Loaded to be looked at, to be checked, and to be worked on.
+        assert [what for what, of in events if of == name].count("loaded") == 3
+        runs = [at for at, event in enumerate(events) if event == ("loaded", name)][1:]
+        hints = [at for at, event in enumerate(events) if event == ("announced", name)]
+        assert len(hints) == len(runs) == 2
+        assert all(hint < run for hint, run in zip(hints, runs, strict=True))
+
+
 def test_a_second_forward_pass_unties_nothing(tmp_path: Path) -> None:
     """accelerate makes new Parameter objects for each name whenever it has run a module."""
     offloaded = offload(llama(tied=True), "from_pretrained", tmp_path)
@@ -145,8 +183,8 @@ def test_no_more_than_a_block_is_in_memory(tmp_path: Path, monkeypatch: pytest.M
     sizes: list[int] = []
     whole: Callable[..., Any] = offloaded.Pages.resident
 
-    def counted(self: Any, tensors: Any) -> Any:
-        context = whole(self, tensors)
+    def counted(self: Any, tensors: Any, **ahead: Any) -> Any:
+        context = whole(self, tensors, **ahead)
 
         class Counting:
             def __enter__(self) -> None:
