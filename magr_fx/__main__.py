@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import logging
 import sys
-from collections.abc import Iterator
+
+from magr_fx.quiet import errors_only
 
 # They log, when parts of torchao are imported, what no user of the command line can act on: which
 # kernels it does not find here, and that it registers with torch in a way that is about to go.
@@ -22,25 +21,12 @@ def main() -> None:
             "pip install 'magr-fx[cli]'\n"
         )
         sys.exit(2)
-    with _errors_only(_NOISY):
+    with errors_only(*_NOISY):
         from magr_fx.cli import magr_fx
         from magr_fx.memory import give_back_what_is_freed
 
         give_back_what_is_freed()  # this process works for nobody else
         magr_fx(prog_name="magr-fx")
-
-
-@contextlib.contextmanager
-def _errors_only(names: tuple[str, ...]) -> Iterator[None]:
-    """Loggers, and those below them, are silent below level ERROR for as long as it lasts."""
-    levels = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from magr_fx.block_log import blocks_to
 from magr_fx.config import ALPHA_WORDS, SOLVERS, MagRConfig
 from magr_fx.errors import MagRError
+from magr_fx.quiet import errors_only
 
 Command = Callable[..., None]
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -203,10 +204,9 @@ def _told(out: Path | None) -> Iterator[None]:
         if transformers_logging.is_progress_bar_enabled():
             restored.callback(transformers_logging.enable_progress_bar)
             transformers_logging.disable_progress_bar()
-        # That it says what is offloaded, which is what is asked for, and so of every run.
-        accelerate = logging.getLogger("accelerate")
-        restored.callback(accelerate.setLevel, accelerate.level)
-        accelerate.setLevel(logging.ERROR)
+        # The one says what is offloaded, which is what is asked for, and so of every run; the other
+        # that it tries again to download, and how it failed is told in the end.
+        restored.enter_context(errors_only("accelerate", "huggingface_hub"))
         restored.enter_context(_warnings_shown())
         try:
             yield
