@@ -16,6 +16,7 @@ import pytest
 from cli_helpers import INT3, SMALL, contents, done, run
 from hub_server import COMMIT, Hub
 from huggingface_hub import constants
+from huggingface_hub.utils import are_progress_bars_disabled
 from tiny_directories import save_model, save_text
 from tiny_models import tiny_llama
 
@@ -204,6 +205,27 @@ def test_a_cache_that_cannot_be_written_is_no_lost_connection(
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(ModelError, match=r"cannot be written: .*Free some space, set HF_HOME"):
         find_model(NAME)
+
+
+@pytest.mark.parametrize(("more", "shown"), [("", False), ("--progress", True)])
+def test_a_download_shows_its_bars_where_they_are_wanted(
+    more: str,
+    shown: bool,
+    origin: Path,
+    hub: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[bool] = []
+
+    def download(*_: Any) -> Path:
+        seen.append(are_progress_bars_disabled())
+        raise ModelError("enough")
+
+    monkeypatch.setattr("magr_fx.model_directory.download", download)
+    refused(*transform(origin, tmp_path / "out"), *more.split(), message="enough")
+    assert seen == [not shown]  # by default: this is no terminal
+    assert not are_progress_bars_disabled()
 
 
 @pytest.mark.slow
