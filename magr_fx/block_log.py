@@ -99,17 +99,20 @@ def _mend(path: Path, out: str, number: int | None) -> None:
     that is done again. Another run may have written to the same file since.
     """
     with path.open("r+b") as file:
-        lines = file.read().splitlines(keepends=True)
+        found = file.read()
+        lines = found.splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n"):
             is_half = not _record(lines[-1]) and lines[-1].startswith(_BEGINNING[: len(lines[-1])])
             lines[-1:] = [] if is_half else [lines[-1] + b"\n"]
         records = [_record(line) for line in lines]
         last = next((n for n, r in reversed([*enumerate(records)]) if r.get("out") == out), None)
-        if last is not None and records[last].get("number") == number:
+        if last is not None and number is not None and records[last].get("number") == number:
             del lines[last]
-        file.seek(0)
-        file.write(b"".join(lines))  # up to what is taken back the same bytes as before
-        file.truncate()
+        mended = b"".join(lines)
+        if mended != found:
+            file.seek(0)
+            file.write(mended)  # up to what is taken back the same bytes as before
+            file.truncate()
 
 
 def _record(line: bytes) -> dict[str, Any]:

@@ -111,11 +111,12 @@ def test_a_download_that_is_interrupted_is_taken_up_again(
         message=f"{NAME} is no directory here, and the download failed .*503.*: check the "
         "connection; the same command takes it up again, and keeps the files that are whole",
     )
-    assert hub.cut == 2  # the client itself has tried again
+    assert hub.cut >= 2  # the client itself has tried again
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == []
     snapshot = tmp_path / "cache" / "models--owner--tiny" / "snapshots" / COMMIT
     assert hub.broken not in shards(snapshot)
     whole = {path.name for path in snapshot.iterdir()}
+    assert whole
 
     # A process that is killed leaves its part of a file behind as well.
     (snapshot.parents[1] / "blobs" / "0a1b.2c3d.incomplete").write_bytes(b"half")
