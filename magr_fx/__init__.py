@@ -4,47 +4,25 @@ model = magr_transform(model, calib)                 # then torchao's quantize_
 model = magr_quantize(model, calib, target)          # both steps
 """
 
-from magr_fx.api import magr_quantize, magr_transform
-from magr_fx.config import MagRConfig
-from magr_fx.errors import (
-    CalibrationError,
-    CheckpointError,
-    ConfigError,
-    CoverageError,
-    DistributedError,
-    HandoverError,
-    MagRError,
-    ModelError,
-    TraceError,
-)
-from magr_fx.passes.as_linears import as_linears
-from magr_fx.passes.magr_pass import MagRPass
-from magr_fx.prox import project_l1_ball, prox_linf
-from magr_fx.report import MagRReport, SiteReport
-from magr_fx.solution import Solution, Status
-from magr_fx.solver import solve_magr, solve_magr_path
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "CalibrationError",
-    "CheckpointError",
-    "ConfigError",
-    "CoverageError",
-    "DistributedError",
-    "HandoverError",
-    "MagRConfig",
-    "MagRError",
-    "MagRPass",
-    "MagRReport",
-    "ModelError",
-    "SiteReport",
-    "Solution",
-    "Status",
-    "TraceError",
-    "as_linears",
-    "magr_quantize",
-    "magr_transform",
-    "project_l1_ball",
-    "prox_linf",
-    "solve_magr",
-    "solve_magr_path",
-]
+if TYPE_CHECKING:
+    from magr_fx.public import *  # noqa: F403
+else:
+    # On first use: `python -m magr_fx` comes by here before its own code can say what is not to
+    # be logged while torchao is imported.
+
+    def __getattr__(name):
+        from importlib import import_module
+
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        public = import_module("magr_fx.public")
+        if name not in ("__all__", *public.__all__):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(public, name)
+
+    def __dir__():
+        from importlib import import_module
+
+        return sorted({*globals(), *import_module("magr_fx.public").__all__})

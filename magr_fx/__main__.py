@@ -5,6 +5,12 @@ from __future__ import annotations
 import importlib.util
 import sys
 
+from magr_fx.quiet import errors_only
+
+# They log, when parts of torchao are imported, what no user of the command line can act on: which
+# kernels it does not find here, and that it registers with torch in a way that is about to go.
+_NOISY = ("torchao", "torch.utils._pytree")
+
 
 def main() -> None:
     """Run the command line, or say how to install what it needs."""
@@ -15,11 +21,12 @@ def main() -> None:
             "pip install 'magr-fx[cli]'\n"
         )
         sys.exit(2)
-    from magr_fx.cli import magr_fx
-    from magr_fx.memory import give_back_what_is_freed
+    with errors_only(*_NOISY):
+        from magr_fx.cli import magr_fx
+        from magr_fx.memory import give_back_what_is_freed
 
-    give_back_what_is_freed()  # this process works for nobody else
-    magr_fx(prog_name="magr-fx")
+        give_back_what_is_freed()  # this process works for nobody else
+        magr_fx(prog_name="magr-fx")
 
 
 if __name__ == "__main__":

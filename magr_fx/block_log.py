@@ -14,6 +14,7 @@ from magr_fx.errors import ConfigError
 from magr_fx.report import SiteReport
 
 blocks = logging.getLogger("magr_fx.blocks")
+_BEGINNING = b'{"block": '  # of every line
 
 
 def log_block(
@@ -43,8 +44,15 @@ def log_block(
 
 
 @contextlib.contextmanager
-def blocks_to(path: Path | None) -> Iterator[None]:
+def blocks_to(path: Path | None, out: Path, *, resumed: bool) -> Iterator[None]:
     """Append each block that is done to a file, as one line of JSON, for as long as it is open.
+
+    Args:
+        path: the file; None is none.
+        out: what the run makes, which each line names beside what the record holds.
+        resumed: whether this run goes on with one for ``out`` that was cut short, should there be
+            one. That may have logged a block which it could not save any more: it is done again,
+            and its line takes the place of the other.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -53,7 +61,7 @@ def blocks_to(path: Path | None) -> Iterator[None]:
         yield
         return
     try:
-        handler = _JsonLines(path, encoding="utf-8")
+        handler = _JsonLines(path, str(out), resumed)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error}; name another file") from error
     level = blocks.level
@@ -68,5 +76,49 @@ def blocks_to(path: Path | None) -> Iterator[None]:
 
 
 class _JsonLines(logging.FileHandler):
+    def __init__(self, path: Path, out: str, resumed: bool) -> None:
+        super().__init__(path, encoding="utf-8")
+        self._path, self._out, self._resumed, self._first = path, out, resumed, True
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._first and self._path.is_file():  # no pipe; and the run has its directory by now
+            number = record.block["number"] if self._resumed else None  # type: ignore[attr-defined]
+            _mend(self._path, self._out, number)
+        self._first = False
+        super().emit(record)
+
     def format(self, record: logging.LogRecord) -> str:
-        return json.dumps(record.block, allow_nan=False)  # type: ignore[attr-defined]
+        line = {**record.block, "out": self._out}  # type: ignore[attr-defined]
+        return json.dumps(line, allow_nan=False)
+
+
+def _mend(path: Path, out: str, number: int | None) -> None:
+    """Take back what a run that was killed wrote last: half a line, or the block of this number.
+
+    A block is logged before it is saved, so that only the last line of a run can be of a block
+    that is done again. Another run may have written to the same file since.
+    """
+    with path.open("r+b") as file:
+        found = file.read()
+        lines = found.splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):
+            is_half = not _record(lines[-1]) and lines[-1].startswith(_BEGINNING[: len(lines[-1])])
+            lines[-1:] = [] if is_half else [lines[-1] + b"\n"]
+        records = [_record(line) for line in lines]
+        last = next((n for n, r in reversed([*enumerate(records)]) if r.get("out") == out), None)
+        if last is not None and number is not None and records[last].get("number") == number:
+            del lines[last]
+        mended = b"".join(lines)
+        if mended != found:
+            file.seek(0)
+            file.write(mended)  # up to what is taken back the same bytes as before
+            file.truncate()
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    """What a line holds, empty if it is none of ours."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+from huggingface_hub.utils import enable_progress_bars
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from magr_fx.block_log import blocks_to
 from magr_fx.config import ALPHA_WORDS, SOLVERS, MagRConfig
 from magr_fx.errors import MagRError
+from magr_fx.quiet import errors_only
 
 Command = Callable[..., None]
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -83,7 +85,7 @@ def transform(target: str | None, head: bool, **given: Any) -> None:
 
     One block of the model is in memory at a time.
     """
-    with _told(given["out"]):
+    with _told(given["out"], given["progress"]):
         from magr_fx.directories import transform_directory
 
         job = _job(target, given, head=head)
@@ -104,7 +106,7 @@ def quantize(target: str, rounding: str, refine: int, **given: Any) -> None:
 
     One block of the model is in memory at a time, and one shard when it is saved.
     """
-    with _told(given["out"]):
+    with _told(given["out"], given["progress"]):
         from magr_fx.directories import quantize_directory, quantize_directory_gptq
 
         if rounding == "gptq":
@@ -187,25 +189,26 @@ def _alpha(given: str | None) -> float | str | None:
 
 
 def _report(make: Callable[[Any], Any], job: Any, given: dict[str, Any]) -> None:
-    with blocks_to(given["log_json"]):
+    with blocks_to(given["log_json"], job.out, resumed=job.resume):
         done = make(job)
     click.echo(done.totals())
     click.echo(f"{job.out} is written; magr-fx report {job.out} has a row for each weight")
 
 
 @contextlib.contextmanager
-def _told(out: Path | None) -> Iterator[None]:
+def _told(out: Path | None, progress: bool | None = None) -> Iterator[None]:
     """Tell errors in one line, and how to go on; other libraries' bars and notes stay away."""
     with contextlib.ExitStack() as restored:
         restored.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
         transformers_logging.set_verbosity_error()
         if transformers_logging.is_progress_bar_enabled():
             restored.callback(transformers_logging.enable_progress_bar)
-            transformers_logging.disable_progress_bar()
-        # That it says what is offloaded, which is what is asked for, and so of every run.
-        accelerate = logging.getLogger("accelerate")
-        restored.callback(accelerate.setLevel, accelerate.level)
-        accelerate.setLevel(logging.ERROR)
+            transformers_logging.disable_progress_bar()  # and those of the Hub's client
+            if sys.stderr.isatty() if progress is None else progress:
+                enable_progress_bars()  # a download is long
+        # The one says what is offloaded, which is what is asked for, and so of every run; the other
+        # that it tries again to download, and how it failed is told in the end.
+        restored.enter_context(errors_only("accelerate", "huggingface_hub"))
         restored.enter_context(_warnings_shown())
         try:
             yield

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from magr_fx.errors import ModelError
+from magr_fx.hub import download
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -53,25 +54,15 @@ def find_model(name: str, *, weights: bool = True) -> Path:
         weights: whether to download them; else only what describes the model.
 
     Raises:
-        ModelError: there is neither; the message has what the Hub's client says.
+        ModelError: there is neither; the message says why, and what to do.
     """
     folder = Path(name)
     if folder.is_dir():
         return folder
     if folder.exists() or folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise ModelError(f"{name} is no directory; give one, or a model's name on the Hub")
-    from huggingface_hub import snapshot_download  # slow to import
-
     ignored = [pattern for pattern in WEIGHTS if weights is False or pattern not in _WANTED]
-    try:
-        return Path(snapshot_download(name, ignore_patterns=[*ignored, "original/*", "onnx/*"]))
-    except Exception as error:  # of the client, the connection, or the name
-        said = str(error).strip().splitlines() or [""]
-        raise ModelError(
-            f"{name} is neither a directory here nor can it be had from the Hub: "
-            f"{type(error).__name__}: {said[0]} Check the name and the connection, log in for a "
-            "gated model (hf auth login), or give a directory"
-        ) from error
+    return download(name, [*ignored, "original/*", "onnx/*"])
 
 
 _WANTED = ("*.safetensors", "*.index.json")
@@ -108,9 +99,12 @@ def read_directory(folder: Path) -> dict[str, StoredTensor]:
         ModelError: a file is missing, cut short or damaged, a download was interrupted, there are
             no safetensors, or a weight is not of floating point; the message has the remedy.
     """
-    unfinished = next(iter(sorted(folder.rglob("*.incomplete"))), None)
+    unfinished = _unfinished(folder)
     if unfinished is not None:
-        raise ModelError(f"{unfinished} is left of an interrupted download; {_DOWNLOAD}")
+        raise ModelError(
+            f"{unfinished} is left of an interrupted download; {_DOWNLOAD}, or remove that file "
+            "if all others are there"
+        )
     tensors: dict[str, StoredTensor] = {}
     for file in _shards(folder):
         tensors |= read_header(file)
@@ -121,6 +115,19 @@ def read_directory(folder: Path) -> dict[str, StoredTensor]:
                 f"{', '.join(_BYTES)}; start from the full-precision model"
             )
     return tensors
+
+
+def _unfinished(folder: Path) -> Path | None:
+    """Part of a file that was never downloaded as a whole.
+
+    The Hub's client names a part by the file's etag, and notes the etag of what is whole in the
+    second line of ``.metadata``. It begins anew after an interruption, so that parts of files that
+    are whole by now stay where they are.
+    """
+    notes = (path.read_text(encoding="utf-8").split("\n") for path in folder.rglob("*.metadata"))
+    whole = {note[1] for note in notes if len(note) > 1}
+    parts = sorted(folder.rglob("*.incomplete"))
+    return next((part for part in parts if not whole & set(part.name.split("."))), None)
 
 
 def largest_layer(tensors: dict[str, StoredTensor]) -> int:

@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,7 +113,8 @@ def plan_directory(
     check_length(raw, length)
     if gptq and target is None:
         raise ConfigError("rounding by GPTQ is to the grid of a target: give --target as well")
-    has_weights = any(folder.glob("*.safetensors"))
+    # Of a name on the Hub there may be some in the cache, or be coming; a plan is for all of it.
+    has_weights = Path(name).is_dir() and any(folder.glob("*.safetensors"))
     tensors = read_directory(folder) if has_weights else None
     try:
         config = AutoConfig.from_pretrained(folder)

@@ -102,9 +102,11 @@ def say_it_is_quantized(place: Place) -> None:
 
 
 def leave_a_download(place: Place) -> None:
+    """As ``hf download --local-dir`` does when it is killed, after another file was whole."""
     folder = place.model / ".cache" / "huggingface" / "download"
     folder.mkdir(parents=True)
-    (folder / "model.safetensors.4f1a.incomplete").write_bytes(b"half")
+    (folder / "x-Hv_M1=.4f1a.3b5c7d9e.incomplete").write_bytes(b"half")
+    (folder / "config.json.metadata").write_text("0123456789\nabcd\n1700000000.5\n")
 
 
 def break_the_index(place: Place) -> None:
@@ -176,7 +178,7 @@ CASES: list[tuple[Callable[[Place], None], str]] = [
     (scramble_a_header, "is no whole safetensors file: .*finish the download"),
     (make_int8, rf"{LAYER} in .* is stored as I8: .*start from the full-precision model"),
     (say_it_is_quantized, "already quantized, by awq; start from the full-precision model"),
-    (leave_a_download, r"incomplete is left of an interrupted download; finish the download"),
+    (leave_a_download, r"incomplete is left of an interrupted download; finish .*, or remove that"),
     (break_the_index, r"index.json cannot be read: .*finish the download"),
     (only_bin, r"has pytorch_model.bin but .*save_pretrained it anew"),
     (no_weights, "has no weights: .*finish the download"),
@@ -263,8 +265,8 @@ def test_a_run_that_another_process_works_on_is_left_alone(place: Place) -> None
     [
         ("./nowhere", "is no directory"),
         ("/nowhere/at/all", "is no directory"),
-        ("no-such-owner/no-such-model", "neither a directory here nor .* from the Hub.*hf auth"),
-        ("no such name!", "neither a directory here nor"),
+        ("no-such-owner/no-such-model", "is no directory here, and nothing of it is in the cache"),
+        ("no such name!", "is neither a directory here nor a name that the Hub can have: "),
     ],
 )
 def test_an_unknown_model_is_refused(name: str, message: str, place: Place) -> None:
@@ -283,6 +285,14 @@ def test_report_and_plan_need_what_they_read(tmp_path: Path) -> None:
     assert "cannot be read" in run("report", tmp_path).stderr
     assert "has no config.json" in run("plan", tmp_path).stderr
     assert "give a directory" in run("report", tmp_path / "magr_report.npz").stderr
+
+
+def test_parts_of_a_download_that_was_finished_since_do_not_matter(place: Place) -> None:
+    leave_a_download(place)
+    folder = place.model / ".cache" / "huggingface" / "download"
+    note = "0123456789\n4f1a\n1700000001.5\n"
+    (folder / "model-00001-of-00002.safetensors.metadata").write_text(note)
+    assert len(read_directory(place.model)) == 12
 
 
 def test_headers_are_read_as_safetensors_reads_them(place: Place) -> None:

@@ -30,13 +30,20 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reference")
     save_model(folder / "model", tiny_llama(), max_shard_size="40KB")
     save_text(folder / "text.txt")
-    done(*command(folder, folder / "wanted"))
+    done(*command(folder, folder / "wanted", "--log-json", folder / "log.jsonl"))
+    assert len(logged(folder / "log.jsonl")) == 8
     return folder
 
 
 def command(folder: Path, out: Path, *more: Any) -> list[Any]:
     text = ("--calib", folder / "text.txt")
     return ["transform", folder / "model", out, *text, *INT3, *SMALL, *more]
+
+
+def logged(log: Path) -> list[tuple[int, list[str]]]:
+    """The blocks that a run has logged: their numbers, and the names of their sites."""
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    return [(r["number"], [site["name"] for site in r["sites"]]) for r in records]
 
 
 def after_steps(steps: int, what: BaseException, patched: pytest.MonkeyPatch) -> None:
@@ -73,9 +80,24 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     done(*command(reference, out, "--resume", "--log-json", log))
     assert contents(out) == contents(reference / "wanted")
     assert not Path(f"{out}.unfinished").exists()
-    logged = [json.loads(line)["number"] for line in log.read_text().splitlines()]
-    assert logged == sorted(logged)
-    assert len(set(logged)) == 8
+    assert logged(log) == logged(reference / "log.jsonl")
+
+
+@pytest.mark.parametrize(("line", "torn"), [(0, 0), (4, 100)])
+def test_a_block_that_was_logged_and_not_saved_is_logged_once(
+    line: int, torn: int, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a kill between the two leaves it, the last bytes of the line written or not."""
+    out, log = tmp_path / "out", tmp_path / "log.jsonl"
+    wanted = logged(reference / "log.jsonl")
+    with monkeypatch.context() as patched:
+        after_steps(wanted[line][0] - 1, KeyboardInterrupt(), patched)
+        run(*command(reference, out, "--log-json", log))
+    assert logged(log) == wanted[: line + 1]  # the last of a step that is not saved
+    written = log.read_bytes()
+    log.write_bytes(written[: len(written) - torn])
+    done(*command(reference, out, "--resume", "--log-json", log))
+    assert logged(log) == wanted
 
 
 def test_ctrl_c_before_anything_is_done_leaves_nothing(
@@ -216,7 +238,7 @@ chance = random.Random(seed)
 while True:
     child = os.fork()
     if child == 0:
-        commands([*arguments, {out!r}, "--resume"])
+        commands([*arguments, {out!r}, "--resume", "--log-json", {log!r}])
     deadline = time.monotonic() + (600 if kills == {kills} else chance.uniform(0, 1.1 * needed))
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -243,6 +265,7 @@ def test_killed_at_random_points_it_comes_to_the_same_bits(reference: Path, tmp_
         arguments=["transform", str(reference / "model"), *options],
         first=str(tmp_path / "first"),
         out=str(out),
+        log=str(tmp_path / "log.jsonl"),
         seed=int.from_bytes(os.urandom(4), "little"),
         kills=6,
     )
@@ -254,4 +277,5 @@ def test_killed_at_random_points_it_comes_to_the_same_bits(reference: Path, tmp_
     assert "killed" in ran.stdout
     wanted = contents(tmp_path / "first")  # by one thread too
     assert contents(out) == wanted
+    assert logged(tmp_path / "log.jsonl") == logged(reference / "log.jsonl")
     assert not Path(f"{out}.unfinished").exists() or "is there" in ran.stdout

@@ -14,6 +14,7 @@ import pytest
 
 import magr_fx
 import magr_fx.passes
+import magr_fx.public
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBERS = sorted((ROOT / "magr_fx").glob("*.py"))
@@ -21,9 +22,10 @@ GRAPHS = sorted((ROOT / "passes").glob("*.py"))
 SOURCES = [*NUMBERS, *GRAPHS]
 # What sees no graph: everything in magr_fx but the verbs, which tie both halves together, and the
 # command line, which calls them.
+VERBS = {"__init__.py", "public.py", "api.py"}
 COMMANDS = {"cli.py", "directories.py", "named_targets.py", "plan_directory.py"}
 COMMANDS |= {"write_quantized.py"}
-NUMERICS = [path for path in NUMBERS if path.name not in {"__init__.py", "api.py", *COMMANDS}]
+NUMERICS = [path for path in NUMBERS if path.name not in {*VERBS, *COMMANDS}]
 
 each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -58,11 +60,11 @@ def test_the_passes_are_the_folder_of_the_repository() -> None:
 
 
 def test_importing_the_library_leaves_the_name_passes_to_the_user() -> None:
-    code = "import sys, magr_fx; print([n for n in sys.modules if n.split('.')[0] == 'passes'])"
+    code = "import sys, magr_fx.public; print({n.split('.')[0] for n in sys.modules} & {'passes'})"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert run.stdout.splitlines()[-1] == "[]"
+    assert run.stdout.splitlines()[-1] == "set()"
 
 
 @each_source
@@ -71,16 +73,31 @@ def test_no_file_imports_passes_as_a_top_level_module(path: Path) -> None:
 
 
 def test_every_exported_name_exists_and_is_documented() -> None:
-    assert magr_fx.__all__ == sorted(magr_fx.__all__)
-    for name in magr_fx.__all__:
+    exported = magr_fx.public.__all__
+    assert exported == sorted(exported)
+    for name in exported:
         assert getattr(magr_fx, name).__doc__, name
     imported = {
         alias.name
-        for node in tree(ROOT / "magr_fx" / "__init__.py").body
+        for node in tree(ROOT / "magr_fx" / "public.py").body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert imported == set(magr_fx.__all__)
+    assert imported == set(exported) <= set(dir(magr_fx))
+    names: dict[str, object] = {}
+    exec("from magr_fx import *", names)
+    assert names.keys() - {"__builtins__"} == set(exported)
+    with pytest.raises(AttributeError, match="module 'magr_fx' has no attribute 'quantise'"):
+        magr_fx.quantise  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_the_package_itself_imports_nothing_heavy() -> None:
+    """Or else its command line could not say what is not to be logged before that is imported."""
+    code = "import sys, magr_fx; print(*{n.split('.')[0] for n in sys.modules})"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not {"torch", "torchao", "transformers", "numpy"} & set(run.stdout.split())
 
 
 def test_numbers_know_no_graph() -> None:

@@ -1,0 +1,46 @@
+"""The public names, which ``magr_fx`` hands out from here on first use."""
+
+from magr_fx.api import magr_quantize, magr_transform
+from magr_fx.config import MagRConfig
+from magr_fx.errors import (
+    CalibrationError,
+    CheckpointError,
+    ConfigError,
+    CoverageError,
+    DistributedError,
+    HandoverError,
+    MagRError,
+    ModelError,
+    TraceError,
+)
+from magr_fx.passes.as_linears import as_linears
+from magr_fx.passes.magr_pass import MagRPass
+from magr_fx.prox import project_l1_ball, prox_linf
+from magr_fx.report import MagRReport, SiteReport
+from magr_fx.solution import Solution, Status
+from magr_fx.solver import solve_magr, solve_magr_path
+
+__all__ = [
+    "CalibrationError",
+    "CheckpointError",
+    "ConfigError",
+    "CoverageError",
+    "DistributedError",
+    "HandoverError",
+    "MagRConfig",
+    "MagRError",
+    "MagRPass",
+    "MagRReport",
+    "ModelError",
+    "SiteReport",
+    "Solution",
+    "Status",
+    "TraceError",
+    "as_linears",
+    "magr_quantize",
+    "magr_transform",
+    "project_l1_ball",
+    "prox_linf",
+    "solve_magr",
+    "solve_magr_path",
+]
