@@ -176,7 +176,8 @@ def _forward(
                 batch, heads, length, size = map(_hint, query.shape)
                 products += attention_flops(1, heads * size, batch * length, _hint(key.shape[-2]))
             elif isinstance(node.target, torch._ops.OpOverload) and not node.target.is_view:
-                elementwise += _numel(node)
+                values = [n for n in node.all_input_nodes if n.op != "get_attr"]
+                elementwise += max(map(_numel, [node, *values]))  # a sum's is what it sums
     for shared in grams:
         for site in shared.sites:
             if all(call.node.target is not _LINEAR for call in site.calls):
