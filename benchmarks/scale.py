@@ -96,9 +96,9 @@ class Measured(NamedTuple):
 
     @property
     def predicted(self) -> tuple[float, float]:
-        """Seconds of the calibration, and of the solves."""
+        """Seconds of the calibration, with the states that are saved, and of the solves."""
         seconds = self.costs.seconds(self.rates)
-        return seconds["forward"] + seconds["grams"], seconds["solve"]
+        return seconds["forward"] + seconds["grams"] + seconds["states"], seconds["solve"]
 
 
 def save_llama(folder: Path, width: int, depth: int) -> Path:

@@ -365,7 +365,9 @@ class Costs:
         grams: bytes of the grams of the dearest block.
         solver: bytes of the dearest solve.
         boundary: bytes of the activations between two blocks, at their most.
-        disk: bytes that are written.
+        disk: bytes that are on the disk at most.
+        states: bytes of all states that a checkpoint writes, one after each step, of which the
+            disk holds two.
     """
 
     forward: Work
@@ -378,6 +380,7 @@ class Costs:
     solver: int
     boundary: int
     disk: int
+    states: int
 
     @property
     def memory(self) -> int:
@@ -387,13 +390,15 @@ class Costs:
     def seconds(self, rates: Rates) -> dict[str, float]:
         """Predicted time by stage.
 
-        The weights are read once to be looked at, once for the fingerprint, and in every pass.
+        The weights are read once to be looked at, once for the fingerprint, and in every pass; the
+        states are a checkpoint's, which the command line always writes.
         """
         return {
             "forward": self.passes * self.forward.seconds(rates, products=rates.forward),
             "grams": self.gram.seconds(rates, products=rates.solve),
             "solve": self.solve.seconds(rates, products=rates.solve),
-            "disk": ((2 + self.passes) * self.model + self.disk) / rates.disk,
+            "disk": ((2 + self.passes) * self.model + self.disk - 2 * self.boundary) / rates.disk,
+            "states": self.states / rates.disk,
         }
 
 

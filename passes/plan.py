@@ -91,7 +91,8 @@ def plan(
     )
     item = {id(p): p.numel() * p.element_size() for p in model.parameters()}
     total = stored or sum(item.values())
-    boundary = int(max(_alive(steps)) * share) * (1 + method.propagate)
+    boundaries = [int(alive * share) * (1 + method.propagate) for alive in _alive(steps)]
+    boundary = max(boundaries)
     rewritten = sum(s.parameters for s in all_shapes) * next(model.parameters()).element_size()
     return Plan(
         found.sites,
@@ -108,6 +109,7 @@ def plan(
             solver=max(solver_bytes(shape, method) for shape in all_shapes),
             boundary=boundary,
             disk=disk_bytes(rewritten, total, boundary),
+            states=sum(boundaries),
         ),
         max(all_shapes, key=lambda shape: shape.rows * shape.inputs),
     )

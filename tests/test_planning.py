@@ -98,6 +98,7 @@ def test_grams_and_boundaries_are_as_large_as_the_real_ones(make: Any, method: M
     costs = planned(make, method).costs
     assert costs.grams == max(grams)
     assert costs.boundary == pytest.approx(max(boundaries), rel=0.2)
+    assert costs.states == pytest.approx(sum(boundaries), rel=0.2)
     assert len(boundaries) == planned(make, method).blocks
 
 
@@ -209,7 +210,8 @@ def test_formulas_by_hand() -> None:
 def test_time_is_operations_by_rate_and_bytes_by_speed() -> None:
     costs = Costs(
         forward=Work(products=10.0, elementwise=4.0), passes=3, gram=Work(products=4.0),
-        solve=Work(8.0, 3.0, 12.0), model=100, block=1, grams=2, solver=3, boundary=4, disk=50,
+        solve=Work(8.0, 3.0, 12.0), model=100, block=1, grams=2, solver=3, boundary=4, disk=58,
+        states=70,
     )  # fmt: skip
     assert costs.memory == 10
     rates = Rates(forward=5.0, solve=2.0, factors=1.0, elementwise=4.0, disk=10.0)
@@ -218,6 +220,7 @@ def test_time_is_operations_by_rate_and_bytes_by_speed() -> None:
         "grams": 2.0,
         "solve": 4.0 + 3.0 + 3.0,
         "disk": (5 * 100 + 50) / 10,
+        "states": 7.0,
     }
     assert costs.solve.flops == 11.0
     faster = costs.seconds(rates.with_products(20.0))
@@ -315,8 +318,9 @@ def test_the_plan_is_what_the_run_does(tmp_path: Path, monkeypatch: pytest.Monke
     assert "factorisations at 500.00 MFLOP/s, elementwise operations at 2.00 Gop/s" in shown
     costs = found.plan.costs
     work = costs.forward * costs.passes + costs.gram + costs.solve
+    seconds = costs.seconds(found.rates)
     assert math.isclose(
-        sum(costs.seconds(found.rates).values()) - costs.seconds(found.rates)["disk"],
+        seconds["forward"] + seconds["grams"] + seconds["solve"],
         work.products / 1e9 + work.factors / 0.5e9 + work.elementwise / 2e9,
     )
     shown = done("plan", source, *INT3, *SMALL, *skip).output
