@@ -396,7 +396,8 @@ def main() -> None:
         f"{TOKENS:,} tokens in windows of {LENGTH}, from directory to directory, one thread; torch "
         f"{torch.__version__}. Times by the clock say little where "
         "something else runs, processor seconds more. Both are of the whole process, "
-        "imports and tracing included; calibration and solve (with rewriting) are processor "
+        "imports and tracing included; calibration (with saving states) and solve (with rewriting) "
+        "are processor "
         "seconds, and so are those predicted, by the formulas of magr_fx/planning.py and the rates "
         "that the machine had before each run. Predicted "
         f"memory is above the imports, for which `magr-fx plan` adds {PROCESS / MB:.0f} MB.",
