@@ -3,7 +3,8 @@
     python benchmarks/planning.py
 
 Models of two and of three layers of the published sizes are traced without weights, as `magr-fx
-plan` does; every further layer costs as much again. Writes its table into README.md.
+plan` does; every further layer costs as much again. Writes its table into README.md. The rates are
+assumed; README.md says which.
 """
 
 from __future__ import annotations
@@ -23,15 +24,18 @@ from magr_fx.planning import (
     Method,
     Rates,
     Shape,
+    Work,
     gram_bytes,
-    solve_flops,
+    solve_work,
     solver_bytes,
 )
 
 TOKENS, LENGTH, TARGET = 262_144, 2048, "int3-per-channel"
 METHOD = Method()
 RANKS = (1, 8, 64)
-GPU, CPU = Rates(400e12, 45e12, 1e9), Rates(2e12, 2e12, 1e9)
+# Elementwise operations move 12 bytes a number: 4 TB/s, and 300 GB/s.
+GPU = Rates(forward=400e12, solve=45e12, factors=20e12, elementwise=4e12 / 12, disk=1e9)
+CPU = Rates(forward=2e12, solve=2e12, factors=0.7e12, elementwise=300e9 / 12, disk=1e9)
 LINK = {id(GPU): 25e9, id(CPU): 2.5e9}  # bytes per second between two devices
 
 
@@ -97,29 +101,28 @@ def costs_of(model: Model) -> Costs:
         with tempfile.TemporaryDirectory() as folder:
             model.config.num_hidden_layers = layers
             model.config.save_pretrained(folder)
-            plan = plan_directory(
-                folder, named_target(TARGET), tokens=TOKENS, length=LENGTH, rate=1.0
-            )
+            plan = plan_directory(folder, named_target(TARGET), tokens=TOKENS, length=LENGTH)
             found.append(plan.plan.costs)
     two, three = found
     own = {f.name: (getattr(two, f.name), getattr(three, f.name)) for f in fields(Costs)}
-    whole = Costs(**{name: a + (model.layers - 2) * (b - a) for name, (a, b) in own.items()})
-    by_hand = model.layers * solve_flops(model.shapes, METHOD)
-    if abs(whole.solve - by_hand) > 0.01 * by_hand:
+    more = model.layers - 2
+    whole = Costs(**{name: a * (1 - more) + b * more for name, (a, b) in own.items()})
+    by_hand = model.layers * solve_work(model.shapes, METHOD).flops
+    if abs(whole.solve.flops - by_hand) > 0.01 * by_hand:
         sys.exit(f"{model.name}: the trace has other shapes than this file")
     return whole
 
 
-def solve_of_a_rank(model: Model, ranks: int) -> float:
-    """Operations: rows are split, each gram is factorised by all; experts are spread as wholes."""
-    total = 0.0
+def solve_of_a_rank(model: Model, ranks: int) -> Work:
+    """Rows are split, each gram is factorised by all; experts are spread as wholes."""
+    total = Work()
     for shape in model.shapes:
         one = Shape(shape.rows, shape.inputs)
         if shape.problems > 1:
-            total += -(-shape.problems // ranks) * solve_flops([one], METHOD)
+            total += solve_work([one], METHOD) * -(-shape.problems // ranks)
         else:
-            total += solve_flops([Shape(-(-shape.rows // ranks), shape.inputs)], METHOD)
-    return model.layers * total
+            total += solve_work([Shape(-(-shape.rows // ranks), shape.inputs)], METHOD)
+    return total * model.layers
 
 
 def memory_of_a_rank(model: Model, costs: Costs, ranks: int) -> float:
@@ -137,7 +140,7 @@ def hours(model: Model, costs: Costs, ranks: int, rates: Rates) -> float:
     """The calibration divided, the solves spread, and grams and weights sent to all."""
     seconds = costs.seconds(rates)
     total = (seconds["forward"] + seconds["grams"]) / ranks + seconds["disk"]
-    total += solve_of_a_rank(model, ranks) / rates.solve
+    total += solve_of_a_rank(model, ranks).seconds(rates, products=rates.solve)
     if ranks > 1:
         grams = model.layers * gram_bytes(model.shapes, METHOD)
         weights = 2 * model.layers * sum(shape.parameters for shape in model.shapes)

@@ -4,8 +4,8 @@
 
 Llamas with random weights go from directory to directory, each in a process of its own with one
 thread; its processor time and its peak memory are what the system says of the process when it has
-ended. The predictions are those of `magr-fx plan`, with the products of one thread as measured
-here. Writes its tables to benchmarks/scale.md.
+ended. The predictions are those of `magr-fx plan`, with the rates of one thread in seconds of the
+processor, measured just before each run. Writes its tables to benchmarks/scale.md.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -36,17 +37,20 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from magr_fx import magr_transform
+from magr_fx.calibration_text import BATCH
 from magr_fx.directories import PROCESS, Job, transform_directory
+from magr_fx.measure_rates import measured_rates
 from magr_fx.memory import give_back_what_is_freed
 from magr_fx.named_targets import named_target
-from magr_fx.plan_directory import measured, plan_directory
+from magr_fx.passes.plan import Plan
+from magr_fx.plan_directory import plan_directory
 from magr_fx.planning import Costs, Rates
 from magr_fx.report import MagRReport
 
 OUT = Path(__file__).with_suffix(".md")
 TARGET, VOCABULARY, TOKENS, LENGTH = "int3-per-channel", 512, 4096, 128
 DEPTHS, WIDTH = (2, 4, 8, 16), 256
-WIDTHS, DEPTH = (256, 512, 1024), 2
+WIDTHS, DEPTH = (128, 256, 512, 1024), 2
 RANKS, WIDTH_OF_RANKS = (1, 2, 4), 512
 MB = 10**6
 SIZES = {"own": "most", "bare": "bare", "traced": "traced"}
@@ -73,6 +77,28 @@ class Run:
     own: float
     bare: float
     traced: float
+
+    @property
+    def calibration(self) -> float:
+        return self.stages["check"] + self.stages["grams"]
+
+    @property
+    def solve(self) -> float:
+        return self.stages["solve"] + self.stages["rewrite"]
+
+
+class Measured(NamedTuple):
+    """A run, what was predicted of it, and the rates of the machine just before."""
+
+    run: Run
+    costs: Costs
+    rates: Rates
+
+    @property
+    def predicted(self) -> tuple[float, float]:
+        """Seconds of the calibration, with the states that are saved, and of the solves."""
+        seconds = self.costs.seconds(self.rates)
+        return seconds["forward"] + seconds["grams"] + seconds["states"], seconds["solve"]
 
 
 def save_llama(folder: Path, width: int, depth: int) -> Path:
@@ -182,18 +208,30 @@ def run(command: list[str]) -> tuple[str, float, float, int]:
         return out.read(), usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss * 1024
 
 
-def measure(width: int, depth: int) -> tuple[Run, Costs]:
+def measure(width: int, depth: int) -> Measured:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_llama(folder / "model", width, depth)
         save_text(folder / "text.txt")
-        plan = plan_directory(
-            str(folder / "model"), named_target(TARGET), tokens=TOKENS, length=LENGTH, rate=1.0
-        )
+        plan = planned(folder)
+        rates = Rates(**json.loads(run([__file__, "--rates", name])[0].splitlines()[-1]))
         out, cpu, wall, peak = run([__file__, "--directory", name])
     found = Run(cpu=cpu, wall=wall, peak=peak, **json.loads(out.splitlines()[-1]))
-    print(f"width {width}, depth {depth}: {asdict(found)}", file=sys.stderr)
-    return found, plan.plan.costs
+    print(f"width {width}, depth {depth}: {asdict(found)}, {rates}", file=sys.stderr)
+    return Measured(found, plan.costs, rates)
+
+
+def planned(folder: Path) -> Plan:
+    model, target = str(folder / "model"), named_target(TARGET)
+    return plan_directory(model, target, tokens=TOKENS, length=LENGTH).plan
+
+
+def measure_rates(folder: Path) -> None:
+    """A process of its own, as `magr-fx plan` is; it prints the rates."""
+    give_back_what_is_freed()  # as the command line does
+    largest = planned(folder).largest
+    rates = measured_rates(largest, torch.float32, BATCH * LENGTH, clock=time.process_time)
+    print(json.dumps(asdict(rates)))
 
 
 def measure_ranks(ranks: int) -> list[dict[str, dict[str, float]]]:
@@ -219,16 +257,15 @@ HEADER = [
 ]  # fmt: skip
 
 
-def cells(found: Run, costs: Costs, rates: Rates) -> list[str]:
-    seconds = costs.seconds(rates)
+def cells(measured: Measured) -> list[str]:
+    found, costs, _ = measured
     sizes = (costs.model, found.peak, found.own, found.own - found.bare, costs.memory)
-    calibration = found.stages["check"] + found.stages["grams"]
-    times = (calibration, seconds["forward"] + seconds["grams"])
+    calibration, solve = measured.predicted
     return [
         *(f"{size / MB:.0f}" for size in sizes),
         f"{found.wall:.0f}",
-        f"{found.cpu:.1f}",
-        *(f"{each:.1f}" for each in (*times, found.stages["solve"], seconds["solve"])),
+        *(f"{each:.1f}" for each in (found.cpu, found.calibration, calibration)),
+        *(f"{each:.1f}" for each in (found.solve, solve)),
     ]
 
 
@@ -240,13 +277,13 @@ def slope(xs: tuple[int, ...], ys: list[float]) -> float:
     )
 
 
-def depth_lines(rates: Rates, known: dict[int, tuple[Run, Costs]]) -> list[str]:
+def depth_lines(known: dict[int, Measured]) -> list[str]:
     runs = [known[depth] for depth in DEPTHS]
-    rows = [[str(d), *cells(*r, rates)] for d, r in zip(DEPTHS, runs, strict=True)]
-    a_layer = slope(DEPTHS, [costs.model for _, costs in runs]) / MB
-    growth = slope(DEPTHS, [found.own for found, _ in runs]) / MB
-    graph = slope(DEPTHS, [found.traced for found, _ in runs]) / MB
-    cpu = [found.cpu for found, _ in runs]
+    rows = [[str(d), *cells(r)] for d, r in zip(DEPTHS, runs, strict=True)]
+    a_layer = slope(DEPTHS, [r.costs.model for r in runs]) / MB
+    growth = slope(DEPTHS, [r.run.own for r in runs]) / MB
+    graph = slope(DEPTHS, [r.run.traced for r in runs]) / MB
+    cpu = [r.run.cpu for r in runs]
     line = slope(DEPTHS, cpu)
     first = sum(cpu) / len(cpu) - line * sum(DEPTHS) / len(DEPTHS)
     off = max(abs(c - first - line * d) / c for c, d in zip(cpu, DEPTHS, strict=True))
@@ -263,14 +300,11 @@ def depth_lines(rates: Rates, known: dict[int, tuple[Run, Costs]]) -> list[str]:
     ]
 
 
-def exponents(runs: list[tuple[Run, Costs]], rates: Rates) -> list[str]:
+def exponents(runs: list[Measured]) -> list[str]:
     parts: dict[str, tuple[list[float], list[float]]] = {
-        "calibration": (
-            [r.stages["check"] + r.stages["grams"] for r, _ in runs],
-            [c.seconds(rates)["forward"] + c.seconds(rates)["grams"] for _, c in runs],
-        ),
-        "solve": ([r.stages["solve"] for r, _ in runs], [c.solve for _, c in runs]),
-        "memory": ([r.own - r.bare for r, _ in runs], [c.memory for _, c in runs]),
+        "calibration": ([r.run.calibration for r in runs], [r.predicted[0] for r in runs]),
+        "solve": ([r.run.solve for r in runs], [r.predicted[1] for r in runs]),
+        "memory": ([r.run.own - r.run.bare for r in runs], [r.costs.memory for r in runs]),
     }
     rows = []
     for name, pair in parts.items():
@@ -284,18 +318,30 @@ def exponents(runs: list[tuple[Run, Costs]], rates: Rates) -> list[str]:
     return table(["power of the width", *steps, *(f"predicted, {s}" for s in steps)], rows)
 
 
-def width_lines(rates: Rates, known: dict[int, tuple[Run, Costs]]) -> list[str]:
+RATES = ["width", "forward", "products", "factorisations", "elementwise"]
+
+
+def rates_of(measured: Measured) -> list[str]:
+    rates = measured.rates
+    found = (rates.forward, rates.solve, rates.factors, rates.elementwise)
+    return [f"{rate / 1e9:.3g}" for rate in found]
+
+
+def width_lines(known: dict[int, Measured]) -> list[str]:
     runs = [known[width] for width in WIDTHS]
-    rows = [[str(w), *cells(*r, rates)] for w, r in zip(WIDTHS, runs, strict=True)]
+    rows = [[str(w), *cells(r)] for w, r in zip(WIDTHS, runs, strict=True)]
+    rates = [[str(w), *rates_of(r)] for w, r in zip(WIDTHS, runs, strict=True)]
     return [
         f"## Width, at {DEPTH} layers",
         "",
         *table(["width", *HEADER], rows),
         "",
-        *exponents(runs, rates),
+        *exponents(runs),
         "",
-        "The formula counts matrix products only, at one rate for all sizes. What lies between "
-        "the products goes with the square of the width.",
+        "Solves are products, which grow with the cube of the width, and elementwise operations, "
+        "which grow with its square. 10⁹ operations per second, as measured before each run:",
+        "",
+        *table(RATES, rates),
         "",
     ]
 
@@ -333,14 +379,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--rates", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.directory:
         return in_directory(args.directory)
     if args.rank:
         return as_rank(args.rank)
-    torch.set_num_threads(1)
-    rate = max(measured(torch.float32) for _ in range(5))
-    rates = Rates(rate, rate, math.inf)
+    if args.rates:
+        return measure_rates(args.rates)
     by_depth = {depth: measure(WIDTH, depth) for depth in DEPTHS}
     by_width = {w: by_depth[DEPTH] if w == WIDTH else measure(w, DEPTH) for w in WIDTHS}
     lines = [
@@ -348,14 +394,16 @@ def main() -> None:
         "",
         f"`python benchmarks/scale.py`: Llamas with random weights in float32, {TARGET}, "
         f"{TOKENS:,} tokens in windows of {LENGTH}, from directory to directory, one thread; torch "
-        f"{torch.__version__}. Matrix products of {rate / 1e9:.0f} GFLOP/s, as measured, are what "
-        "the predicted times divide by. Times by the clock say little where "
+        f"{torch.__version__}. Times by the clock say little where "
         "something else runs, processor seconds more. Both are of the whole process, "
-        "imports and tracing included; calibration and solve are processor seconds. Predicted "
+        "imports and tracing included; calibration (with saving states) and solve (with rewriting) "
+        "are processor "
+        "seconds, and so are those predicted, by the formulas of magr_fx/planning.py and the rates "
+        "that the machine had before each run. Predicted "
         f"memory is above the imports, for which `magr-fx plan` adds {PROCESS / MB:.0f} MB.",
         "",
-        *depth_lines(rates, by_depth),
-        *width_lines(rates, by_width),
+        *depth_lines(by_depth),
+        *width_lines(by_width),
         *rank_lines(),
     ]
     OUT.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")

@@ -63,7 +63,7 @@ def _bounded_estimate(gram: Tensor) -> Tensor | None:
 _CHUNK = 8192
 # Grams of at least this many inputs are summed in so many block rows: 5/8 of the operations, and
 # 0.7 to 0.75 of the time on a CPU. More of them are hardly faster.
-_SPLIT_FROM, _PARTS = 256, 4
+SPLIT_FROM, _PARTS = 256, 4
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def add_to_gram(gram: Tensor, tokens: Tensor, keep: Tensor | None = None) -> Non
 
 def _add_square(gram: Tensor, rows: Tensor) -> None:
     """Add XᵀX, block row by block row from the diagonal on: what lies below is its mirror image."""
-    size = len(gram) if len(gram) < _SPLIT_FROM else -(-len(gram) // _PARTS)
+    size = len(gram) if len(gram) < SPLIT_FROM else -(-len(gram) // _PARTS)
     for start in range(0, len(gram), size):
         end = min(start + size, len(gram))
         left, right, sums = rows[:, start:end].T, rows[:, start:], gram[start:end, start:]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from magr_fx.calibration_text import BATCH
 from magr_fx.directories import PROCESS, check_length, rewritable
 from magr_fx.errors import ConfigError, ModelError
+from magr_fx.measure_rates import measured_rates
 from magr_fx.model_directory import find_model, read_config, read_directory
 from magr_fx.passes.check_model import check_group_size
 from magr_fx.passes.pipeline import resolve_config
 from magr_fx.passes.plan import Plan, plan
-from magr_fx.planning import Method, Rates, readable
-
-DISK = 1e9  # bytes per second that a disk is taken to read and write
+from magr_fx.planning import Method, Rates, Work, readable
 
 
 @dataclass(frozen=True)
@@ -49,9 +46,9 @@ class DirectoryPlan:
     rates: Rates
 
     def __str__(self) -> str:
-        costs, sites = self.plan.costs, self.plan.sites
+        costs, sites, rates = self.plan.costs, self.plan.sites, self.rates
         size = sum(site.shape[0] * site.shape[1] for site in sites)
-        seconds = costs.seconds(self.rates)
+        seconds = costs.seconds(rates)
         memory = {
             "largest block": costs.block,
             "its grams": costs.grams,
@@ -60,10 +57,11 @@ class DirectoryPlan:
             "Python and its libraries": PROCESS,
         }
         operations = {
-            f"forward, {costs.passes} times": costs.passes * costs.forward,
+            f"forward, {costs.passes} times": costs.forward * costs.passes,
             "grams": costs.gram,
             "solves": costs.solve,
         }
+        elementwise = sum(work.elementwise for work in operations.values())
         lines = [
             f"{self.name}: {self.parameters:,} parameters, {self.dtype}, "
             f"{readable(costs.model, 'B')} on disk",
@@ -74,13 +72,16 @@ class DirectoryPlan:
             *(f"  {r.name} {_by(r.shape)}: {r.reason}" for r in self.plan.rejections),
             f"memory, at most: {readable(sum(memory.values()), 'B')}",
             *(f"  {readable(number, 'B'):>10}  {what}" for what, number in memory.items()),
-            f"disk: {readable(costs.disk, 'B')} are written",
-            f"operations: {readable(sum(operations.values()), 'FLOP')}",
-            *(f"  {readable(number, 'FLOP'):>11}  {what}" for what, number in operations.items()),
+            f"disk: room for {readable(costs.disk, 'B')}; {readable(costs.states, 'B')} of states "
+            "are written on top of each other",
+            f"operations: {readable(sum(work.flops for work in operations.values()), 'FLOP')} of "
+            f"products and factorisations, {readable(elementwise, 'op')} elementwise",
+            *(f"  {_operations(work)}  {what}" for what, work in operations.items()),
             f"time: about {_time(sum(seconds.values()))}, with products at "
-            f"{readable(self.rates.forward, 'FLOP/s')} in {self.dtype} and "
-            f"{readable(self.rates.solve, 'FLOP/s')} in float32, the disk at "
-            f"{readable(self.rates.disk, 'B/s')}",
+            f"{readable(rates.forward, 'FLOP/s')} in {self.dtype} and "
+            f"{readable(rates.solve, 'FLOP/s')} in float32, factorisations at "
+            f"{readable(rates.factors, 'FLOP/s')}, elementwise operations at "
+            f"{readable(rates.elementwise, 'op/s')}, the disk at {readable(rates.disk, 'B/s')}",
             *(f"  {_time(number):>8}  {what}" for what, number in seconds.items()),
         ]
         return "\n".join(lines)
@@ -103,7 +104,9 @@ def plan_directory(
         name: a directory, or a name on the Hub, of which no weights are downloaded.
         target, tokens, length, skip, head: as for the run.
         gptq: whether it would round by GPTQ.
-        rate: operations per second of matrix products; None measures them here, in a second.
+        rate: operations per second of matrix products; None measures them here, in a second. The
+            other rates are always measured here: where a rate is given they are taken to be as
+            many times those of this machine as the given one is of its products in float32.
 
     Raises:
         MagRError: the model is no causal language model, damaged, or cannot be traced.
@@ -140,22 +143,11 @@ def plan_directory(
         stored=None if tensors is None else sum(tensor.nbytes for tensor in tensors.values()),
     )
     check_group_size(found.sites, group_size)
-    rates = Rates(rate or measured(dtype), rate or measured(torch.float32), DISK)
+    rates = measured_rates(found.largest, dtype, BATCH * length)
+    if rate is not None:
+        rates = rates.with_products(rate)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return DirectoryPlan(name, parameters, dtype, tokens, length, method, found, rates)
-
-
-def measured(dtype: torch.dtype) -> float:
-    """Operations per second of matrix products of this size on this machine's CPU."""
-    size = 1024
-    one = torch.rand(size, size).to(dtype)
-    one @ one  # warm-up: thread pools
-    best = math.inf
-    for _ in range(3):
-        start = time.perf_counter()
-        one @ one
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
 
 
 def _routed(config: dict[str, Any]) -> float:
@@ -177,6 +169,10 @@ def _shapes(found: Plan) -> list[str]:
 
 def _by(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
+
+
+def _operations(work: Work) -> str:
+    return f"{readable(work.flops, 'FLOP'):>11}, {readable(work.elementwise, 'op'):>8}"
 
 
 def _time(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +23,13 @@ from magr_fx.planning import (
     Costs,
     Method,
     Shape,
+    Work,
     attention_flops,
     disk_bytes,
     gram_bytes,
-    gram_flops,
+    gram_work,
     passes,
-    solve_flops,
+    solve_work,
     solver_bytes,
 )
 
@@ -37,12 +39,16 @@ _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 @dataclass(frozen=True)
 class Plan:
-    """What would be rewritten, what not and why, in how many blocks, and what that costs."""
+    """What would be rewritten, what not and why, in how many blocks, and what that costs.
+
+    ``largest`` is the largest of the stacked weights that are solved as one problem.
+    """
 
     sites: list[Site]
     rejections: list[Rejection]
     blocks: int
     costs: Costs
+    largest: Shape
 
 
 def plan(
@@ -85,7 +91,8 @@ def plan(
     )
     item = {id(p): p.numel() * p.element_size() for p in model.parameters()}
     total = stored or sum(item.values())
-    boundary = int(max(_alive(steps)) * share) * (1 + method.propagate)
+    boundaries = [int(alive * share) * (1 + method.propagate) for alive in _alive(steps)]
+    boundary = max(boundaries)
     rewritten = sum(s.parameters for s in all_shapes) * next(model.parameters()).element_size()
     return Plan(
         found.sites,
@@ -94,15 +101,17 @@ def plan(
         Costs(
             forward=_forward(steps, run.grams, routed, window[0] * window[1]) * share,
             passes=passes(method),
-            gram=gram_flops(all_shapes, tokens, method),
-            solve=solve_flops(all_shapes, method),
+            gram=gram_work(all_shapes, tokens, method, batches=math.ceil(share)),
+            solve=solve_work(all_shapes, method),
             model=total,
             block=max(sum(item.get(id(t), 0) for t in read_by(step)) for step in steps),
             grams=grams,
             solver=max(solver_bytes(shape, method) for shape in all_shapes),
             boundary=boundary,
             disk=disk_bytes(rewritten, total, boundary),
+            states=sum(boundaries),
         ),
+        max(all_shapes, key=lambda shape: shape.rows * shape.inputs),
     )
 
 
@@ -156,24 +165,27 @@ def _alive(steps: Sequence[list[Block]]) -> list[int]:
 
 def _forward(
     steps: Sequence[list[Block]], grams: list[SharedGram], routed: float, tokens: int
-) -> float:
-    """Operations of the traced batch in what is run: linears, attention, experts."""
-    total = 0.0
+) -> Work:
+    """The traced batch in what is run: linears, attention, experts, and whatever is elementwise."""
+    products = elementwise = 0.0
     for block in (block for step in steps for block in step):
         for node in filter(block.run.__contains__, block.nodes):
             if node.target is _LINEAR:
                 inputs = node.all_input_nodes[0].meta["val"].shape[-1]
-                total += 2.0 * _numel(node) * _hint(inputs)
+                products += 2.0 * _numel(node) * _hint(inputs)
             elif node.target is _ATTENTION:
                 query, key = (argument.meta["val"] for argument in node.all_input_nodes[:2])
                 batch, heads, length, size = map(_hint, query.shape)
-                total += attention_flops(1, heads * size, batch * length, _hint(key.shape[-2]))
+                products += attention_flops(1, heads * size, batch * length, _hint(key.shape[-2]))
+            elif isinstance(node.target, torch._ops.OpOverload) and not node.target.is_view:
+                values = [n for n in node.all_input_nodes if n.op != "get_attr"]
+                elementwise += max(map(_numel, [node, *values]))  # a sum's is what it sums
     for shared in grams:
         for site in shared.sites:
             if all(call.node.target is not _LINEAR for call in site.calls):
                 expert = routed if "[" in site.name else 1.0
-                total += 2.0 * tokens * expert * site.shape[0] * site.shape[1]
-    return total
+                products += 2.0 * tokens * expert * site.shape[0] * site.shape[1]
+    return Work(products=products, elementwise=elementwise)
 
 
 def _bytes(node: fx.Node) -> int:
