@@ -77,6 +77,8 @@ class SiteReport:
         reason: why it was skipped or failed; of a rewritten one, what is worth knowing.
         calls: how many matmuls of the traced graphs read the weight.
         tokens: how many calibration tokens are in its gram (padding does not count).
+        damping: s in G + s·mean(diag G)·I, the gram it was solved with; None where it was not
+            solved, and in reports of versions that did not note it.
         channel_max_before, channel_max_after: each row's largest magnitude, ``[out]`` float32.
         output_error: ‖X(Ŵ-W)ᵀ‖_F / ‖XWᵀ‖_F on the calibration gram, before any quantization; NaN
             where GPTQ made codes of the weight at once, whose values ``channel_max_after`` is of.
@@ -96,6 +98,7 @@ class SiteReport:
     reason: str = ""
     calls: int = 0
     tokens: int = 0
+    damping: float | None = None
     channel_max_before: npt.NDArray[np.float32] | None = None
     channel_max_after: npt.NDArray[np.float32] | None = None
     output_error: float = math.nan
@@ -237,7 +240,7 @@ class MagRReport:
         return f"{math.prod(site.shape) / sum(math.prod(s.shape) for s in self.sites):.1%}"
 
     def totals(self) -> str:
-        """The run in a few lines: sites, magnitudes, output error, time and memory."""
+        """The run in a few lines: sites, magnitudes, errors, damping, time and memory."""
         done, all_parameters = self.rewritten, sum(math.prod(s.shape) for s in self.sites)
         parameters = sum(math.prod(site.shape) for site in done)
         share = parameters / all_parameters if all_parameters else 0.0
@@ -253,6 +256,11 @@ class MagRReport:
                     f"largest magnitude per channel: median x{np.median(ratio):.2f}; output error "
                     f"before quantization: median {np.median(error):.2%}, worst {error.max():.2%}"
                 )
+        shares = [site.damping for site in done if site.damping is not None]
+        if shares:
+            least, most = f"{min(shares):.3g}", f"{max(shares):.3g}"
+            which = least if least == most else f"{least} to {most}"
+            lines.append(f"damping: {which} of each gram's mean diagonal")
         known = [site.quantization for site in done if site.quantization is not None]
         if known:
             lines.append(_gain("calibration", [(q.error_alone, q.error) for q in known]))

@@ -34,7 +34,7 @@ def write_report(report: MagRReport, folder: Path) -> None:
 
 
 def read_report(folder: Path) -> MagRReport:
-    """What :func:`write_report` wrote.
+    """What :func:`write_report` wrote, also that of a version which knew fewer figures.
 
     Raises:
         ConfigError: there is no report, or it is damaged.
@@ -63,6 +63,7 @@ def _site(row: dict[str, Any], at: int, arrays: Any) -> SiteReport:
     else:
         values["quantization"] = None
     values["shape"] = tuple(row["shape"])
+    values["damping"] = row.get("damping")  # None is not NaN: it was not solved, or not noted
     for name in _ARRAYS:
         if f"{at}.{name}" in arrays:
             values[name] = arrays[f"{at}.{name}"]

@@ -69,7 +69,7 @@ def quantized_weights(
     rows, columns = [site.shape[0] for site in sites], sites[0].shape[1]
     whole = torch.cat([site.weight for site in sites])
     gptq = target.handling.rounding == "gptq"
-    gram = damped(shared.collected, config.regularisation(int(shared.tokens), columns))
+    gram = damped(shared.collected, shared.damping(config))
     spread = compensation(gram, by_activation=target.handling.act_order) if gptq else None
     own = ranks.part_of(len(whole))
     weight = whole[own]

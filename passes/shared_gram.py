@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from magr_fx.config import MagRConfig
 from magr_fx.gram import add_to_drift, add_to_gram
 from magr_fx.passes.find_linears import Site
 from magr_fx.passes.ranks import Ranks
@@ -84,6 +85,10 @@ class SharedGram:
                 self.held = self.zeros()
             add_to_gram(self.held, tokens[last], held)
             self.held_tokens = self.held_tokens + _count(tokens[last], held)
+
+    def damping(self, config: MagRConfig) -> float:
+        """The share of mean(diag G) that is added to G to solve with, by the number of tokens."""
+        return config.regularisation(int(self.tokens), self.sites[0].shape[1])
 
     @property
     def notes(self) -> str:

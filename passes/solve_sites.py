@@ -76,9 +76,10 @@ def solve_and_rewrite(
     with report.timed("rewrite"):
         for shared, solution in zip(fed, solutions, strict=True):
             parts = _split(solution, [site.shape[0] for site in shared.sites])
+            damping = shared.damping(config)
             for site, part in zip(shared.sites, parts, strict=True):
                 # Into the report one by one: an interruption may come between two writes.
-                report.sites.append(_write(site, part, shared, seconds * site.shape[0]))
+                report.sites.append(_write(site, part, shared, damping, seconds * site.shape[0]))
 
 
 def quantize_and_rewrite(
@@ -109,19 +110,24 @@ def quantize_and_rewrite(
         return {}
     rows = sum(site.shape[0] for site in shared.sites)
     seconds = (report.seconds["solve"] - before) / rows
-    tensors = {}
+    tensors, damping = {}, shared.damping(config)
     with report.timed("rewrite"):
         for one in quantized:
             site, tokens = one.site, int(shared.tokens)
             if one.refusal is not None:
                 logger.warning("%s failed and keeps its weight: %s", site.name, one.refusal)
-                report.sites.append(_untouched(site, "failed", one.refusal, tokens))
+                report.sites.append(_untouched(site, "failed", one.refusal, tokens, damping))
                 go_on_with_torchao_alone(site, target, run)
                 continue
             status, steps = summary(one.choice.status), int(one.choice.steps.max())
             gptq = target.handling.rounding == "gptq"
             done = _rewritten(site, one.weight, shared, status, steps, judged=not gptq)
-            done = replace(done, quantization=one.report, seconds=seconds * site.shape[0])
+            done = replace(
+                done,
+                damping=damping,
+                quantization=one.report,
+                seconds=seconds * site.shape[0],
+            )
             if run is not None and target.handling.propagate:
                 go_on_with(site, one.tensor, run)
             if gptq:
@@ -165,10 +171,7 @@ def _solve(together: list[SharedGram], config: MagRConfig, ranks: Ranks) -> list
     weights = [_stacked(shared.sites) for shared in together]
     if ranks.world > 1:
         weights = [weight[ranks.part_of(len(weight))] for weight in weights]
-    grams = [
-        damped(gram, config.regularisation(int(shared.tokens), len(gram)))
-        for shared, gram in ((shared, shared.collected) for shared in together)
-    ]
+    grams = [damped(shared.collected, shared.damping(config)) for shared in together]
     single = len(together) == 1
     solution = solve_magr(
         weights[0] if single else torch.stack(weights),
@@ -200,20 +203,24 @@ def _split(solution: Solution, rows: list[int]) -> list[Solution]:
     return [Solution(*column) for column in columns]
 
 
-def _untouched(site: Site, outcome: Outcome, reason: str, tokens: int = 0) -> SiteReport:
-    return SiteReport(site.name, site.shape, outcome, reason, len(site.calls), tokens)
+def _untouched(
+    site: Site, outcome: Outcome, reason: str, tokens: int = 0, damping: float | None = None
+) -> SiteReport:
+    return SiteReport(site.name, site.shape, outcome, reason, len(site.calls), tokens, damping)
 
 
-def _write(site: Site, solution: Solution, shared: SharedGram, seconds: float) -> SiteReport:
+def _write(
+    site: Site, solution: Solution, shared: SharedGram, damping: float, seconds: float
+) -> SiteReport:
     """Write one site's solution if it may be written, and say what happened."""
     tokens = int(shared.tokens)
     reason = refusal(solution)
     if reason is not None:
         logger.warning("%s failed and keeps its weight: %s", site.name, reason)
-        return _untouched(site, "failed", reason, tokens)
+        return _untouched(site, "failed", reason, tokens, damping)
     result = _rewritten(site, solution.weight, shared, solution.summary, int(solution.steps.max()))
     rewrite_weight(site, solution.weight)
-    return replace(result, seconds=seconds)
+    return replace(result, damping=damping, seconds=seconds)
 
 
 def _rewritten(

@@ -23,7 +23,7 @@ from toys import report_of
 
 from magr_fx import CheckpointError, MagRConfig, magr_quantize, magr_transform
 from magr_fx.passes import solve_sites
-from magr_fx.passes.checkpoint import Checkpoint
+from magr_fx.passes.checkpoint import Checkpoint, checkpoint_report
 
 CALIB = [token_ids(3, 17, seed=1), token_ids(2, 9, seed=2)]
 INT3 = intx(3, ASYMMETRIC, None)
@@ -98,6 +98,7 @@ def test_it_goes_on_to_the_same_bits(
     assert [site.name for site in ours.rewritten] == [site.name for site in theirs.rewritten]
     for one, other in zip(ours.rewritten, theirs.rewritten, strict=True):
         assert (one.cells()[:9], one.quantization) == (other.cells()[:9], other.quantization)
+        assert one.damping == other.damping is not None
 
 
 def test_steps_that_are_done_are_not_done_again(
@@ -252,6 +253,19 @@ def test_what_torch_says_of_a_full_disk_is_understood(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be written"):
         checkpoint.save(0, {}, [], {"weight": torch.zeros(100_000)})
     assert list(tmp_path.glob("*.pt*")) == []
+
+
+def test_rows_that_were_saved_without_damping_are_read(tmp_path: Path) -> None:
+    cut_short(for_target, tiny_llama(), tmp_path, 2)
+    (path,) = tmp_path.glob("state-*.pt")
+    state = torch.load(path, weights_only=True)
+    assert all(row.pop("damping") is not None for row in state["rows"])
+    torch.save(state, path)
+    saved = checkpoint_report(tmp_path).sites
+    assert [site.damping for site in saved] == [None] * len(state["rows"])
+    report = report_of(for_target(tiny_llama(), checkpoint_dir=tmp_path))
+    noted = [site.damping is not None for site in report.rewritten]
+    assert noted == [False] * len(saved) + [True] * (len(noted) - len(saved))
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

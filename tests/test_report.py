@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -19,9 +20,12 @@ from toys import INT, WIDTH, Shapes, mlp, report_of, vectors
 
 from magr_fx import CalibrationError, MagRConfig, MagRReport, SiteReport, magr_quantize
 from magr_fx import magr_transform as transform
+from magr_fx.gram import damping_for
 from magr_fx.memory import high_water_mark
 from magr_fx.passes import solve_sites
 from magr_fx.report import STAGES, Quantization
+from magr_fx.report_files import read_report, write_report
+from magr_fx.solution import Status
 from magr_fx.solver import solve_magr
 
 INT3 = IntxWeightOnlyConfig(weight_dtype=INT[3])
@@ -83,7 +87,7 @@ def test_the_columns_line_up(mixed: MagRReport) -> None:
 
 
 def test_totals_add_up(mixed: MagRReport) -> None:
-    first, magnitudes, run, seconds = mixed.totals().splitlines()
+    first, magnitudes, damping, run, seconds = mixed.totals().splitlines()
     done, others = 48 * 32 + 8 * 16, 16 * 48 + 2 * 3 + 1000 * 8
     share = f"{done / (done + others):.1%} of {done + others:,} matrix parameters rewritten"
     assert first == f"2 rewritten, 2 skipped, 1 failed; {share}"
@@ -96,6 +100,7 @@ def test_totals_add_up(mixed: MagRReport) -> None:
         f"largest magnitude per channel: median x{np.median(after / before):.2f}; output error "
         f"before quantization: median {sum(errors) / 2:.2%}, worst {max(errors):.2%}"
     )
+    assert damping == "damping: 0.125 to 0.177 of each gram's mean diagonal"
     memory = f"peak memory {mixed.peak_memory:.0f} MiB"
     assert run == f"2 calibration batches, 1 traced graphs (by export); {memory}"
     assert seconds.startswith(f"seconds: trace {mixed.seconds['trace']:.1f}, check ")
@@ -127,6 +132,43 @@ def test_figures_of_a_site() -> None:
     assert 0 < site.output_error < 1
     assert site.seconds > 0
     assert not site.quantized
+
+
+def test_each_site_has_the_damping_of_its_gram(mixed: MagRReport) -> None:
+    found = {site.name: site.damping for site in mixed.sites}
+    wide, narrow = damping_for(64, 32), damping_for(64, 16)  # 0.177 and 0.125
+    assert wide > narrow > 0.1
+    assert found == {"0.weight": wide, "3.weight": narrow, "2.weight": None, "idle": None,
+                     "4.weight": None}  # fmt: skip
+
+
+def test_damping_that_was_given_and_the_published_solvers_none() -> None:
+    for config, line in (
+        (MagRConfig(damping=0.2), "damping: 0.2 of each gram's mean diagonal"),
+        (MagRConfig(solver="pgd"), "damping: 0 of each gram's mean diagonal"),
+    ):
+        report = report_of(transform(mlp(), vectors(), config))
+        assert {site.damping for site in report.sites} == {config.damping or 0.0}
+        assert line in report.totals().splitlines()
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_the_target_s_sites_have_theirs_by_the_tokens_that_were_not_held_out(rounding: str) -> None:
+    report = report_of(magr_quantize(mlp(), vectors(), INT3, rounding=rounding, holdout=0.5))
+    assert [site.tokens for site in report.sites] == [32, 32]
+    assert [site.damping for site in report.sites] == [damping_for(32, 32), damping_for(32, 48)]
+
+
+def test_a_solution_that_was_refused_has_its_damping(monkeypatch: pytest.MonkeyPatch) -> None:
+    def solve(*args: Any, **options: Any) -> Any:
+        solution = solve_magr(*args, **options)
+        status = torch.full_like(solution.status, Status.FAILED)
+        return dataclasses.replace(solution, status=status)
+
+    monkeypatch.setattr(solve_sites, "solve_magr", solve)
+    report = report_of(transform(mlp(), vectors()))
+    assert [site.damping for site in report.failed] == [damping_for(64, 32), damping_for(64, 48)]
+    assert "damping" not in report.totals()  # which are of what was rewritten
 
 
 def test_steps_and_status_are_the_solvers() -> None:
@@ -189,11 +231,34 @@ def test_json_holds_every_figure(mixed: MagRReport, tmp_path: Path) -> None:
         for name, value in entry.items():
             kept = getattr(site, name)
             if value is None:
-                assert kept is None if name == "quantization" else math.isnan(kept), name
+                optional = name in ("quantization", "damping")
+                assert kept is None if optional else math.isnan(kept), name
             else:
                 assert value == (list(kept) if isinstance(kept, tuple) else kept), name
     assert record["sites"][0]["output_error"] > 0
     assert record["sites"][-1]["output_error"] is None
+
+
+def test_a_directory_gives_the_damping_back(mixed: MagRReport, tmp_path: Path) -> None:
+    write_report(mixed, tmp_path)
+    again = read_report(tmp_path)
+    assert [site.damping for site in again.sites] == [site.damping for site in mixed.sites]
+    assert again.totals() == mixed.totals()
+
+
+def test_a_report_that_was_written_without_damping_is_read(
+    mixed: MagRReport, tmp_path: Path
+) -> None:
+    write_report(mixed, tmp_path)
+    path = tmp_path / "magr_report.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for row in record["sites"]:
+        del row["damping"]
+    path.write_text(json.dumps(record), encoding="utf-8")
+    again = read_report(tmp_path)
+    assert [site.damping for site in again.sites] == [None] * 5
+    kept = [line for line in mixed.totals().splitlines() if not line.startswith("damping")]
+    assert again.totals().splitlines() == kept
 
 
 def test_json_knows_no_infinity() -> None:
