@@ -31,7 +31,14 @@ from magr_fx.api import magr_transform, round_apart
 from magr_fx.calibration_text import text_batches
 from magr_fx.config import MagRConfig
 from magr_fx.errors import CheckpointError, ConfigError, ModelError
-from magr_fx.model_directory import CONFIG, StoredTensor, find_model, read_config, read_directory
+from magr_fx.model_directory import (
+    CONFIG,
+    StoredTensor,
+    experts_of,
+    find_model,
+    read_config,
+    read_directory,
+)
 from magr_fx.passes.checkpoint import checkpoint_report
 from magr_fx.passes.find_linears import FilterFn
 from magr_fx.passes.offloaded import keep_in, offloaded_weights
@@ -46,8 +53,8 @@ from magr_fx.write_quantized import write_quantized, write_quantized_config
 UNFINISHED = ".unfinished"
 CHECKPOINT = "checkpoint"
 # Copies of the weights on the disk, beside the model itself, at most: what is saved to go on from,
-# the shards of OUT, and the quantized ones, or the fused experts that transformers puts together.
-COPIES = 3
+# and the shards of OUT; of a quantized model also these; what transformers fuses it writes too.
+COPIES, COPIES_QUANTIZED, COPIES_FUSED = 2, 3, 1
 # Bytes that Python, torch and transformers take before there is any model, about.
 PROCESS = 500_000_000
 
@@ -94,7 +101,7 @@ def transform_directory(job: Job) -> MagRReport:
         MagRError: something is missing, damaged or too small, or what magr_transform raises;
             ``out`` is as it was then.
     """
-    with _prepared(job) as prepared:
+    with _prepared(job, COPIES) as prepared:
         model = _load(prepared)
         return _finish(prepared, _rewrite(model, prepared), model.magr_report)
 
@@ -107,7 +114,7 @@ def quantize_directory(job: Job) -> MagRReport:
     Raises:
         MagRError: as :func:`transform_directory`.
     """
-    with _prepared(job) as prepared:
+    with _prepared(job, COPIES_QUANTIZED) as prepared:
         model = _load(prepared)
         linears = _linears(model, prepared)
         rewritten, report = _rewrite(model, prepared, linears_only=True), model.magr_report
@@ -126,7 +133,7 @@ def quantize_directory_gptq(job: Job) -> MagRReport:
     Raises:
         MagRError: as :func:`transform_directory`.
     """
-    with _prepared(job) as prepared:
+    with _prepared(job, COPIES_QUANTIZED) as prepared:
         model = _load(prepared)
         linears = _linears(model, prepared)
         rounded = TensorFiles(_emptied(job.run / "rounded"))
@@ -180,7 +187,7 @@ class _Prepared:
 
 
 @contextlib.contextmanager
-def _prepared(job: Job) -> Iterator[_Prepared]:
+def _prepared(job: Job, copies: int) -> Iterator[_Prepared]:
     """Check all that can be checked first; then the run's directory is ours, until the end.
 
     It stays, if the work is cut short, where there is something in it to go on from.
@@ -195,7 +202,9 @@ def _prepared(job: Job) -> Iterator[_Prepared]:
             config = read_config(source)
             check_length(config, job.length)
             tensors = read_directory(source)
-            _check_space(job, config, sum(tensor.nbytes for tensor in tensors.values()))
+            copies += COPIES_FUSED * (experts_of(config) is not None)
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            _check_space(job, config, copies, size)
             tokenizer = _tokenizer(source)
             calib = text_batches(tokenizer, job.text, tokens=job.tokens, length=job.length)
             yield _Prepared(job, source, tensors, calib)
@@ -248,13 +257,13 @@ def _check_out(job: Job) -> None:
         )
 
 
-def _check_space(job: Job, config: dict[str, Any], size: int) -> None:
+def _check_space(job: Job, config: dict[str, Any], copies: int, size: int) -> None:
     """Whether the disk has room for the weights and for what one block hands to the next."""
     text = config.get("text_config") or config
     widths = (text.get(name) or 0 for name in ("hidden_size", "intermediate_size"))
     # Of the original and of the quantized model, in float32; the last state and the next one.
     activations = 4 * 2 * 2 * job.tokens * sum(widths)
-    needed = COPIES * size + activations
+    needed = copies * size + activations
     existing = next(folder for folder in job.out.absolute().parents if folder.exists())
     free = shutil.disk_usage(existing).free
     if job.resume:  # some of it is written already
@@ -262,7 +271,7 @@ def _check_space(job: Job, config: dict[str, Any], size: int) -> None:
     if free < needed:
         raise ConfigError(
             f"{existing} has {free / 1e9:.1f} GB of free disk, and up to {needed / 1e9:.1f} GB are "
-            f"needed: {COPIES} times the weights, and activations. Free some, or name an OUT on "
+            f"needed: {copies} times the weights, and activations. Free some, or name an OUT on "
             "another disk"
         )
 

@@ -92,6 +92,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def experts_of(config: dict[str, Any]) -> int | None:
+    """How many experts a layer has, by its configuration; None where there are none."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    text = config.get("text_config") or config
+    return next((text[name] for name in names if text.get(name)), None)
+
+
 def read_directory(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a model's safetensors, by its name there; all files are whole.
 

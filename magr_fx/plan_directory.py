@@ -15,7 +15,7 @@ from magr_fx.calibration_text import BATCH
 from magr_fx.directories import PROCESS, check_length, rewritable
 from magr_fx.errors import ConfigError, ModelError
 from magr_fx.measure_rates import measured_rates
-from magr_fx.model_directory import find_model, read_config, read_directory
+from magr_fx.model_directory import experts_of, find_model, read_config, read_directory
 from magr_fx.passes.check_model import check_group_size
 from magr_fx.passes.pipeline import resolve_config
 from magr_fx.passes.plan import Plan, plan
@@ -152,9 +152,9 @@ def plan_directory(
 
 def _routed(config: dict[str, Any]) -> float:
     """The share of the tokens that a router sends to each expert, evenly."""
-    experts = next((config[k] for k in ("num_local_experts", "num_experts", "n_routed_experts")
-                    if config.get(k)), None)  # fmt: skip
-    chosen = config.get("num_experts_per_tok") or config.get("experts_per_token") or 1
+    experts = experts_of(config)
+    text = config.get("text_config") or config
+    chosen = text.get("num_experts_per_tok") or text.get("experts_per_token") or 1
     return 1.0 if experts is None else min(1.0, chosen / experts)
 
 

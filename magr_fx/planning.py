@@ -200,7 +200,7 @@ def boundary_bytes(width: int, tokens: int, itemsize: int, method: Method) -> in
 
 
 def disk_bytes(rewritten: int, model: int, boundary: int) -> int:
-    """Bytes that are written: the checkpoint and the rewritten blocks, the result, two states.
+    """Bytes that the disk holds at most: what is saved of the weights, the result, and two states.
 
     Args:
         rewritten: bytes of the weights that are rewritten.
@@ -208,7 +208,7 @@ def disk_bytes(rewritten: int, model: int, boundary: int) -> int:
         boundary: bytes of the activations between blocks; the last state stays until the next is
             whole.
     """
-    return 2 * rewritten + model + 2 * boundary
+    return rewritten + model + 2 * boundary
 
 
 def forward_flops(shapes: Iterable[Shape], tokens: int) -> float:

@@ -10,6 +10,11 @@ import torch
 from magr_fx.errors import CheckpointError
 
 
+def why_not_written(error: OSError | RuntimeError) -> BaseException:
+    """What went wrong in the end: of a full disk torch.save tells only where it was in the file."""
+    return error if isinstance(error, OSError) else error.__context__ or error
+
+
 class TensorFiles(MutableMapping[str, torch.Tensor]):
     """Each tensor in a file of its own, torchao's among them.
 
@@ -29,9 +34,9 @@ class TensorFiles(MutableMapping[str, torch.Tensor]):
         try:
             with self._file(name).open("wb") as file:
                 torch.save(tensor, file)
-        except (OSError, RuntimeError) as error:  # RuntimeError: torch.save, of a full disk
+        except (OSError, RuntimeError) as error:
             raise CheckpointError(
-                f"{self._file(name)} cannot be written: {error}. Free some space"
+                f"{self._file(name)} cannot be written: {why_not_written(error)}. Free some space"
             ) from error
 
     def __getitem__(self, name: str) -> torch.Tensor:

@@ -27,6 +27,7 @@ from magr_fx.passes.offloaded import Resident
 from magr_fx.passes.ranks import ALONE, Ranks
 from magr_fx.passes.trace import TracedBatch
 from magr_fx.report import MagRReport, Quantization, SiteReport
+from magr_fx.tensor_files import why_not_written
 
 _FINGERPRINT = "fingerprint.json"
 # How many values of each weight tell one model from another.
@@ -137,10 +138,11 @@ class Checkpoint:
                 file.flush()
                 os.fsync(file.fileno())
             unfinished.replace(self.folder / name)
-        except (OSError, RuntimeError) as error:  # RuntimeError: torch.save, of a full disk
+        except (OSError, RuntimeError) as error:
             unfinished.unlink(missing_ok=True)
             raise CheckpointError(
-                f"{self.folder / name} cannot be written: {error}. Free some space, or give "
+                f"{self.folder / name} cannot be written: {why_not_written(error)}. Free some "
+                "space, or give "
                 "another checkpoint_dir; a run with this one goes on from what was saved before"
             ) from error
 

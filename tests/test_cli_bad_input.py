@@ -238,7 +238,7 @@ def test_a_full_disk_is_seen_before_the_start(
 ) -> None:
     usage = shutil.disk_usage(place.model)._replace(free=150_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    refused(place, message=r"has 0\.0 GB of free disk, and up to .* 3 times the weights.*Free some")
+    refused(place, message=r"has 0\.0 GB of free disk, and up to .* 2 times the weights.*Free some")
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place to write to for nobody")
