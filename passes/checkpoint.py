@@ -8,6 +8,7 @@ counts once every rank has written it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -78,15 +79,28 @@ class Checkpoint:
             )
 
     def last(self) -> dict[str, Any] | None:
-        """What was saved last: ``step``, ``boundary`` and ``rows``; None in a new directory."""
-        own = {int(path.stem.split("-")[1]) for path in self._states()}
+        """What was saved last: ``step``, ``boundary`` and ``rows``; None in a new directory.
+
+        All else is removed: what a step left that not every rank had saved must not meet what
+        another attempt makes of the same step.
+
+        Raises:
+            CheckpointError: a file is damaged, or cannot be removed.
+        """
+        own = {_step(path) for path in self._states()}
         whole = set.intersection(*self._ranks.gather(own))
-        return _state(self.folder / self._state(max(whole))) if whole else None
+        last = max(whole, default=-1)
+        left = [path for path in self._states() if _step(path) != last]
+        if self._ranks.rank == 0:
+            left += [path for path in self._weights() if _step(path) > last]
+        self._remove(left)
+        self._ranks.meet()  # no rank begins a step of which another still has something
+        return _state(self.folder / self._state(last)) if whole else None
 
     def weights(self, last: int) -> Iterator[dict[str, torch.Tensor]]:
         """The weights of each step up to the last one, by the names of their sites."""
-        for path in sorted(self.folder.glob("weights-*.pt")):
-            if int(path.stem.partition("-")[2]) <= last:
+        for path in self._weights():
+            if _step(path) <= last:
                 yield _load(path)
 
     def save(
@@ -108,15 +122,16 @@ class Checkpoint:
         state = {"step": step, "boundary": boundary, "rows": [_plain(row) for row in rows]}
         self._write(self._state(step), lambda file: torch.save(state, file))
         self._ranks.meet()  # all have written it: what came before is not needed any more
-        for path in self._states():
-            if path.name < self._state(step):
-                path.unlink()
+        self._remove(path for path in self._states() if _step(path) < step)
 
     def _state(self, step: int) -> str:
         return f"state-{step:06d}{self._suffix}.pt"
 
     def _states(self) -> list[Path]:
         return list(self.folder.glob(f"state-??????{self._suffix}.pt"))
+
+    def _weights(self) -> list[Path]:
+        return sorted(self.folder.glob("weights-??????.pt"))
 
     def _known(self) -> dict[str, str] | None:
         """The fingerprint of the run that the directory belongs to, if it belongs to one."""
@@ -139,12 +154,23 @@ class Checkpoint:
                 os.fsync(file.fileno())
             unfinished.replace(self.folder / name)
         except (OSError, RuntimeError) as error:
-            unfinished.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # of a disk that takes nothing at all any more
+                unfinished.unlink()
             raise CheckpointError(
                 f"{self.folder / name} cannot be written: {why_not_written(error)}. Free some "
-                "space, or give "
-                "another checkpoint_dir; a run with this one goes on from what was saved before"
+                "space, or give another checkpoint_dir; a run with this one goes on from what was "
+                "saved before"
             ) from error
+
+    def _remove(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            try:
+                path.unlink()
+            except OSError as error:
+                raise CheckpointError(
+                    f"{path} cannot be removed: {error}. Look after the disk; a run with this "
+                    "checkpoint_dir goes on from what was saved"
+                ) from error
 
 
 def checkpoint_report(folder: Path) -> MagRReport:
@@ -161,6 +187,11 @@ def checkpoint_report(folder: Path) -> MagRReport:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} is no checkpoint of a run: {error!r}") from error
     return MagRReport(config, sites=rows)
+
+
+def _step(path: Path) -> int:
+    """The number in the name of a state's or a step's weights' file."""
+    return int(path.stem.split("-")[1])
 
 
 def _state(path: Path) -> dict[str, Any]:
@@ -224,6 +255,8 @@ def fingerprint(
 
 def _difference(key: str, was: str, now: str) -> str:
     """What differs, and how where that can be read."""
+    if key == "number of ranks":  # which one process alone does not note
+        return f"{key} (was {was or 1}, now {now or 1})"
     if key.startswith("version"):
         return f"{key} ({was}, now {now})"
     if key != "configuration":
