@@ -137,20 +137,6 @@ def _unfinished(folder: Path) -> Path | None:
     return next((part for part in parts if not whole & set(part.name.split("."))), None)
 
 
-def largest_layer(tensors: dict[str, StoredTensor]) -> int:
-    """Bytes of the largest part that is worked on at once: a numbered layer, or a tensor outside.
-
-    Layers go by the first number in a name: ``model.layers.3.mlp.up_proj.weight`` is in layer 3.
-    """
-    sizes: dict[str, int] = {}
-    for name, tensor in tensors.items():
-        parts = name.split(".")
-        number = next((at for at, part in enumerate(parts) if part.isdigit()), len(parts))
-        layer = ".".join(parts[: number + 1])
-        sizes[layer] = sizes.get(layer, 0) + tensor.nbytes
-    return max(sizes.values(), default=0)
-
-
 def _shards(folder: Path) -> list[Path]:
     """The files that the index names, or the single one."""
     index = folder / INDEX

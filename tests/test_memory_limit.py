@@ -19,11 +19,11 @@ import pytest
 import torch
 from cli_helpers import SMALL
 from safetensors.torch import save_file
-from tiny_directories import save_text, save_tokenizer
+from tiny_directories import largest_layer, save_text, save_tokenizer
 from tiny_models import VOCABULARY
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from magr_fx.model_directory import StoredTensor, largest_layer, read_directory, read_header
+from magr_fx.model_directory import StoredTensor, read_directory, read_header
 
 MIB = 2**20
 LIMIT = 768 * MIB

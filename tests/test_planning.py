@@ -15,7 +15,7 @@ import torch
 from cli_helpers import INT3, SMALL, done
 from operation_counter import OperationCounter
 from targets import ASYMMETRIC, intx
-from tiny_directories import save_model, save_text
+from tiny_directories import largest_layer, save_model, save_text
 from tiny_models import activations, tiny_llama, tiny_mixtral, tiny_qwen2, token_ids
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from magr_fx import MagRConfig, planning
 from magr_fx.config import Handling
 from magr_fx.measure_rates import measured_rates
-from magr_fx.model_directory import largest_layer, read_directory
+from magr_fx.model_directory import read_directory
 from magr_fx.passes.calibration import read_calib
 from magr_fx.passes.collect_grams import CalibrationRun
 from magr_fx.passes.find_linears import find_linears

@@ -12,6 +12,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+from magr_fx.model_directory import StoredTensor
+
 WORDS = [f"w{at}" for at in range(VOCABULARY - 1)]
 
 
@@ -36,3 +38,17 @@ def save_text(file: Path, tokens: int = 400) -> Path:
     ids = torch.randint(0, len(WORDS), (tokens,), generator=generator).tolist()
     file.write_text(" ".join(WORDS[i] for i in ids), encoding="utf-8")
     return file
+
+
+def largest_layer(tensors: dict[str, StoredTensor]) -> int:
+    """Bytes of the largest part that is worked on at once: a numbered layer, or a tensor outside.
+
+    Layers go by the first number in a name: ``model.layers.3.mlp.up_proj.weight`` is in layer 3.
+    """
+    sizes: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        number = next((at for at, part in enumerate(parts) if part.isdigit()), len(parts))
+        layer = ".".join(parts[: number + 1])
+        sizes[layer] = sizes.get(layer, 0) + tensor.nbytes
+    return max(sizes.values(), default=0)
