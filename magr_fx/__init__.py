@@ -18,9 +18,11 @@ else:
         if name.startswith("__") and name != "__all__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         public = import_module("magr_fx.public")
-        if name not in ("__all__", *public.__all__):
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(public, name)
+        if name in ("__all__", *public.__all__):
+            return getattr(public, name)
+        if name in globals():  # a module, which is an attribute since it was imported
+            return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__():
         from importlib import import_module

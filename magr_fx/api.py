@@ -242,36 +242,43 @@ def magr_quantize(
         return model
 
 
-def round_apart(
+def quantize_apart(
     model: nn.Module,
     calib: Any,
     target: Any,
     config: MagRConfig | None,
     tensors: MutableMapping[str, torch.Tensor],
     *,
+    rounding: str,
     refine: int = 0,
     propagate: bool | None = None,
     filter_fn: FilterFn | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     spill_dir: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
-) -> MagRReport:
-    """:func:`magr_quantize` with GPTQ of a model that stays as it is, and may be offloaded.
+) -> list[str]:
+    """:func:`magr_quantize` of a model that may be offloaded, and is quantized elsewhere.
 
     Args:
-        model, calib, target, config, refine, propagate, filter_fn, checkpoint_dir, spill_dir,
-        progress: as for :func:`magr_quantize`.
-        tensors: takes torchao's tensor of each site by its name, block by block.
+        model, calib, target, config, rounding, refine, propagate, filter_fn, checkpoint_dir,
+        spill_dir, progress: as for :func:`magr_quantize`.
+        tensors: with GPTQ takes torchao's tensor of each site by its name, block by block, and the
+            model stays as it is; to the nearest its weights are rewritten.
+
+    Returns:
+        The names of the weights that torchao can quantize: of all others that it would take, the
+        report says why they may not be.
 
     Raises:
         ConfigError, CalibrationError, ModelError, TraceError, CheckpointError: as for
             :func:`magr_quantize`.
     """
-    taking_part = Target(target, Handling("gptq", True, refine, propagate is not False))
+    taking_part = Target(target, Handling(rounding, True, refine, propagate is not False))
     config = resolve_config(config, target, required=True)
+    check_filter(filter_fn)
     check_model(model, offloaded=is_offloaded(model))
     with together(False) as ranks, at_hand(model) as resident:
-        return _run(
+        _, weights = _run(
             model,
             read_calib(calib, model),
             config,
@@ -284,9 +291,10 @@ def round_apart(
             checkpoint_dir=checkpoint_dir,
             spill_dir=spill_dir,
             progress=progress,
-            quantize=False,
-            tensors=tensors,
+            quantize=True,
+            apart=tensors,
         )
+    return [weight.name for weight in weights]
 
 
 def _quantize_graph(
@@ -298,7 +306,7 @@ def _quantize_graph(
     inner = unwrap(model)
     with calibration_mode(inner):
         graph_module, inputs = export_for_pt2e(inner, batches)
-    report = _run(model, batches, config, None, quantize=False, **options)
+    report, _ = _run(model, batches, config, None, quantize=False, **options)
     with report.timed("quantize"), calibration_mode(inner):
         converted = quantize_graph(graph_module, quantizer, inputs)
     report.target = type(quantizer).__name__
@@ -345,13 +353,13 @@ def _run(
     quantize: bool,
     resident: Resident = all_resident,
     ranks: Ranks = ALONE,
-    tensors: MutableMapping[str, torch.Tensor] | None = None,
-) -> MagRReport:
+    apart: MutableMapping[str, torch.Tensor] | None = None,
+) -> tuple[MagRReport, list[Quantizable]]:
     inner = unwrap(model)
     progress = progress if ranks.rank == 0 else False
     quantizer = target if quantize else None
     report = MagRReport(config, "" if quantizer is None else describe(quantizer.config))
-    tensors = {} if tensors is None else tensors
+    tensors = {} if apart is None else apart
     weights: list[Quantizable] = []
     with calibration_mode(inner):
         with report.timed("trace"):
@@ -407,10 +415,10 @@ def _run(
         finally:
             if report.sites:  # also of a run that was cut short
                 model.magr_report = report  # type: ignore[assignment]
-    if quantizer is not None:
+    if quantizer is not None and apart is None:
         with report.timed("quantize"):
             hand_over(inner, quantizer.config, weights, tensors)
         done = {name for weight in weights for name in (weight.name, *weight.covers)}
         report.mark_quantized(done)
     logger.info("%s", report.totals())
-    return report
+    return report, weights

@@ -6,10 +6,12 @@ import contextlib
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+from huggingface_hub import constants
 from huggingface_hub.utils import enable_progress_bars
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
@@ -107,14 +109,12 @@ def quantize(target: str, rounding: str, refine: int, **given: Any) -> None:
     One block of the model is in memory at a time, and one shard when it is saved.
     """
     with _told(given["out"], given["progress"]):
-        from magr_fx.directories import quantize_directory, quantize_directory_gptq
+        from magr_fx.directories import quantize_directory
 
-        if rounding == "gptq":
-            _report(quantize_directory_gptq, _job(target, given, refine=refine), given)
-            return
-        if refine:
+        if refine and rounding != "gptq":
             raise click.UsageError("--refine belongs to --rounding gptq")
-        _report(quantize_directory, _job(target, given), given)
+        job = _job(target, given, refine=refine)
+        _report(partial(quantize_directory, rounding=rounding), job, given)
 
 
 @magr_fx.command()
@@ -204,7 +204,8 @@ def _told(out: Path | None, progress: bool | None = None) -> Iterator[None]:
         if transformers_logging.is_progress_bar_enabled():
             restored.callback(transformers_logging.enable_progress_bar)
             transformers_logging.disable_progress_bar()  # and those of the Hub's client
-            if sys.stderr.isatty() if progress is None else progress:
+            shown = sys.stderr.isatty() if progress is None else progress
+            if shown and not constants.HF_HUB_DISABLE_PROGRESS_BARS:
                 enable_progress_bars()  # a download is long
         # The one says what is offloaded, which is what is asked for, and so of every run; the other
         # that it tries again to download, and how it failed is told in the end.

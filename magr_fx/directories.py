@@ -13,8 +13,8 @@ import functools
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from magr_fx.api import magr_transform, round_apart
+from magr_fx.api import magr_transform, quantize_apart
 from magr_fx.calibration_text import text_batches
 from magr_fx.config import MagRConfig
+from magr_fx.disk import is_full
 from magr_fx.errors import CheckpointError, ConfigError, ModelError
 from magr_fx.model_directory import (
     CONFIG,
@@ -45,16 +46,13 @@ from magr_fx.passes.offloaded import keep_in, offloaded_weights
 from magr_fx.passes.quantizable import quantized_copy
 from magr_fx.passes.to_torchao import describe
 from magr_fx.report import MagRReport
-from magr_fx.report_files import read_report, write_report
+from magr_fx.report_files import has_report, read_report, write_report
 from magr_fx.tensor_files import TensorFiles
 from magr_fx.write_directory import RewrittenWeights, Shards, copy_rest, publish, stored_as
 from magr_fx.write_quantized import write_quantized, write_quantized_config
 
 UNFINISHED = ".unfinished"
 CHECKPOINT = "checkpoint"
-# Copies of the weights on the disk, beside the model itself, at most: what is saved to go on from,
-# and the shards of OUT; of a quantized model also these; what transformers fuses it writes too.
-COPIES, COPIES_QUANTIZED, COPIES_FUSED = 2, 3, 1
 # Bytes that Python, torch and transformers take before there is any model, about.
 PROCESS = 500_000_000
 
@@ -101,60 +99,86 @@ def transform_directory(job: Job) -> MagRReport:
         MagRError: something is missing, damaged or too small, or what magr_transform raises;
             ``out`` is as it was then.
     """
-    with _prepared(job, COPIES) as prepared:
+    if _is_made(job):
+        return _made(job)
+    with _prepared(job, quantized=False) as prepared:
         model = _load(prepared)
-        return _finish(prepared, _rewrite(model, prepared), model.magr_report)
+        chosen = _chosen(model, job, linears_only=False)
+        shards = _rewritten_to(model, prepared, chosen)
+        magr_transform(
+            model,
+            prepared.calib,
+            job.config,
+            target=job.target,
+            filter_fn=chosen,
+            checkpoint_dir=job.run / CHECKPOINT,
+            **job.options,
+        )
+        shards.finish()
+        copy_rest(prepared.source, shards.folder)
+        return _finish(prepared, shards.folder, model.magr_report)
 
 
-def quantize_directory(job: Job) -> MagRReport:
-    """:func:`transform_directory` for a target, then torchao, a weight at a time.
+def quantize_directory(job: Job, rounding: str = "nearest") -> MagRReport:
+    """:func:`magr_fx.magr_quantize` from directory to directory, a block in memory at a time.
 
-    Quantized are the linears that transformers' ``TorchAoConfig`` quantizes, all but the head.
+    Quantized are the linears that transformers' ``TorchAoConfig`` quantizes, all but the head,
+    where torchao can: what is left alone, and why, is in the report.
 
     Raises:
         MagRError: as :func:`transform_directory`.
     """
-    with _prepared(job, COPIES_QUANTIZED) as prepared:
+    if _is_made(job):
+        return _made(job)
+    with _prepared(job, quantized=True) as prepared:
         model = _load(prepared)
-        linears = _linears(model, prepared)
-        rewritten, report = _rewrite(model, prepared, linears_only=True), model.magr_report
-        weights = offloaded_weights(model)
-
-        def value(name: str) -> torch.Tensor:
-            return quantized_copy(weights[name], job.target)
-
-        now = replace(prepared, tensors=read_directory(rewritten))
-        return _finish(prepared, _save_quantized(model, now, linears, value, report), report)
-
-
-def quantize_directory_gptq(job: Job) -> MagRReport:
-    """:func:`magr_fx.magr_quantize` with GPTQ, a block in memory at a time.
-
-    Raises:
-        MagRError: as :func:`transform_directory`.
-    """
-    with _prepared(job, COPIES_QUANTIZED) as prepared:
-        model = _load(prepared)
-        linears = _linears(model, prepared)
-        rounded = TensorFiles(_emptied(job.run / "rounded"))
-        report = round_apart(
+        chosen = _chosen(model, job, linears_only=True)
+        linears, left = _linears(model, prepared), _left_out(model, job)
+        tensors: MutableMapping[str, torch.Tensor] = {}
+        shards = None
+        if rounding == "gptq":
+            tensors = TensorFiles(_emptied(job.run / "rounded"))
+        else:
+            shards = _rewritten_to(model, prepared, chosen)
+        able = quantize_apart(
             model,
             prepared.calib,
             job.target,
             job.config,
-            rounded,
-            filter_fn=_chosen(model, job, linears_only=True),
+            tensors,
+            rounding=rounding,
+            filter_fn=chosen,
             checkpoint_dir=job.run / CHECKPOINT,
             **job.options,
         )
-        weights = offloaded_weights(model)
+        stored, weights = prepared.tensors, offloaded_weights(model)
+        if shards is not None:
+            shards.finish()
+            stored = read_directory(shards.folder)
 
         def value(name: str) -> torch.Tensor:
-            if name in rounded:
-                return rounded[name]
-            return quantized_copy(weights[name], job.target)
+            return tensors[name] if name in tensors else quantized_copy(weights[name], job.target)
 
-        return _finish(prepared, _save_quantized(model, prepared, linears, value, report), report)
+        unable = {name for names in linears.values() for name in names} - {*able}
+        if unable:
+            left = [*(left or HfQuantizer.get_modules_to_not_convert(model))]
+            left += sorted(name.removesuffix(".weight") for name in unable)
+        wanted = {
+            key: kept
+            for key, names in linears.items()
+            if (kept := [n for n in names if n not in unable])
+        }
+        report: MagRReport = model.magr_report
+        folder = _emptied(job.run / "quantized")
+        parts = functools.partial(revert_weight_conversion, model)
+        progress = job.options.get("progress")
+        done = write_quantized(stored, wanted, value, parts, folder, progress=progress)
+        report.mark_quantized(done)
+        report.target = describe(job.target)
+        config = TorchAoConfig(job.target, modules_to_not_convert=left)
+        write_quantized_config(prepared.source, folder, json.loads(config.to_json_string()))
+        copy_rest(prepared.source, folder, keep=(CONFIG,))
+        return _finish(prepared, folder, report)
 
 
 def report_of(folder: Path) -> MagRReport:
@@ -166,7 +190,7 @@ def report_of(folder: Path) -> MagRReport:
     Raises:
         MagRError: there is no report there, or it cannot be read.
     """
-    if folder.name and is_resumable(folder):
+    if folder.name and is_resumable(folder) and not has_report(folder):
         folder = folder.with_name(folder.name + UNFINISHED)
     if any((folder / CHECKPOINT).glob("state-*.pt")):
         return checkpoint_report(folder / CHECKPOINT)
@@ -187,7 +211,7 @@ class _Prepared:
 
 
 @contextlib.contextmanager
-def _prepared(job: Job, copies: int) -> Iterator[_Prepared]:
+def _prepared(job: Job, *, quantized: bool) -> Iterator[_Prepared]:
     """Check all that can be checked first; then the run's directory is ours, until the end.
 
     It stays, if the work is cut short, where there is something in it to go on from.
@@ -202,13 +226,15 @@ def _prepared(job: Job, copies: int) -> Iterator[_Prepared]:
             config = read_config(source)
             check_length(config, job.length)
             tensors = read_directory(source)
-            copies += COPIES_FUSED * (experts_of(config) is not None)
+            copies = copies_of(config, quantized=quantized)
             size = sum(tensor.nbytes for tensor in tensors.values())
             _check_space(job, config, copies, size)
             tokenizer = _tokenizer(source)
             calib = text_batches(tokenizer, job.text, tokens=job.tokens, length=job.length)
             yield _Prepared(job, source, tensors, calib)
         except (OSError, SafetensorError) as error:
+            if isinstance(error, OSError) and not is_full(error):
+                raise CheckpointError(f"{error}. What was saved is still there") from error
             raise CheckpointError(
                 f"{getattr(error, 'filename', None) or job.run} cannot be written: {error}. Free "
                 "some space; what was saved is still there"
@@ -234,6 +260,15 @@ def check_length(config: dict[str, Any], length: int) -> None:
             f"windows of {length:,} tokens are longer than the {most:,} positions that the model "
             f"knows; give --length {most}, or less"
         )
+
+
+def copies_of(config: dict[str, Any], *, quantized: bool) -> int:
+    """How many copies of the weights the disk needs room for, beside the model, at most.
+
+    What is saved to go on from and the result; of a quantized model what it is made of as well; and
+    what transformers fuses it writes anew.
+    """
+    return 2 + quantized + (experts_of(config) is not None)
 
 
 def _check_apart(job: Job, source: Path) -> None:
@@ -325,31 +360,23 @@ def _load(prepared: _Prepared) -> Any:
         ) from error
 
 
-def _rewrite(model: Any, prepared: _Prepared, *, linears_only: bool = False) -> Path:
-    """Rewrite a model that is offloaded; each weight is saved as soon as it is finished."""
-    job = prepared.job
-    chosen = _chosen(model, job, linears_only=linears_only)
-    folder = _emptied(job.run / "rewritten")
-    shards = Shards(prepared.tensors, folder)
+def _rewritten_to(model: Any, prepared: _Prepared, chosen: FilterFn) -> Shards:
+    """Let a model that is offloaded have its weights written to shards as soon as they change.
+
+    Raises:
+        ModelError: one of those that are chosen cannot be written as it is stored.
+    """
+    shards = Shards(prepared.tensors, _emptied(prepared.job.run / "rewritten"))
     parts = functools.partial(revert_weight_conversion, model)
     weights = RewrittenWeights(offloaded_weights(model), shards, parts)
     for name, module in model.named_modules():
         for key, like in module._parameters.items():
-            if like is not None and chosen(module, name):
-                weights.check(f"{name}.{key}", like)
+            full = f"{name}.{key}" if name else key
+            matrix = like is not None and like.dim() > 1 and full in weights.index
+            if matrix and chosen(module, name):
+                weights.check(full, like)
     keep_in(model, weights)
-    magr_transform(
-        model,
-        prepared.calib,
-        job.config,
-        target=job.target,
-        filter_fn=chosen,
-        checkpoint_dir=job.run / CHECKPOINT,
-        **job.options,
-    )
-    shards.finish()
-    copy_rest(prepared.source, folder)
-    return folder
+    return shards
 
 
 def _chosen(model: Any, job: Job, *, linears_only: bool) -> FilterFn:
@@ -369,16 +396,8 @@ def _chosen(model: Any, job: Job, *, linears_only: bool) -> FilterFn:
     return chosen
 
 
-@dataclass(frozen=True)
-class _Linears:
-    """What transformers quantizes: its config, and the weights' names, by those in the files."""
-
-    config: TorchAoConfig
-    names: dict[str, list[str]]
-
-
-def _linears(model: Any, prepared: _Prepared) -> _Linears:
-    """What transformers quantizes of a model that is offloaded.
+def _linears(model: Any, prepared: _Prepared) -> dict[str, list[str]]:
+    """The weights that transformers quantizes: their names in the files, and in the model.
 
     Raises:
         ModelError: one of these is not stored as it is in the model.
@@ -399,33 +418,24 @@ def _linears(model: Any, prepared: _Prepared) -> _Linears:
                     "give that directory, or leave it out with --skip"
                 )
             names.setdefault(key, []).append(name)
-    return _Linears(config, names)
-
-
-def _save_quantized(
-    model: Any,
-    prepared: _Prepared,
-    linears: _Linears,
-    value: Callable[[str], torch.Tensor],
-    report: MagRReport,
-) -> Path:
-    """Save a quantized model, and note in the report what of it is."""
-    folder = _emptied(prepared.job.run / "quantized")
-    parts = functools.partial(revert_weight_conversion, model)
-    progress = prepared.job.options.get("progress")
-    done = write_quantized(prepared.tensors, linears.names, value, parts, folder, progress=progress)
-    report.mark_quantized(done)
-    report.target = describe(prepared.job.target)
-    write_quantized_config(prepared.source, folder, json.loads(linears.config.to_json_string()))
-    copy_rest(prepared.source, folder, keep=(CONFIG,))
-    return folder
+    return names
 
 
 def _finish(prepared: _Prepared, folder: Path, report: MagRReport) -> MagRReport:
     write_report(report, folder)
     publish(folder, prepared.job.out)
-    shutil.rmtree(prepared.job.run)
+    shutil.rmtree(prepared.job.run, ignore_errors=True)
     return report
+
+
+def _is_made(job: Job) -> bool:
+    """Whether a run that is to go on was cut short after its result was whole."""
+    return job.resume and job.run.exists() and has_report(job.out)
+
+
+def _made(job: Job) -> MagRReport:
+    shutil.rmtree(job.run, ignore_errors=True)
+    return read_report(job.out)
 
 
 def rewritable(

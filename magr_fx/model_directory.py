@@ -113,8 +113,9 @@ def read_directory(folder: Path) -> dict[str, StoredTensor]:
             "if all others are there"
         )
     tensors: dict[str, StoredTensor] = {}
-    for file in _shards(folder):
-        tensors |= read_header(file)
+    for file, wanted in shards(folder).items():
+        own = read_header(file)
+        tensors |= {n: tensor for n, tensor in own.items() if wanted is None or n in wanted}
     for name, tensor in tensors.items():
         if len(tensor.shape) >= 2 and tensor.dtype not in _BYTES:
             raise ModelError(
@@ -137,23 +138,31 @@ def _unfinished(folder: Path) -> Path | None:
     return next((part for part in parts if not whole & set(part.name.split("."))), None)
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The files that the index names, or the single one."""
+def shards(folder: Path) -> dict[Path, set[str] | None]:
+    """The files that hold a model's weights, as transformers takes them: the single one if there is
+    one, else those of the index, each with the names that the index looks for in it.
+
+    Raises:
+        ModelError: there are none, or some are missing.
+    """
+    if (folder / SINGLE).is_file():
+        return {folder / SINGLE: None}
     index = folder / INDEX
     if index.exists():
+        files: dict[Path, set[str] | None] = {}
         try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            for file in sorted(set(weight_map.values())):
+                files[folder / file] = {name for name, at in weight_map.items() if at == file}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index} cannot be read: {error!r}; {_DOWNLOAD}") from error
-        missing = sorted(name for name in names if not (folder / name).is_file())
+        missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ModelError(
-                f"{folder} lacks {len(missing)} of the {len(names)} files that {INDEX} names, "
+                f"{folder} lacks {len(missing)} of the {len(files)} files that {INDEX} names, "
                 f"{missing[0]} for one; {_DOWNLOAD}"
             )
-        return [folder / name for name in sorted(names)]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
+        return files
     other = next((f.name for p in WEIGHTS for f in sorted(folder.glob(p))), None)
     if other is None:
         raise ModelError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}; {_DOWNLOAD}")

@@ -12,7 +12,7 @@ from torchao.core.config import AOBaseConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from magr_fx.calibration_text import BATCH
-from magr_fx.directories import PROCESS, check_length, rewritable
+from magr_fx.directories import PROCESS, check_length, copies_of, rewritable
 from magr_fx.errors import ConfigError, ModelError
 from magr_fx.measure_rates import measured_rates
 from magr_fx.model_directory import experts_of, find_model, read_config, read_directory
@@ -141,6 +141,7 @@ def plan_directory(
         filter_fn=rewritable(model, skip, head=head, linears_only=gptq),
         routed=_routed(raw),
         stored=None if tensors is None else sum(tensor.nbytes for tensor in tensors.values()),
+        copies=copies_of(raw, quantized=gptq),
     )
     check_group_size(found.sites, group_size)
     rates = measured_rates(found.largest, dtype, BATCH * length)

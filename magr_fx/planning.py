@@ -199,16 +199,17 @@ def boundary_bytes(width: int, tokens: int, itemsize: int, method: Method) -> in
     return tokens * width * itemsize * (1 + method.propagate)
 
 
-def disk_bytes(rewritten: int, model: int, boundary: int) -> int:
-    """Bytes that the disk holds at most: what is saved of the weights, the result, and two states.
+def disk_bytes(model: int, copies: int, boundary: int) -> int:
+    """Bytes that the disk holds at most beside the model: copies of its weights, and two states.
 
     Args:
-        rewritten: bytes of the weights that are rewritten.
         model: bytes of the whole model.
+        copies: 2, what is saved to go on from and the result; 3 to quantize; one more where
+            transformers fuses experts, which it writes anew.
         boundary: bytes of the activations between blocks; the last state stays until the next is
             whole.
     """
-    return rewritten + model + 2 * boundary
+    return copies * model + 2 * boundary
 
 
 def forward_flops(shapes: Iterable[Shape], tokens: int) -> float:

@@ -33,6 +33,11 @@ def write_report(report: MagRReport, folder: Path) -> None:
     np.savez(folder / CHANNELS, **arrays)
 
 
+def has_report(folder: Path) -> bool:
+    """Whether a report was written there."""
+    return (folder / ROWS).exists()
+
+
 def read_report(folder: Path) -> MagRReport:
     """What :func:`write_report` wrote, also that of a version which knew fewer figures.
 

@@ -7,12 +7,8 @@ from pathlib import Path
 
 import torch
 
+from magr_fx.disk import why_not_written
 from magr_fx.errors import CheckpointError
-
-
-def why_not_written(error: OSError | RuntimeError) -> BaseException:
-    """What went wrong in the end: of a full disk torch.save tells only where it was in the file."""
-    return error if isinstance(error, OSError) else error.__context__ or error
 
 
 class TensorFiles(MutableMapping[str, torch.Tensor]):
@@ -45,6 +41,9 @@ class TensorFiles(MutableMapping[str, torch.Tensor]):
         except FileNotFoundError:
             raise KeyError(name) from None
         return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._file(name).exists()
 
     def __delitem__(self, name: str) -> None:
         self._file(name).unlink()

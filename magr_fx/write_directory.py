@@ -7,18 +7,21 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
+from magr_fx.disk import copy_bytes, take_room
 from magr_fx.errors import ModelError
 from magr_fx.model_directory import (
     CONFIG,
     INDEX,
+    SINGLE,
     WEIGHTS,
     StoredTensor,
     read_directory,
     read_header,
+    shards,
 )
 
 # Tensors by the model's names → what is stored for them, by the names in the files.
@@ -29,7 +32,6 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_CHUNK = 2**24  # bytes that are copied at once
 
 
 class Shards:
@@ -48,29 +50,30 @@ class Shards:
     """
 
     def __init__(self, tensors: dict[str, StoredTensor], folder: Path) -> None:
-        self.tensors = tensors
-        self._written: set[str] = set()
+        self.tensors, self.folder = tensors, folder
+        self._written: set[StoredTensor] = set()
         self._copies: dict[Path, Path] = {}
-        for file in dict.fromkeys(tensor.file for tensor in tensors.values()):
+        source = next(iter(tensors.values())).file.parent
+        for file in shards(source):
             self._copies[file] = folder / file.name
             _laid_out(file, folder / file.name)
-        index = next(iter(tensors.values())).file.parent / INDEX
-        if index.exists():
-            shutil.copyfile(index, folder / INDEX)
+        if folder / SINGLE not in self._copies.values():
+            shutil.copyfile(source / INDEX, folder / INDEX)
 
     def write(self, name: str, weight: torch.Tensor) -> Path:
         """Write a tensor of the origin anew, in the dtype it has there; the shard that has it."""
         stored = self.tensors[name]
         overwrite(self._copies[stored.file], stored, weight)
-        self._written.add(name)
+        self._written.add(stored)
         return self._copies[stored.file]
 
     def finish(self) -> None:
         """Copy what was not written."""
-        for name, stored in self.tensors.items():
-            if name not in self._written:
-                with stored.file.open("rb") as origin, self._copies[stored.file].open("r+b") as own:
-                    _copy(origin, own, stored.start, stored.stop)
+        for file, made in self._copies.items():
+            with file.open("rb") as origin, made.open("r+b") as own:
+                for stored in read_header(file).values():
+                    if stored not in self._written:
+                        copy_bytes(origin, own, stored.start, stored.stop)
 
 
 class RewrittenWeights(Mapping[str, torch.Tensor]):
@@ -111,6 +114,13 @@ class RewrittenWeights(Mapping[str, torch.Tensor]):
         """
         if self._stored[name] is not None:
             return
+        file = Path(self.index[name].get("safetensors_file") or "")
+        if not (self.save_folder and file.is_relative_to(self.save_folder)):
+            raise ModelError(
+                f"transformers reads {name} from {file}, which is not where the files' names and "
+                "headers say; load the model with transformers, save_pretrained it anew, and give "
+                "that directory"
+            )
         try:
             parts = {key: part.shape for key, part in self._parts({name: like}).items()}
             wrong = [
@@ -135,7 +145,7 @@ class RewrittenWeights(Mapping[str, torch.Tensor]):
             return
         for key, part in self._parts({name: weight}).items():
             self._shards.write(key, part)
-        own = Path(self.index[name]["safetensors_file"])
+        own = Path(self.index[name]["safetensors_file"])  # transformers', as check has made sure
         overwrite(own, read_header(own)[self.index[name]["weight_name"]], weight)
 
 
@@ -219,15 +229,6 @@ def _laid_out(file: Path, copy: Path) -> None:
     """Make a file with the header of another one, and room for all of its tensors."""
     with file.open("rb") as origin, copy.open("wb") as made:
         length = int.from_bytes(origin.read(8), "little")
-        _copy(origin, made, 0, 8 + length)
+        copy_bytes(origin, made, 0, 8 + length)
         made.flush()
-        os.posix_fallocate(made.fileno(), 0, file.stat().st_size)
-
-
-def _copy(origin: BinaryIO, made: BinaryIO, start: int, stop: int) -> None:
-    origin.seek(start)
-    made.seek(start)
-    while start < stop:
-        piece = origin.read(min(_CHUNK, stop - start))
-        made.write(piece)
-        start += len(piece)
+        take_room(made, file.stat().st_size)

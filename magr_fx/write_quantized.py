@@ -63,14 +63,12 @@ def write_quantized(
     for at, shard in enumerate(bar, 1):
         flat: dict[str, torch.Tensor] = {}
         for key in shard:
-            values = {name: value(name) for name in quantized.get(key, ())}
-            values = values or {key: _plain(tensors[key], key)}
-            taken_apart, described = flatten_tensor_state_dict(values)
+            own = {name: value(name).detach() for name in quantized.get(key, ())}
+            flat_own, described = flatten_tensor_state_dict(own or {key: _plain(tensors[key], key)})
             names += json.loads(described.pop("tensor_names"))
             metadata |= described
-            whole = {name for name, one in values.items() if type(one) is not torch.Tensor}
-            done |= whole
-            flat |= stored_as(taken_apart) if whole else taken_apart
+            done |= {name for name, one in own.items() if type(one) is not torch.Tensor}
+            flat |= stored_as(flat_own) if own else flat_own
         file = SINGLE if single else f"model-{at:05d}{digits}"
         save_file(flat, folder / file)
         files |= dict.fromkeys(flat, file)

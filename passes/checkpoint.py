@@ -23,12 +23,12 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from magr_fx.config import MagRConfig
+from magr_fx.disk import why_not_written
 from magr_fx.errors import CheckpointError
 from magr_fx.passes.offloaded import Resident
 from magr_fx.passes.ranks import ALONE, Ranks
 from magr_fx.passes.trace import TracedBatch
 from magr_fx.report import MagRReport, Quantization, SiteReport
-from magr_fx.tensor_files import why_not_written
 
 _FINGERPRINT = "fingerprint.json"
 # How many values of each weight tell one model from another.

@@ -93,6 +93,10 @@ def at_hand(model: nn.Module) -> Iterator[Resident]:
             restored.callback(module._buffers.__setitem__, key, module._buffers[key])
             module._buffers[key] = buffer
         for module in model.modules():
+            # Models that read a child's weights themselves ask for its hook.
+            hook = module.__dict__.pop("_hf_hook", None)
+            if hook is not None:
+                restored.callback(setattr, module, "_hf_hook", hook)
             unhooked: Any = getattr(module, "_old_forward", None)
             if unhooked is not None:
                 restored.callback(setattr, module, "forward", module.forward)

@@ -60,6 +60,7 @@ def plan(
     filter_fn: FilterFn | None = None,
     routed: float = 1.0,
     stored: int | None = None,
+    copies: int = 2,
 ) -> Plan:
     """Trace a model that has no weights, and count.
 
@@ -71,6 +72,7 @@ def plan(
         filter_fn: as for :func:`magr_fx.magr_transform`.
         routed: the share of the tokens that reach each expert of a stack.
         stored: bytes of the weights on the disk; None counts the model's own.
+        copies: of them that the disk holds at most, beside those.
 
     Raises:
         MagRError: the model cannot be traced, or has nothing to rewrite.
@@ -93,7 +95,6 @@ def plan(
     total = stored or sum(item.values())
     boundaries = [int(alive * share) * (1 + method.propagate) for alive in _alive(steps)]
     boundary = max(boundaries)
-    rewritten = sum(s.parameters for s in all_shapes) * next(model.parameters()).element_size()
     return Plan(
         found.sites,
         found.rejections,
@@ -108,7 +109,7 @@ def plan(
             grams=grams,
             solver=max(solver_bytes(shape, method) for shape in all_shapes),
             boundary=boundary,
-            disk=disk_bytes(rewritten, total, boundary),
+            disk=disk_bytes(total, copies, boundary),
             states=sum(boundaries),
         ),
         max(all_shapes, key=lambda shape: shape.rows * shape.inputs),

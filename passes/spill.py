@@ -17,6 +17,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map
 
+from magr_fx.disk import take_room
 from magr_fx.errors import CheckpointError, ConfigError
 
 LEAST = 2**16  # bytes: what is smaller stays in memory
@@ -69,7 +70,8 @@ class Spill:
             descriptor, name = tempfile.mkstemp(dir=self.folder, prefix="activations-")
             try:
                 # A map of a file that has no room would end in a signal when it is written to.
-                os.posix_fallocate(descriptor, 0, size)
+                with open(descriptor, "r+b", closefd=False) as file:
+                    take_room(file, size)
                 mapped: Any = torch.UntypedStorage.from_file(name, shared=True, nbytes=size)
             finally:
                 os.close(descriptor)

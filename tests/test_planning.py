@@ -191,7 +191,7 @@ def test_formulas_by_hand() -> None:
     assert planning.boundary_bytes(32, 100, 2, ALONE) == 6400
     assert planning.boundary_bytes(32, 100, 2, Method()) == 12_800
     assert planning.attention_flops(3, 32, 100, 16) == 4 * 3 * 32 * 100 * 16
-    assert planning.disk_bytes(5, 100, 7) == 119
+    assert planning.disk_bytes(100, 3, 7) == 314
     assert (planning.passes(ALONE), planning.passes(Method())) == (2, 3)
     search = planning.solve_work(shapes, Method())
     for dearer in (Method(groups=True), Method(gptq=True)):
