@@ -81,8 +81,8 @@ class Checkpoint:
     def last(self) -> dict[str, Any] | None:
         """What was saved last: ``step``, ``boundary`` and ``rows``; None in a new directory.
 
-        All else is removed: what a step left that not every rank had saved must not meet what
-        another attempt makes of the same step.
+        Other states are removed, and weights of later steps: what is left of a step that not every
+        rank had saved must not meet what another attempt makes of the same step.
 
         Raises:
             CheckpointError: a file is damaged, or cannot be removed.
