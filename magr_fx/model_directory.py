@@ -113,9 +113,15 @@ def read_directory(folder: Path) -> dict[str, StoredTensor]:
             "if all others are there"
         )
     tensors: dict[str, StoredTensor] = {}
-    for file, wanted in shards(folder).items():
+    for file in shards(folder):
         own = read_header(file)
-        tensors |= {n: tensor for n, tensor in own.items() if wanted is None or n in wanted}
+        twice = next(iter(own.keys() & tensors.keys()), None)
+        if twice is not None:  # what reads them disagrees on which it is
+            raise ModelError(
+                f"{twice} is stored twice, in {tensors[twice].file.name} and {file.name} of "
+                f"{folder}; load the model with transformers and save_pretrained it anew"
+            )
+        tensors |= own
     for name, tensor in tensors.items():
         if len(tensor.shape) >= 2 and tensor.dtype not in _BYTES:
             raise ModelError(
@@ -138,22 +144,21 @@ def _unfinished(folder: Path) -> Path | None:
     return next((part for part in parts if not whole & set(part.name.split("."))), None)
 
 
-def shards(folder: Path) -> dict[Path, set[str] | None]:
-    """The files that hold a model's weights, as transformers takes them: the single one if there is
-    one, else those of the index, each with the names that the index looks for in it.
+def shards(folder: Path) -> list[Path]:
+    """The files that hold a model's weights, as transformers takes them.
+
+    The single one if there is one, else those that the index names.
 
     Raises:
         ModelError: there are none, or some are missing.
     """
     if (folder / SINGLE).is_file():
-        return {folder / SINGLE: None}
+        return [folder / SINGLE]
     index = folder / INDEX
     if index.exists():
-        files: dict[Path, set[str] | None] = {}
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            for file in sorted(set(weight_map.values())):
-                files[folder / file] = {name for name, at in weight_map.items() if at == file}
+            files = [folder / file for file in sorted(set(weight_map.values()))]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index} cannot be read: {error!r}; {_DOWNLOAD}") from error
         missing = [file.name for file in files if not file.is_file()]

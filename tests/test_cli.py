@@ -17,13 +17,21 @@ from safetensors.torch import load_file, save_file
 from tiny_directories import save_model, save_text
 from tiny_models import tiny_llama, tiny_mixtral
 from torch import nn
+from torch.nn import functional
 from torchao.quantization import quantize_
-from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MambaConfig,
+    MambaForCausalLM,
+    TorchAoConfig,
+)
+from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.quantizers import AutoHfQuantizer
 
 from magr_fx import MagRConfig, magr_quantize, magr_transform
 from magr_fx.calibration_text import text_batches
-from magr_fx.directories import rewritable
+from magr_fx.directories import report_of, rewritable
 from magr_fx.named_targets import named_target
 from magr_fx.passes.to_torchao import is_quantized
 
@@ -178,6 +186,75 @@ def test_a_quantized_directory_is_what_transformers_saves(
         assert sorted(names) == sorted(own)
         assert own.items() <= described.items()
         assert {n for n, what in described.items() if "Intx" in what} <= own.keys()
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_what_torchao_cannot_run_is_left_alone(
+    rounding: str, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in memory: a weight that no F.linear reads as a whole keeps its values, and is told of."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        h = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        halves = [functional.linear(h, rows) for rows in self.down_proj.weight.split(16)]
+        return torch.cat(halves, -1)
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    source = save_model(tmp_path / "model", tiny_llama(num_hidden_layers=1))
+    out, name = tmp_path / "out", "model.layers.0.mlp.down_proj"
+    done("quantize", source, out, "--calib", text, *INT3, *SMALL, "--rounding", rounding)
+    loaded, original = load(out), load(source)
+    kept = loaded.get_submodule(name).weight
+    assert not is_quantized(kept)
+    assert torch.equal(kept, original.get_submodule(name).weight)
+    assert sum(is_quantized(p) for p in loaded.parameters()) == 6
+    assert bool(loaded(batches(source, text)[0]).logits.isfinite().all())
+    skipped = {site.name for site in report_of(out).skipped}
+    assert {f"{name}.weight[0:16]", f"{name}.weight[16:32]"} <= skipped
+
+
+def two_files(source: Path) -> None:
+    """A whole file and shards of it: transformers reads the file, whatever the index says."""
+    stored = load_file(source / "model.safetensors")
+    save_file({name: value + 1 for name, value in stored.items()}, source / "model-1.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(stored, "model-1.safetensors")}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("verb", ["transform", "quantize"])
+def test_the_models_own_files_are_left_alone(verb: str, tmp_path: Path, text: Path) -> None:
+    source = save_model(tmp_path / "model", tiny_llama(num_hidden_layers=1))
+    two_files(source)
+    before, out = contents(source), tmp_path / "out"
+    done(verb, source, out, "--calib", text, *INT3, *SMALL)
+    assert contents(source) == before
+    wanted = load(source)
+    change = magr_transform if verb == "transform" else magr_quantize
+    change(wanted, batches(source, text), target=TARGET, filter_fn=no_head)
+    ids = batches(source, text)[0]
+    assert torch.equal(load(out)(ids).logits, wanted(ids).logits)
+
+
+@pytest.mark.parametrize("verb", [("transform",), ("quantize", "--rounding", "gptq")])
+def test_models_that_read_a_childs_weights_themselves(
+    verb: tuple[str, ...], tmp_path: Path, text: Path
+) -> None:
+    """Mamba's mixers do, and then ask accelerate to fetch them."""
+    config = MambaConfig(
+        vocab_size=100,
+        hidden_size=32,
+        state_size=4,
+        num_hidden_layers=1,
+        intermediate_size=64,
+        time_step_rank=4,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = MambaForCausalLM(config)
+    source, out = save_model(tmp_path / "model", made), tmp_path / "out"
+    done(*verb, source, out, "--calib", text, "--target", "int4-per-channel", *SMALL)
+    assert any("in_proj" in site.name for site in report_of(out).rewritten)
+    assert bool(load(out)(batches(source, text)[0]).logits.isfinite().all())
 
 
 def metadata(file: Path) -> dict[str, str]:

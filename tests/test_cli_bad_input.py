@@ -89,6 +89,13 @@ def scramble_a_header(place: Place) -> None:
     path.write_bytes(content)
 
 
+def store_twice(place: Place) -> None:
+    path = shard_with(place.model, LAYER)
+    weight = load_file(path)[LAYER]
+    other = next(f for f in sorted(place.model.glob("model-*")) if f != path)
+    save_file({**load_file(other), LAYER: weight}, other, {"format": "pt"})
+
+
 def make_int8(place: Place) -> None:
     path = shard_with(place.model, LAYER)
     stored = load_file(path)
@@ -172,6 +179,7 @@ def leave_a_run(place: Place) -> None:
 
 
 CASES: list[tuple[Callable[[Place], None], str]] = [
+    (store_twice, r"is stored twice, in model-0.* and model-0.*save_pretrained it anew"),
     (drop_a_shard, r"lacks 1 of the \d+ files .*model-0.*finish the download"),
     (cut_a_shard, r"has [\d,]+ bytes where its header says [\d,]+: .*finish the download"),
     (cut_a_header, "is no whole safetensors file: the header is cut short; finish the download"),

@@ -22,6 +22,8 @@ from tiny_models import tiny_llama
 
 from magr_fx.directories import is_resumable, report_of
 from magr_fx.passes.checkpoint import Checkpoint
+from magr_fx.report_files import read_report
+from magr_fx.write_directory import publish
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +146,31 @@ def test_what_is_finished_is_in_its_shard(
     assert not any(torch.equal(before[name], wanted[name]) for name in rewritten)
     assert not any(run_folder.rglob("*.dat"))
     done(*command(reference, out, "--resume"))
+    assert contents(out) == contents(reference / "wanted")
+
+
+def test_a_run_that_was_cut_short_after_its_end(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OUT is whole, and what was needed for it is still there: nothing is done again."""
+    out = tmp_path / "out"
+
+    def cut_short(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    def published(folder: Path, out: Path) -> None:
+        publish(folder, out)
+        patched.setattr("magr_fx.directories.shutil.rmtree", cut_short)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("magr_fx.directories.publish", published)
+        assert run(*command(reference, out)).exit_code == 130
+    assert contents(out) == contents(reference / "wanted")
+    assert is_resumable(out)
+    assert str(report_of(out)) == str(read_report(out))
+    result = done(*command(reference, out, "--resume"))
+    assert "14 rewritten" in result.output
+    assert not (tmp_path / "out.unfinished").exists()
     assert contents(out) == contents(reference / "wanted")
 
 
