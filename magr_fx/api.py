@@ -266,7 +266,7 @@ def quantize_apart(
             model stays as it is; to the nearest its weights are rewritten.
 
     Returns:
-        The names of the weights that torchao can quantize: of all others that it would take, the
+        All names of the weights that torchao can quantize: of the others that it would take, the
         report says why they may not be.
 
     Raises:
@@ -294,7 +294,7 @@ def quantize_apart(
             quantize=True,
             apart=tensors,
         )
-    return [weight.name for weight in weights]
+    return [place.name for weight in weights for place in weight.places]
 
 
 def _quantize_graph(
