@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import MutableMapping
@@ -17,7 +18,8 @@ from magr_fx.passes.calibration import Batch, read_calib
 from magr_fx.passes.check_model import check_group_size, check_model, check_not_frozen
 from magr_fx.passes.checkpoint import Checkpoint, fingerprint
 from magr_fx.passes.find_linears import FilterFn, check_filter, find_linears
-from magr_fx.passes.offloaded import Resident, all_resident, at_hand, is_offloaded
+from magr_fx.passes.offloaded import at_hand, execution_device, is_offloaded
+from magr_fx.passes.on_device import on_device
 from magr_fx.passes.pipeline import resolve_config, rewrite_sites, target_for_rewriting
 from magr_fx.passes.quantizable import (
     Quantizable,
@@ -28,7 +30,8 @@ from magr_fx.passes.quantizable import (
 from magr_fx.passes.quantized_weights import Target
 from magr_fx.passes.ranks import ALONE, Group, Ranks, together
 from magr_fx.passes.read_exported import trace_or_read
-from magr_fx.passes.sharded import gathered, is_sharded
+from magr_fx.passes.resident import Resident, all_resident
+from magr_fx.passes.sharded import device_of_shards, gathered, is_sharded
 from magr_fx.passes.to_pt2e import (
     export_for_pt2e,
     is_pt2e_quantizer,
@@ -140,7 +143,9 @@ def magr_transform(
         check_not_frozen(model)
         if offloaded or sharded:
             tracing = tracing.without_values()
-        with gathered(inner, ranks) if sharded else at_hand(inner) as resident:
+        device = device_of_shards(inner) if sharded else execution_device(inner)
+        around = gathered(inner, ranks, device) if sharded else at_hand(inner, device)
+        with around as resident:
             _run(
                 model,
                 read_calib(calib, inner),
@@ -149,6 +154,7 @@ def magr_transform(
                 filter_fn=filter_fn,
                 tracing=tracing,
                 resident=resident,
+                device=device,
                 ranks=ranks,
                 strict=strict,
                 checkpoint_dir=checkpoint_dir,
@@ -277,7 +283,8 @@ def quantize_apart(
     config = resolve_config(config, target, required=True)
     check_filter(filter_fn)
     check_model(model, offloaded=is_offloaded(model))
-    with together(False) as ranks, at_hand(model) as resident:
+    device = execution_device(model)
+    with together(False) as ranks, at_hand(model, device) as resident:
         _, weights = _run(
             model,
             read_calib(calib, model),
@@ -286,6 +293,7 @@ def quantize_apart(
             filter_fn=filter_fn,
             tracing=Tracing("auto", False).without_values(),
             resident=resident,
+            device=device,
             ranks=ranks,
             strict=False,
             checkpoint_dir=checkpoint_dir,
@@ -352,6 +360,7 @@ def _run(
     progress: bool | None,
     quantize: bool,
     resident: Resident = all_resident,
+    device: torch.device | None = None,
     ranks: Ranks = ALONE,
     apart: MutableMapping[str, torch.Tensor] | None = None,
 ) -> tuple[MagRReport, list[Quantizable]]:
@@ -361,7 +370,7 @@ def _run(
     report = MagRReport(config, "" if quantizer is None else describe(quantizer.config))
     tensors = {} if apart is None else apart
     weights: list[Quantizable] = []
-    with calibration_mode(inner):
+    with calibration_mode(inner, device), contextlib.ExitStack() as moved:
         with report.timed("trace"):
             traced = trace_or_read(inner, batches, tracing)
         found = find_linears(dict.fromkeys(b.trace for b in traced), inner, filter_fn)
@@ -390,12 +399,14 @@ def _run(
                 "handling": None if target is None else asdict(target.handling),
                 "sites": [site.name for site in found.sites],
                 "strict": strict,
+                "device": (device or next(inner.parameters()).device).type,
             }
             owned = [*inner.named_parameters(), *inner.named_buffers()]
             known = fingerprint(traced, owned, options, resident)
             ranks.agree_on(known)
             if checkpoint_dir is not None:
                 checkpoint = Checkpoint(checkpoint_dir, known, ranks)
+        traced = moved.enter_context(on_device(traced, device))
         try:
             rewrite_sites(
                 traced,

@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 from magr_fx.config import MagRConfig
 from magr_fx.disk import why_not_written
 from magr_fx.errors import CheckpointError
-from magr_fx.passes.offloaded import Resident
 from magr_fx.passes.ranks import ALONE, Ranks
+from magr_fx.passes.resident import Resident
 from magr_fx.passes.trace import TracedBatch
 from magr_fx.report import MagRReport, Quantization, SiteReport
 

@@ -37,9 +37,9 @@ from magr_fx.passes.decisions import (
 )
 from magr_fx.passes.find_linears import Site
 from magr_fx.passes.inline import autocast_of
-from magr_fx.passes.offloaded import Resident, all_resident, read_by
 from magr_fx.passes.padding import token_masks
 from magr_fx.passes.ranks import ALONE, Ranks
+from magr_fx.passes.resident import Resident, all_resident, read_by
 from magr_fx.passes.shared_gram import SharedGram, add_up
 from magr_fx.passes.spill import Spill
 from magr_fx.passes.taps import Taken, Tap
@@ -98,6 +98,7 @@ class CalibrationRun:
         self._blocks: dict[Trace, list[Block]] = {}
         self._runners: dict[Trace, fx.Interpreter] = {}
         self._stored: dict[fx.Node, WeightView] = {}
+        self._views: dict[nn.Parameter, WeightView] = {}  # as they are before they are resident
         self._taken_of: dict[fx.Node, set[WeightView]] = {}
         self._replaced: dict[WeightView, torch.Tensor] = {}
         self._seen: dict[SharedGram, torch.Tensor | int] = dict.fromkeys(self.grams, 0)
@@ -180,7 +181,6 @@ class CalibrationRun:
         buffers = written_in_place(self._blocks)
         other = [buffer.detach().clone() for buffer in buffers]  # of the quantized run
         stored = [t for trace in self._blocks for t in attributes(trace.graph_module)]
-        device = next((g.sites[0].parameter.device for g in self.grams), torch.device("cpu"))
         with buffers_kept(self._blocks):
             if after is not None:
                 graphs = [batch.trace.graph_module.graph for batch in self.batches]
@@ -199,6 +199,7 @@ class CalibrationRun:
                 parameters = [site.parameter for shared in finished for site in shared.sites]
                 ahead = read_by(chain(*steps[number + 1 : number + 2]))
                 with self._resident([*read_by(step), *parameters], ahead=ahead):
+                    device = self.grams[0].sites[0].parameter.device
                     runs = self._runs(step, streams)
                     decisions = [Decisions() for _ in runs]
                     for (block, batch, environments), decided in zip(runs, decisions, strict=True):
@@ -225,11 +226,11 @@ class CalibrationRun:
 
     def replace(self, parameter: nn.Parameter, quantized: torch.Tensor) -> None:
         """Go on with ``quantized`` in the place of a parameter whose sites were just yielded."""
-        self._replaced[WeightView.of(parameter)] = quantized
+        self._replaced[self._views[parameter]] = quantized
 
     def replacement(self, parameter: nn.Parameter) -> torch.Tensor:
         """What is in the parameter's place, or else itself."""
-        return self._replaced.get(WeightView.of(parameter), parameter)
+        return self._replaced.get(self._views[parameter], parameter)
 
     def _runs(
         self, step: list[Block], streams: list[list[Environment]]
@@ -260,7 +261,7 @@ class CalibrationRun:
         for node in trace.graph_module.graph.nodes:
             stored, taken_of = attribute(trace, node), set[WeightView]()
             if isinstance(stored, nn.Parameter) and stored.dim() >= 2:
-                self._stored[node] = WeightView.of(stored)
+                self._stored[node] = self._views[stored] = WeightView.of(stored)
                 taken_of = {self._stored[node]}
             elif not is_mutation(node) and all(map(self._is_weight_or_size, node.all_input_nodes)):
                 taken_of = set().union(

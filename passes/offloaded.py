@@ -1,72 +1,24 @@
-"""Models whose weights accelerate keeps elsewhere: each weight in memory only while it is needed.
+"""Models whose weights accelerate keeps elsewhere, in memory or on the disk.
 
-While we work on such a model, each of its weights is an ordinary CPU tensor whose addresses hold
-no memory yet, an anonymous mapping that nobody has written to. So it can be traced and looked for
-as any other. To use a weight is to copy its values there; afterwards they go back to where they
-came from, if they changed, and the mapping's pages to the system.
+See :mod:`magr_fx.passes.resident` for how they are worked on. accelerate's hooks, which fetch the
+weights of each module as it runs, are off meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import mmap
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from magr_fx.errors import ModelError
 from magr_fx.model_directory import read_header
-from magr_fx.passes.blocks import Block
-from magr_fx.passes.trace import attribute
-from magr_fx.passes.weight_views import COPIES, VIEWS
-
-# glibc keeps what was freed in pieces of up to 32 MB, which adds up to the size of a small model.
-_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)
-_ALIASES = VIEWS | COPIES  # some copies are none where there is nothing to change
-
-
-class Resident(Protocol):
-    """Has the values of these weights in memory while it is open; all others are left as they are.
-
-    ``ahead`` are those that will be asked for next, which the disk may begin to read.
-    """
-
-    def __call__(
-        self, tensors: Iterable[torch.Tensor], *, ahead: Iterable[torch.Tensor] = ()
-    ) -> AbstractContextManager[None]: ...
-
-
-def all_resident(
-    tensors: Iterable[torch.Tensor], *, ahead: Iterable[torch.Tensor] = ()
-) -> AbstractContextManager[None]:
-    """The :class:`Resident` of a model that is in memory as a whole."""
-    del tensors, ahead
-    return contextlib.nullcontext()
-
-
-def read_by(blocks: Iterable[Block]) -> list[torch.Tensor]:
-    """The stored tensors that the blocks read, or something that may share their memory."""
-    found: dict[int, torch.Tensor] = {}
-    for block in blocks:
-        for node in block.nodes:
-            for value in (node, *node.all_input_nodes):
-                tensor = attribute(block.trace, _origin(value))
-                if tensor is not None:
-                    found[id(tensor)] = tensor
-    return list(found.values())
-
-
-def _origin(value: fx.Node) -> fx.Node:
-    while value.target in _ALIASES and value.all_input_nodes:
-        value = value.all_input_nodes[0]
-    return value
+from magr_fx.passes.resident import Outline, Place, Resident, all_resident, outlined
 
 
 def is_offloaded(model: object) -> bool:
@@ -74,21 +26,45 @@ def is_offloaded(model: object) -> bool:
     return isinstance(model, nn.Module) and any(map(offloading_hook, model.modules()))
 
 
+def execution_device(model: nn.Module) -> torch.device | None:
+    """Where accelerate would run an offloaded model, the first part of it; None for the CPU.
+
+    Raises:
+        ModelError: torch has no such device here.
+    """
+    for module in model.modules():
+        hook = offloading_hook(module)
+        if hook is not None and hook.execution_device is not None:
+            try:
+                device = torch.empty(0, device=hook.execution_device).device
+            except (RuntimeError, AssertionError) as error:
+                raise ModelError(
+                    "the model is offloaded by accelerate, to run on the device "
+                    f"{hook.execution_device}, which torch cannot use here ({error}); offload it "
+                    'with execution_device="cpu"'
+                ) from error
+            return None if device.type == "cpu" else device
+    return None
+
+
 @contextlib.contextmanager
-def at_hand(model: nn.Module) -> Iterator[Resident]:
+def at_hand(model: nn.Module, device: torch.device | None = None) -> Iterator[Resident]:
     """Give every offloaded weight an address, and a way to its values, for as long as it is open.
 
     accelerate's hooks are off meanwhile. The model has its own Parameter objects back afterwards.
 
+    Args:
+        model: any; one that is not offloaded stays as it is.
+        device: where weights are needed, those that are in memory as well; None is the CPU.
+
     Raises:
-        ModelError: the weights cannot be had, would be wanted on another device than the CPU, or
-            are NaN or Inf. The model is as it was then.
+        ModelError: the weights cannot be had, or are NaN or Inf. The model is as it was then.
     """
     if not is_offloaded(model):
         yield all_resident
         return
     with contextlib.ExitStack() as restored:
-        weights = _find(model)
+        places = _find(model)
         for module, key, buffer in list(_buffers(model)):
             restored.callback(module._buffers.__setitem__, key, module._buffers[key])
             module._buffers[key] = buffer
@@ -101,24 +77,16 @@ def at_hand(model: nn.Module) -> Iterator[Resident]:
             if unhooked is not None:
                 restored.callback(setattr, module, "forward", module.forward)
                 module.forward = unhooked
-        for weight in weights:
-            for module, key in weight.places:
-                restored.callback(module._parameters.__setitem__, key, module._parameters[key])
-                module._parameters[key] = weight.parameter
-        pages = Pages(weights)
-        pages.check()
-        yield pages.resident
+        yield restored.enter_context(outlined(model, places, device))
 
 
 @dataclass(frozen=True, eq=False)
 class _Weight:
-    """An offloaded weight: who has it, where its values are kept, and what stands for it."""
+    """An offloaded weight: where its values are kept, and what stands for it."""
 
     name: str
-    places: list[tuple[nn.Module, str]]
     kept: list[tuple[Any, str]]  # the mappings, and the keys in them
-    parameter: nn.Parameter
-    pages: mmap.mmap
+    outline: Outline
 
     def load(self) -> torch.Tensor:
         values, key = self.kept[0]
@@ -126,6 +94,7 @@ class _Weight:
         return value
 
     def store(self, weight: torch.Tensor) -> None:
+        weight = weight.cpu()
         for values, key in self.kept:
             _store(values, key, weight)
 
@@ -140,28 +109,6 @@ class _Weight:
                 os.posix_fadvise(opened.fileno(), *span, os.POSIX_FADV_WILLNEED)
 
 
-class Kept(Protocol):
-    """A weight with its values elsewhere; ``parameter``, whose memory ``pages`` is, stands for it.
-
-    ``load`` gives its values, ``store`` keeps new ones, ``announce`` says that they will be loaded.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def parameter(self) -> nn.Parameter: ...
-
-    @property
-    def pages(self) -> mmap.mmap: ...
-
-    def load(self) -> torch.Tensor: ...
-
-    def store(self, weight: torch.Tensor) -> None: ...
-
-    def announce(self) -> None: ...
-
-
 @runtime_checkable
 class Storing(Protocol):
     """Weights that know themselves where to keep new values; see :func:`keep_in`."""
@@ -169,68 +116,10 @@ class Storing(Protocol):
     def store(self, name: str, weight: torch.Tensor) -> None: ...
 
 
-class Pages:
-    """Has the weights in memory that are asked for.
-
-    Args:
-        weights: all of them.
-        before: what is done before some are loaded.
-    """
-
-    def __init__(
-        self, weights: Collection[Kept], before: Callable[[], None] = lambda: None
-    ) -> None:
-        self._weights, self._before = weights, before
-        self._of = {w.parameter.untyped_storage().data_ptr(): w for w in weights}
-        self._versions: dict[Kept, int] = {}  # of those in memory, as they were loaded
-
-    def check(self) -> None:
-        """Load every weight once.
-
-        Raises:
-            ModelError: one is NaN or Inf.
-        """
-        for weight in self._weights:
-            with self.resident([weight.parameter]):
-                if not bool(weight.parameter.detach().isfinite().all()):
-                    raise ModelError(
-                        f"{weight.name} holds NaN or Inf; repair or reload the model's weights"
-                    )
-
-    @contextlib.contextmanager
-    def resident(
-        self, tensors: Iterable[torch.Tensor], *, ahead: Iterable[torch.Tensor] = ()
-    ) -> Iterator[None]:
-        """Have these weights, or those that these are views of, in memory; see Resident."""
-        # In the order they were asked for, which is the same on all ranks.
-        weights = [weight for weight in self._behind(tensors) if weight not in self._versions]
-        self._before()
-        try:
-            with torch.no_grad():
-                for weight in weights:
-                    weight.parameter.copy_(weight.load())
-                    self._versions[weight] = weight.parameter._version
-            _TRIM(0)  # of what was read
-            for weight in self._behind(ahead):
-                if weight not in weights:
-                    weight.announce()
-            yield
-        finally:
-            for weight in weights:
-                version = self._versions.pop(weight, None)
-                if version is not None and weight.parameter._version != version:
-                    weight.store(weight.parameter.detach())
-                weight.pages.madvise(mmap.MADV_DONTNEED)
-            _TRIM(0)
-
-    def _behind(self, tensors: Iterable[torch.Tensor]) -> list[Kept]:
-        found = (self._of.get(tensor.untyped_storage().data_ptr()) for tensor in tensors)
-        return list(dict.fromkeys(weight for weight in found if weight is not None))
-
-
-def _find(model: nn.Module) -> list[_Weight]:
+def _find(model: nn.Module) -> list[Place]:
     """The offloaded weights; what several names share, in the model or where it is kept, is one."""
     weights: dict[Any, _Weight] = {}
+    places: list[Place] = []
     # Of transformers: name → the name it shares its weight with. accelerate keeps two copies.
     tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
     for hook, module, prefix, path in _hooked(model):
@@ -239,14 +128,14 @@ def _find(model: nn.Module) -> list[_Weight]:
                 continue
             values, kept_as = _unprefixed(hook.weights_map, path + key)
             name = prefix + path + key
-            _check_place(name, hook, values, kept_as)
+            _check_kept(name, values, kept_as)
             partner = tied.get(name, name)
             identity = partner if partner in tied.values() else _identity(values, kept_as)
             if identity not in weights:
-                weights[identity] = _Weight(name, [], [], *reserved(parameter))
-            weights[identity].places.append((module, key))
+                weights[identity] = _Weight(name, [], Outline(parameter))
             weights[identity].kept.append((values, kept_as))
-    return list(weights.values())
+            places.append((module, key, weights[identity]))
+    return places
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
@@ -255,7 +144,7 @@ def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 values, kept_as = _unprefixed(hook.weights_map, path + key)
-                _check_place(prefix + path + key, hook, values, kept_as)
+                _check_kept(prefix + path + key, values, kept_as)
                 yield module, key, values[kept_as].clone()
 
 
@@ -275,14 +164,7 @@ def _hooked(model: nn.Module) -> Iterator[tuple[Any, nn.Module, str, str]]:
                 yield hook, module, f"{name}." if name else "", f"{path}." if path else ""
 
 
-def _check_place(name: str, hook: Any, values: Any, key: str) -> None:
-    if torch.device(hook.execution_device or "cpu").type != "cpu":
-        raise ModelError(
-            f"{name} is offloaded by accelerate, to run on {hook.execution_device}; MagR works on "
-            'offloaded weights on the CPU: load the model with device_map={"": "disk"} on a '
-            "machine without an accelerator, call cpu_offload or disk_offload with "
-            'execution_device="cpu", or load it as a whole'
-        )
+def _check_kept(name: str, values: Any, key: str) -> None:
     if values is None or key not in values:
         raise ModelError(f"{name} is offloaded by accelerate, but its values are nowhere to be had")
     if not isinstance(values, dict) and key not in values.state_dict and not values.save_folder:
@@ -290,15 +172,6 @@ def _check_place(name: str, hook: Any, values: Any, key: str) -> None:
             f"{name} is offloaded by accelerate to a file that is not to be written to; give the "
             "model a folder to offload to: offload_folder in from_pretrained"
         )
-
-
-def reserved(like: torch.Tensor) -> tuple[nn.Parameter, mmap.mmap]:
-    """A parameter on the CPU whose elements take up memory only once they are written."""
-    size = like.numel() * like.element_size()
-    # Private: of a shared mapping MADV_DONTNEED frees nothing.
-    pages = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    values = torch.frombuffer(pages, dtype=torch.uint8)[:size].view(like.dtype).view(like.shape)
-    return nn.Parameter(values, like.requires_grad), pages
 
 
 def offloading_hook(module: nn.Module) -> Any:

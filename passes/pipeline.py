@@ -21,9 +21,9 @@ from magr_fx.passes.collect_grams import CalibrationRun
 from magr_fx.passes.coverage import refuse_failed, refuse_uncovered
 from magr_fx.passes.few_tokens import fill_up
 from magr_fx.passes.find_linears import FilterFn, Found, Site
-from magr_fx.passes.offloaded import Resident, all_resident
 from magr_fx.passes.quantized_weights import Target
 from magr_fx.passes.ranks import ALONE, Ranks
+from magr_fx.passes.resident import Resident, all_resident
 from magr_fx.passes.rewrite_weights import rewrite_weight
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.solve_sites import alike, quantize_and_rewrite, solve_and_rewrite

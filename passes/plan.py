@@ -14,8 +14,8 @@ from magr_fx.passes.blocks import Block, in_step
 from magr_fx.passes.calibration import read_calib
 from magr_fx.passes.collect_grams import CalibrationRun
 from magr_fx.passes.find_linears import FilterFn, Rejection, Site, find_linears
-from magr_fx.passes.offloaded import read_by, reserved
 from magr_fx.passes.read_exported import trace_or_read
+from magr_fx.passes.resident import Outline, read_by
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.trace import calibration_mode
 from magr_fx.passes.trace_batches import Tracing
@@ -123,7 +123,7 @@ def reserve(model: nn.Module) -> None:
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 if id(parameter) not in known:
-                    known[id(parameter)] = reserved(parameter)[0]
+                    known[id(parameter)] = Outline(parameter).parameter
                 module._parameters[key] = known[id(parameter)]
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:

@@ -1,15 +1,14 @@
 """Models whose weights are sharded over ranks, as DTensors, by FSDP2 for one: gathered in turn.
 
-While we work on such a model, each of its weights is an ordinary CPU tensor whose addresses hold no
-memory yet, as for offloaded models. To use a weight is to gather its shards there, on all ranks at
-once; afterwards each rank writes its own shard back, if the weight changed. The model is run as it
-would be on one rank: the hooks that gather weights, and cut inputs, are off meanwhile.
+See :mod:`magr_fx.passes.resident` for how they are worked on. To use a weight is to gather its
+shards, on all ranks at once; afterwards each rank writes its own shard back, if the weight changed.
+The model is run as it would be on one rank: the hooks that gather weights, and cut inputs, are off
+meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
-import mmap
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ from torch import distributed as dist
 from torch import nn
 
 from magr_fx.errors import ModelError
-from magr_fx.passes.offloaded import Pages, Resident, reserved
 from magr_fx.passes.ranks import Ranks
+from magr_fx.passes.resident import Outline, Place, Resident, outlined
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
@@ -44,31 +43,50 @@ def is_shard(parameter: torch.Tensor) -> bool:
     return isinstance(parameter, DTensor)
 
 
+def device_of_shards(model: nn.Module) -> torch.device | None:
+    """Where a sharded model runs on this rank; None for the CPU."""
+    for parameter in model.parameters():
+        if is_shard(parameter):
+            kind = parameter.device_mesh.device_type  # type: ignore[attr-defined]
+            if kind == "cpu":
+                return None
+            return torch.device(kind, torch.get_device_module(kind).current_device())
+    return None
+
+
 @contextlib.contextmanager
-def gathered(model: nn.Module, ranks: Ranks) -> Iterator[Resident]:
+def gathered(
+    model: nn.Module, ranks: Ranks, device: torch.device | None = None
+) -> Iterator[Resident]:
     """Give every sharded weight an address, and a way to its values, for as long as it is open.
 
     The model has its own Parameter objects and hooks back afterwards.
 
+    Args:
+        model: sharded.
+        ranks: those that work together.
+        device: where weights are needed; None is the CPU.
+
     Raises:
-        ModelError: the weights are on another device than the CPU, on other ranks than those that
-            work together, or NaN or Inf. The model is as it was then.
+        ModelError: the weights are on other ranks than those that work together, or NaN or Inf.
+            The model is as it was then.
     """
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # the outermost keeps its weights whole after a forward pass
-    weights: dict[int, _Weight] = {}
-    places: list[tuple[nn.Module, str, nn.Parameter]] = []
+    weights: dict[nn.Parameter, _Weight] = {}
     for name, parameter in model.named_parameters():
         if is_shard(parameter):
             _check(name, parameter, ranks)
-            weights[id(parameter)] = _Weight(name, parameter, *reserved(parameter))
-    for module in model.modules():
-        for key, own in module._parameters.items():
-            if own is not None and id(own) in weights:
-                places.append((module, key, own))
+            weights[parameter] = _Weight(name, parameter, Outline(parameter), device)
+    places: list[Place] = [
+        (module, key, weights[own])
+        for module in model.modules()
+        for key, own in module._parameters.items()
+        if own is not None and own in weights
+    ]
     with contextlib.ExitStack() as restored:
         for module in model.modules():
             for kind in _HOOKS:
@@ -77,26 +95,24 @@ def gathered(model: nn.Module, ranks: Ranks) -> Iterator[Resident]:
                     restored.callback(setattr, module, kind, hooks)
                     kept = {k: h for k, h in hooks.items() if not _is_of_torch_distributed(h)}
                     setattr(module, kind, OrderedDict(kept))
-        for module, key, own in places:
-            restored.callback(module._parameters.__setitem__, key, own)
-            module._parameters[key] = weights[id(own)].parameter
-        pages = Pages(list(weights.values()), before=ranks.meet)
-        pages.check()
-        yield pages.resident
+        yield restored.enter_context(outlined(model, places, device, ranks.meet))
 
 
 @dataclass(frozen=True, eq=False)
 class _Weight:
-    """A weight: its name, this rank's part of it, and what stands for the whole."""
+    """A weight: its name, this rank's part of it, what stands for the whole, where it is needed."""
 
     name: str
     shard: Any  # DTensor
-    parameter: nn.Parameter
-    pages: mmap.mmap
+    outline: Outline
+    device: torch.device | None
 
     def load(self) -> torch.Tensor:
         """The whole; every rank has to ask for it."""
-        whole: torch.Tensor = self.shard.detach().full_tensor()
+        shard = self.shard.detach()
+        if self.device is not None:  # FSDP2 may keep shards in the memory of the CPU
+            shard = shard.to(self.device)
+        whole: torch.Tensor = shard.full_tensor()
         return whole
 
     def store(self, weight: torch.Tensor) -> None:
@@ -113,13 +129,6 @@ class _Weight:
 
 
 def _check(name: str, shard: Any, ranks: Ranks) -> None:
-    if shard.device.type != "cpu":
-        raise ModelError(
-            f"{name} is sharded on {shard.device}; sharded weights are worked on on the CPU only. "
-            "Gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict("
-            "model, options=StateDictOptions(full_state_dict=True)), and give magr_transform an "
-            "unsharded model with these, on one device or offloaded by accelerate"
-        )
     own = {dist.get_rank()}
     if ranks.group is not None:
         own = set(dist.get_process_group_ranks(ranks.group))

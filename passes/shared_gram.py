@@ -73,16 +73,16 @@ class SharedGram:
             used = place[-1:] - (holdout * place[-1:]).floor()
             last, kept, held = slice(None), keep & (place <= used), keep & (place > used)
         if self.gram is None:
-            self.gram = self.zeros()
+            self.gram = self.zeros(tokens.device)
         add_to_gram(self.gram, tokens[first], kept)
         self.tokens = self.tokens + _count(tokens[first], kept)
         if original is not None:
             if self.drift is None:
-                self.drift = self.zeros()
+                self.drift = self.zeros(tokens.device)
             add_to_drift(self.drift, tokens[first], original[first], kept)
         if len(tokens[last]):
             if self.held is None:
-                self.held = self.zeros()
+                self.held = self.zeros(tokens.device)
             add_to_gram(self.held, tokens[last], held)
             self.held_tokens = self.held_tokens + _count(tokens[last], held)
 
@@ -101,10 +101,9 @@ class SharedGram:
         """Free the matrices: the sites are done with."""
         self.gram = self.drift = self.held = None
 
-    def zeros(self) -> torch.Tensor:
+    def zeros(self, device: torch.device) -> torch.Tensor:
         """A matrix ``[in, in]`` to sum in."""
         size = self.sites[0].shape[1]
-        device = self.sites[0].parameter.device
         return torch.zeros(size, size, dtype=torch.float32, device=device)
 
 
@@ -132,8 +131,8 @@ def add_up(grams: Sequence[SharedGram], ranks: Ranks) -> None:
     ):
         for key, anywhere in zip(_MATRICES, matrices, strict=True):
             if anywhere:
-                own = getattr(shared, key)
-                setattr(shared, key, shared.zeros() if own is None else own)
+                if getattr(shared, key) is None:
+                    setattr(shared, key, shared.zeros(shared.sites[0].parameter.device))
                 ranks.sum(getattr(shared, key))
         shared.tokens, shared.held_tokens = tokens, held_tokens
         shared.padding_counted = padding > 0

@@ -74,11 +74,12 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def calibration_mode(model: nn.Module) -> Iterator[None]:
+def calibration_mode(model: nn.Module, device: torch.device | None = None) -> Iterator[None]:
     """Inference as calibration needs it; every state is restored, also after an error.
 
     Evaluation mode, no gradients, no key-value caches, no random numbers drawn from the caller's
-    generators, and MultiheadAttention's fast path off (it hides its linears).
+    generators, and MultiheadAttention's fast path off (it hides its linears). ``device`` is where
+    the model will run, if not where its parameters are.
     """
     with contextlib.ExitStack() as restored:
         for module in model.modules():
@@ -92,7 +93,8 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
         mha = torch.backends.mha
         restored.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
         mha.set_fastpath_enabled(False)
-        cuda = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+        devices = {p.device for p in model.parameters()} | ({device} if device else set())
+        cuda = sorted({d.index or 0 for d in devices if d.type == "cuda"})
         restored.enter_context(torch.random.fork_rng(devices=cuda))
         with torch.no_grad():
             yield

@@ -38,7 +38,7 @@ from magr_fx import (
 )
 from magr_fx.passes import pipeline, solve_sites, spread
 from magr_fx.passes.checkpoint import Checkpoint
-from magr_fx.passes.offloaded import Pages
+from magr_fx.passes.resident import Weights
 
 INT3 = intx(3, ASYMMETRIC, None)
 
@@ -456,17 +456,17 @@ def same_when_gathered(
 def count_resident() -> list[int]:
     """How many weights are whole at a time, from now on."""
     sizes: list[int] = []
-    load = Pages.resident
+    load = Weights.resident
 
     @contextlib.contextmanager
     def counted(
-        self: Pages, tensors: Iterable[Tensor], *, ahead: Iterable[Tensor] = ()
+        self: Weights, tensors: Iterable[Tensor], *, ahead: Iterable[Tensor] = ()
     ) -> Iterator[None]:
         with load(self, tensors, ahead=ahead):
-            sizes.append(sum(weight.parameter.numel() for weight in self._versions))
+            sizes.append(sum(weight.outline.parameter.numel() for weight in self._versions))
             yield
 
-    Pages.resident = counted  # type: ignore[method-assign]
+    Weights.resident = counted  # type: ignore[method-assign]
     return sizes
 
 

@@ -16,9 +16,10 @@ from tiny_models import token_ids
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from magr_fx import ConfigError, ModelError, magr_quantize, magr_transform
+from magr_fx import ConfigError, ModelError, api, magr_quantize, magr_transform
 from magr_fx.model_directory import read_header
-from magr_fx.passes import offloaded
+from magr_fx.passes import offloaded, resident
+from magr_fx.passes.checkpoint import Checkpoint
 from magr_fx.passes.offloaded import _Weight
 from magr_fx.passes.trace_batches import Tracing
 
@@ -181,7 +182,7 @@ def test_a_part_that_is_in_memory_stays_there(tmp_path: Path) -> None:
 
 def test_no_more_than_a_block_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    whole: Callable[..., Any] = offloaded.Pages.resident
+    whole: Callable[..., Any] = resident.Weights.resident
 
     def counted(self: Any, tensors: Any, **ahead: Any) -> Any:
         context = whole(self, tensors, **ahead)
@@ -189,20 +190,106 @@ def test_no_more_than_a_block_is_in_memory(tmp_path: Path, monkeypatch: pytest.M
         class Counting:
             def __enter__(self) -> None:
                 context.__enter__()
-                sizes.append(sum(w.parameter.numel() for w in pages._versions))
+                sizes.append(sum(w.outline.parameter.numel() for w in weights._versions))
 
             def __exit__(self, *error: Any) -> None:
                 context.__exit__(*error)
 
-        pages = self
+        weights = self
         return Counting()
 
-    monkeypatch.setattr(offloaded.Pages, "resident", counted)
+    monkeypatch.setattr(resident.Weights, "resident", counted)
     hooked = offload(llama(), "disk_offload", tmp_path)
     magr_transform(hooked, CALIB)
     embedding = 100 * 32
     layer = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 64 + 2 * 32
     assert 0 < max(sizes) <= layer + embedding + 32
+
+
+# On another device than the one that the model is traced on.
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def moved_to(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where the blocks of an offloaded model are brought to: a second CPU, as it were, or CUDA."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    device = torch.device(request.param)
+    monkeypatch.setattr(api, "execution_device", lambda model: device)
+    return device
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("options", [{}, {"target": INT3}], ids=["alone", "for a target"])
+def test_the_same_weights_on_another_device(
+    way: str,
+    options: dict[str, Any],
+    tmp_path: Path,
+    moved_to: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = llama(tied=True)
+    hooked = offload(model, way, tmp_path)
+    filled: list[torch.device | None] = []
+    fill = resident.Outline.fill
+
+    def seen(self: Any, values: torch.Tensor, device: torch.device | None) -> None:
+        fill(self, values, device)
+        filled.append(self.parameter.device)
+
+    monkeypatch.setattr(resident.Outline, "fill", seen)
+    magr_transform(hooked, CALIB, **options)
+    assert {device.type for device in filled if device} == {moved_to.type}
+    wanted = magr_transform(copy.deepcopy(model).to(moved_to), CALIB, **options).cpu()
+    assert all(parameter.is_meta for parameter in hooked.parameters())
+    assert torch.allclose(
+        logits(hooked), logits(wanted), atol=0 if moved_to.type == "cpu" else 1e-3
+    )
+    assert not torch.equal(logits(hooked), logits(model))
+
+
+def test_what_is_in_memory_comes_along(tmp_path: Path, moved_to: torch.device) -> None:
+    """Also buffers; all of it is where it was, the same objects, at the end."""
+    model = llama()
+    model.save_pretrained(tmp_path / "saved")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.rotary_emb": "cpu"}
+    rest = dict.fromkeys(("model.layers.1", "model.norm", "lm_head"), "disk")
+    partly = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", device_map={**places, **rest}, offload_folder=str(tmp_path / "offload")
+    )
+    owned = [*partly.parameters(), *partly.buffers()]
+    magr_transform(partly, CALIB, target=INT3)
+    assert all(
+        a is b for a, b in zip(owned, [*partly.parameters(), *partly.buffers()], strict=True)
+    )
+    assert all(t.is_meta or t.device.type == "cpu" for t in owned)
+    wanted = magr_transform(copy.deepcopy(model).to(moved_to), CALIB, target=INT3).cpu()
+    assert torch.allclose(
+        logits(partly), logits(wanted), atol=0 if moved_to.type == "cpu" else 1e-3
+    )
+
+
+def test_a_run_that_was_cut_short_goes_on_on_another_device(
+    tmp_path: Path, moved_to: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama()
+    wanted = offload(model, "cpu_offload", tmp_path)
+    magr_transform(wanted, CALIB, target=INT3)
+    hooked = offload(model, "cpu_offload", tmp_path)
+    save = Checkpoint.save
+
+    def cut(self: Checkpoint, step: int, *given: Any) -> None:
+        save(self, step, *given)
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoint, "save", cut)
+        with pytest.raises(KeyboardInterrupt):
+            magr_transform(hooked, CALIB, target=INT3, checkpoint_dir=tmp_path / "run")
+    again = offload(model, "cpu_offload", tmp_path)
+    magr_transform(again, CALIB, target=INT3, checkpoint_dir=tmp_path / "run")
+    assert torch.equal(logits(again), logits(wanted))
 
 
 def resident_mebibytes() -> float:
@@ -266,11 +353,15 @@ def test_what_only_a_model_in_memory_can_do_is_refused(tmp_path: Path) -> None:
     assert Tracing().without_values().tracer == "export"
 
 
-def test_another_device_to_run_on_is_refused(tmp_path: Path) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a device that is not there")
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
     hooked = offload(llama(), "disk_offload", tmp_path)
-    hooked.lm_head._hf_hook.execution_device = torch.device("cuda:0")
-    with pytest.raises(ModelError, match="to run on cuda:0"):
+    for hook in map(offloaded.offloading_hook, hooked.modules()):
+        if hook is not None:
+            hook.execution_device = 0
+    with pytest.raises(ModelError, match="on the device 0, which torch cannot use"):
         magr_transform(hooked, CALIB)
+    assert all(parameter.is_meta for parameter in hooked.parameters())
 
 
 def test_a_folder_to_write_to_is_needed(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import fx
 
 from magr_fx import CheckpointError, ConfigError, magr_transform
 from magr_fx.passes import spill
-from magr_fx.passes.offloaded import _TRIM
+from magr_fx.passes.resident import _TRIM
 from magr_fx.passes.spill import Spill
 
 INT3 = intx(3, ASYMMETRIC, None)

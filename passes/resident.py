@@ -1,0 +1,257 @@
+"""Weights that are kept elsewhere, and in memory only while a block needs them.
+
+While we work on such a model, each of its weights is an ordinary CPU tensor whose addresses hold
+no memory yet, an anonymous mapping that nobody has written to. So it can be traced and looked for
+as any other. To use a weight is to copy its values there; afterwards they go back to where they
+came from, if they changed, and the mapping's pages to the system. Where the model is to run on
+another device, the parameter has its values there in the meantime.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import fx, nn
+
+from magr_fx.errors import ModelError
+from magr_fx.passes.blocks import Block
+from magr_fx.passes.trace import attribute
+from magr_fx.passes.weight_views import COPIES, VIEWS
+
+# glibc keeps what was freed in pieces of up to 32 MB, which adds up to the size of a small model.
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)
+_ALIASES = VIEWS | COPIES  # some copies are none where there is nothing to change
+
+
+class Resident(Protocol):
+    """Has the values of these weights in memory while it is open; all others are left as they are.
+
+    ``ahead`` are those that will be asked for next, which the disk may begin to read.
+    """
+
+    def __call__(
+        self, tensors: Iterable[torch.Tensor], *, ahead: Iterable[torch.Tensor] = ()
+    ) -> AbstractContextManager[None]: ...
+
+
+def all_resident(
+    tensors: Iterable[torch.Tensor], *, ahead: Iterable[torch.Tensor] = ()
+) -> AbstractContextManager[None]:
+    """The :class:`Resident` of a model that is in memory as a whole."""
+    del tensors, ahead
+    return contextlib.nullcontext()
+
+
+def read_by(blocks: Iterable[Block]) -> list[torch.Tensor]:
+    """The stored tensors that the blocks read, or something that may share their memory."""
+    found: dict[int, torch.Tensor] = {}
+    for block in blocks:
+        for node in block.nodes:
+            for value in (node, *node.all_input_nodes):
+                tensor = attribute(block.trace, _origin(value))
+                if tensor is not None:
+                    found[id(tensor)] = tensor
+    return list(found.values())
+
+
+def _origin(value: fx.Node) -> fx.Node:
+    while value.target in _ALIASES and value.all_input_nodes:
+        value = value.all_input_nodes[0]
+    return value
+
+
+class Outline:
+    """Stands for a weight: a parameter on the CPU, without memory until its values are there."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        size = like.numel() * like.element_size()
+        # Private: of a shared mapping MADV_DONTNEED frees nothing.
+        self._pages = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        raw = torch.frombuffer(self._pages, dtype=torch.uint8)[:size]
+        self._empty = raw.view(like.dtype).view(like.shape)
+        self.parameter = nn.Parameter(self._empty, like.requires_grad)
+
+    @property
+    def address(self) -> int:
+        """Where it is on the CPU, whether its values are there or not."""
+        return self._empty.untyped_storage().data_ptr()
+
+    def fill(self, values: torch.Tensor, device: torch.device | None) -> None:
+        """Have the values at the parameter's own address, or on a device."""
+        if device is None:
+            self.parameter.copy_(values)
+        else:
+            self.parameter.data = values.to(device, self._empty.dtype).contiguous()
+
+    def empty(self) -> None:
+        """Let go of the values' memory."""
+        self.parameter.data = self._empty
+        self._pages.madvise(mmap.MADV_DONTNEED)
+
+
+class Kept(Protocol):
+    """A weight that is kept elsewhere: an outline stands for it.
+
+    ``load`` gives its values, ``store`` keeps new ones, ``announce`` says that they will be loaded.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def outline(self) -> Outline: ...
+
+    def load(self) -> torch.Tensor: ...
+
+    def store(self, weight: torch.Tensor) -> None: ...
+
+    def announce(self) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class InMemory:
+    """A weight that is in memory, on whatever device, beside others that are not."""
+
+    name: str
+    own: nn.Parameter
+    outline: Outline = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "outline", Outline(self.own))
+
+    def load(self) -> torch.Tensor:
+        return self.own.detach()
+
+    def store(self, weight: torch.Tensor) -> None:
+        if weight.data_ptr() != self.own.data_ptr():
+            self.own.detach().copy_(weight)
+
+    def announce(self) -> None:
+        """Nothing: it is there."""
+
+
+class Weights:
+    """Has the weights in memory that are asked for.
+
+    Args:
+        weights: all of them.
+        device: where they are needed; None is the CPU, each at its own address.
+        before: what is done before some are loaded.
+    """
+
+    def __init__(
+        self,
+        weights: Collection[Kept],
+        device: torch.device | None = None,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._weights, self._device, self._before = weights, device, before
+        self._by_parameter = {weight.outline.parameter: weight for weight in weights}
+        self._by_address = {weight.outline.address: weight for weight in weights}
+        self._versions: dict[Kept, int] = {}  # of those in memory, as they were loaded
+
+    def check(self) -> None:
+        """Load every weight once.
+
+        Raises:
+            ModelError: one is NaN or Inf.
+        """
+        for weight in self._weights:
+            parameter = weight.outline.parameter
+            with self.resident([parameter]):
+                if not bool(parameter.detach().isfinite().all()):
+                    raise ModelError(
+                        f"{weight.name} holds NaN or Inf; repair or reload the model's weights"
+                    )
+
+    @contextlib.contextmanager
+    def resident(
+        self, tensors: Iterable[torch.Tensor], *, ahead: Iterable[torch.Tensor] = ()
+    ) -> Iterator[None]:
+        """Have these weights, or those that these are views of, in memory; see Resident."""
+        # In the order they were asked for, which is the same on all ranks.
+        weights = [weight for weight in self._behind(tensors) if weight not in self._versions]
+        self._before()
+        try:
+            with torch.no_grad():
+                for weight in weights:
+                    weight.outline.fill(weight.load(), self._device)
+                    self._versions[weight] = weight.outline.parameter._version
+            _TRIM(0)  # of what was read
+            for weight in self._behind(ahead):
+                if weight not in weights:
+                    weight.announce()
+            yield
+        finally:
+            for weight in weights:
+                parameter, version = weight.outline.parameter, self._versions.pop(weight, None)
+                if version is not None and parameter._version != version:
+                    weight.store(parameter.detach())
+                weight.outline.empty()
+            _TRIM(0)
+
+    def _behind(self, tensors: Iterable[torch.Tensor]) -> list[Kept]:
+        found = (
+            self._by_parameter.get(tensor)  # type: ignore[call-overload]
+            or self._by_address.get(tensor.untyped_storage().data_ptr())
+            for tensor in tensors
+        )
+        return list(dict.fromkeys(weight for weight in found if weight is not None))
+
+
+Place = tuple[nn.Module, str, Kept]  # a module, the name of its parameter, and its weight
+
+
+@contextlib.contextmanager
+def outlined(
+    model: nn.Module,
+    places: list[Place],
+    device: torch.device | None = None,
+    before: Callable[[], None] = lambda: None,
+) -> Iterator[Resident]:
+    """Have outlines in the places of weights that are kept elsewhere, for as long as it is open.
+
+    Args:
+        model: has its own Parameter objects and buffers back afterwards.
+        places: of these weights.
+        device: where they are needed; None is the CPU. For another device the whole model is on
+            the CPU meanwhile, also weights and buffers that are in memory elsewhere.
+        before: what is done before some are loaded.
+
+    Raises:
+        ModelError: one is NaN or Inf.
+    """
+    with contextlib.ExitStack() as restored:
+        if device is not None:
+            places = [*places, *_in_memory(model, places)]
+            for module in model.modules():
+                for key, buffer in list(module._buffers.items()):
+                    if buffer is not None:
+                        restored.callback(module._buffers.__setitem__, key, buffer)
+                        module._buffers[key] = buffer.cpu()
+        for module, key, weight in places:
+            restored.callback(module._parameters.__setitem__, key, module._parameters[key])
+            module._parameters[key] = weight.outline.parameter
+        weights = Weights(list(dict.fromkeys(weight for *_, weight in places)), device, before)
+        weights.check()
+        yield weights.resident
+
+
+def _in_memory(model: nn.Module, others: list[Place]) -> Iterator[Place]:
+    """All other weights of the model."""
+    known = {(module, key) for module, key, _ in others}
+    weights: dict[nn.Parameter, InMemory] = {}
+    for name, module in model.named_modules():
+        for key, own in module._parameters.items():
+            if own is None or (module, key) in known:
+                continue
+            if own not in weights:
+                weights[own] = InMemory(f"{name}.{key}" if name else key, own)
+            yield module, key, weights[own]
