@@ -18,6 +18,7 @@ from torch import nn
 
 from magr_fx.errors import ModelError
 from magr_fx.model_directory import read_header
+from magr_fx.passes.fetch_ahead import FetchAhead
 from magr_fx.passes.resident import Outline, Place, Resident, all_resident, outlined
 
 
@@ -64,7 +65,8 @@ def at_hand(model: nn.Module, device: torch.device | None = None) -> Iterator[Re
         yield all_resident
         return
     with contextlib.ExitStack() as restored:
-        places = _find(model)
+        ahead = None if device is None else restored.enter_context(FetchAhead(device))
+        places = _find(model, ahead)
         for module, key, buffer in list(_buffers(model)):
             restored.callback(module._buffers.__setitem__, key, module._buffers[key])
             module._buffers[key] = buffer
@@ -87,8 +89,13 @@ class _Weight:
     name: str
     kept: list[tuple[Any, str]]  # the mappings, and the keys in them
     outline: Outline
+    ahead: FetchAhead | None  # to the device where it is needed, if that is not the CPU
 
     def load(self) -> torch.Tensor:
+        fetched = None if self.ahead is None else self.ahead.take(self)
+        return self._read() if fetched is None else fetched
+
+    def _read(self) -> torch.Tensor:
         values, key = self.kept[0]
         value: torch.Tensor = values[key]
         return value
@@ -99,6 +106,9 @@ class _Weight:
             _store(values, key, weight)
 
     def announce(self) -> None:
+        if self.ahead is not None:
+            self.ahead.begin(self, self._read)
+            return
         values, key = self.kept[0]
         entry = {} if isinstance(values, dict) else values.index.get(key, {})
         file = entry.get("safetensors_file")
@@ -116,7 +126,7 @@ class Storing(Protocol):
     def store(self, name: str, weight: torch.Tensor) -> None: ...
 
 
-def _find(model: nn.Module) -> list[Place]:
+def _find(model: nn.Module, ahead: FetchAhead | None) -> list[Place]:
     """The offloaded weights; what several names share, in the model or where it is kept, is one."""
     weights: dict[Any, _Weight] = {}
     places: list[Place] = []
@@ -132,7 +142,7 @@ def _find(model: nn.Module) -> list[Place]:
             partner = tied.get(name, name)
             identity = partner if partner in tied.values() else _identity(values, kept_as)
             if identity not in weights:
-                weights[identity] = _Weight(name, [], Outline(parameter))
+                weights[identity] = _Weight(name, [], Outline(parameter), ahead)
             weights[identity].kept.append((values, kept_as))
             places.append((module, key, weights[identity]))
     return places

@@ -33,7 +33,7 @@ _ALIASES = VIEWS | COPIES  # some copies are none where there is nothing to chan
 class Resident(Protocol):
     """Has the values of these weights in memory while it is open; all others are left as they are.
 
-    ``ahead`` are those that will be asked for next, which the disk may begin to read.
+    ``ahead`` are those that will be asked for next, which can begin to come.
     """
 
     def __call__(

@@ -32,6 +32,7 @@ from magr_fx import (
     ConfigError,
     DistributedError,
     MagRConfig,
+    api,
     magr_quantize,
     magr_transform,
     solve_magr,
@@ -415,7 +416,10 @@ def sharded() -> None:
     for shard in (lambda m: fsdp(m, [m[3]]), by_columns):
         model = shard(Uneven())
         before = dict(model.named_parameters())
-        magr_transform(model, vectors())
+        with pytest.MonkeyPatch.context() as patched:
+            if shard is by_columns:  # as if they were on another device than the CPU
+                patched.setattr(api, "device_of_shards", lambda model: torch.device("cpu"))
+            magr_transform(model, vectors())
         same_when_gathered(model, before, magr_transform(Uneven(), vectors()))
     assert raised(lambda: magr_quantize(model, vectors(), INT3))[0] == "ModelError"
     kind, message = raised(lambda: magr_transform(model, vectors(), process_group=False))
@@ -519,6 +523,26 @@ def on_own_gpu() -> dict[str, Any]:
     calib = [{key: x.to(device) for key, x in batch.items()} for batch in CALIB]
     found = outcome(magr_transform(tiny_llama().to(device), calib))
     return {**found, "weights": {key: x.cpu() for key, x in found["weights"].items()}}
+
+
+def sharded_on_gpus() -> None:
+    device = torch.device("cuda", dist.get_rank())
+    torch.cuda.set_device(device)
+    model = tiny_llama().to(device)
+    fsdp(model, model.model.layers)
+    magr_transform(model, CALIB)
+    wanted = dict(magr_transform(tiny_llama().to(device), CALIB).named_parameters())
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor)
+        assert parameter.to_local().device == device
+        assert torch.allclose(parameter.full_tensor(), wanted[name], atol=1e-3), name
+
+
+@pytest.mark.gpu
+@two_gpus
+def test_sharded_weights_on_gpus(tmp_path: Path) -> None:
+    for ended in on_ranks(2, sharded_on_gpus, tmp_path, backend="nccl"):
+        assert (ended.error, ended.code) == (None, 0)
 
 
 @pytest.mark.gpu

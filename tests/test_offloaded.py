@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,43 @@ def test_the_same_weights_on_another_device(
         logits(hooked), logits(wanted), atol=0 if moved_to.type == "cpu" else 1e-3
     )
     assert not torch.equal(logits(hooked), logits(model))
+
+
+def test_the_next_block_comes_while_one_is_worked_on(
+    tmp_path: Path, moved_to: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooked = offload(llama(), "disk_offload", tmp_path)
+    by_thread: dict[str, list[bool]] = {}
+    read = _Weight._read
+
+    def seen(self: _Weight) -> torch.Tensor:
+        own = threading.current_thread() is threading.main_thread()
+        by_thread.setdefault(self.name, []).append(not own)
+        return read(self)
+
+    monkeypatch.setattr(_Weight, "_read", seen)
+    magr_transform(hooked, CALIB)
+    # Looked at; then, in the first block and in a later one, checked and worked on.
+    assert by_thread["model.embed_tokens.weight"] == [False, False, False]
+    assert by_thread["model.layers.1.input_layernorm.weight"] == [False, True, True]
+    assert not any("fetches weights" in thread.name for thread in threading.enumerate())
+
+
+def test_what_fails_on_its_way_fails_where_it_is_needed(
+    tmp_path: Path, moved_to: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooked = offload(llama(), "disk_offload", tmp_path)
+    read = _Weight._read
+
+    def fails(self: _Weight) -> torch.Tensor:
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError(f"the disk has lost {self.name}")
+        return read(self)
+
+    monkeypatch.setattr(_Weight, "_read", fails)
+    with pytest.raises(OSError, match=r"the disk has lost model\.layers"):
+        magr_transform(hooked, CALIB)
+    assert all(parameter.is_meta for parameter in hooked.parameters())
 
 
 def test_what_is_in_memory_comes_along(tmp_path: Path, moved_to: torch.device) -> None:
