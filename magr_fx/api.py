@@ -73,7 +73,8 @@ def magr_transform(
     Args:
         model: any module that runs, compiled or not, or its exported graph; also one that
             accelerate offloads to memory or disk, or whose weights are sharded over ranks (FSDP2,
-            DTensor) and stay so: a block of it is then in memory, as a whole, at a time.
+            DTensor) and stay so: a block of it is then in memory, as a whole, at a time, on the
+            device that it would run on.
         calib: an iterable of model inputs, a DataLoader for instance, read once: a tensor is the
             first argument, a tuple or list the arguments, a mapping the keyword arguments.
             Batch sizes and lengths may differ. What ``attention_mask`` marks as padding does
