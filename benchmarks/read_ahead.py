@@ -2,9 +2,9 @@
 
     python benchmarks/read_ahead.py [--rate 60]    # Linux, as root: control groups of version 1
 
-Grams are collected of a model that is offloaded to a disk that gives so many MB a second (the system
-holds it to that) and has nothing of the file in memory yet, with what is read ahead and without, in
-turns, and once more with all of it in memory. Writes its table to benchmarks/read_ahead.md.
+Grams are collected of a model that is offloaded to a disk that gives so many MB a second (the
+system holds it to that), with nothing of its file in memory yet, reading ahead and not, in turns,
+and with all of it in memory. Writes its table to benchmarks/read_ahead.md.
 """
 
 from __future__ import annotations
