@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import disk_offload
+from crash_helpers import recorded_syncs
 from targets import ASYMMETRIC, intx
 from tiny_models import tiny_llama, tiny_mixtral, token_ids
 from torch import nn
@@ -248,7 +249,7 @@ def test_a_full_disk_leaves_what_was_saved(tmp_path: Path, monkeypatch: pytest.M
     def full(descriptor: int) -> None:
         nonlocal written
         written += 1
-        if written > 5:
+        if written > 10:  # two of each file
             raise OSError(28, "No space left on device")
         whole(descriptor)
 
@@ -259,6 +260,38 @@ def test_a_full_disk_leaves_what_was_saved(tmp_path: Path, monkeypatch: pytest.M
             for_target(tiny_llama(), checkpoint_dir=tmp_path)
     assert not list(tmp_path.glob("*.unfinished"))
     assert same_bits(for_target(tiny_llama(), checkpoint_dir=tmp_path), wanted)
+
+
+def test_each_file_is_on_the_disk_before_another_counts_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until its directory is synced, a loss of power may undo a rename, and keep a later one."""
+    events = recorded_syncs(tmp_path, monkeypatch)
+    Checkpoint(tmp_path, {}).save(0, {}, [], {"weight": torch.zeros(2)})
+    wanted = []
+    for name in ("fingerprint.json", "weights-000000.pt", "state-000000.pt"):
+        wanted += [f"sync {name}.unfinished", f"replace {name}", f"sync {tmp_path.name}"]
+    assert events == wanted
+
+
+def test_a_platform_that_opens_no_directory_writes_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = os.open
+
+    def refusing(path: Any, *rest: Any, **options: Any) -> int:
+        if Path(path).is_dir():
+            raise PermissionError(13, "Permission denied", str(path))
+        return whole(path, *rest, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", refusing)
+        events = recorded_syncs(tmp_path, patched)
+        Checkpoint(tmp_path, {}).save(0, {"kept": 1}, [], {})
+    assert f"sync {tmp_path.name}" not in events
+    last = Checkpoint(tmp_path, {}).last()
+    assert last is not None
+    assert last["boundary"] == {"kept": 1}
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
