@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 from typing import BinaryIO
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -39,6 +40,24 @@ def copy_bytes(origin: BinaryIO, made: BinaryIO, start: int, stop: int) -> None:
             raise OSError(errno.EIO, "the file has become shorter", origin.name)
         made.write(piece)
         start += len(piece)
+
+
+def settle(path: Path) -> None:
+    """Wait until a file, or a directory's list of names, is on the disk.
+
+    What a rename did is safe against a loss of power only once the directory is; a directory that
+    the platform cannot open (on Windows) is left to it.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        if path.is_dir():
+            return
+        raise
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def is_full(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,8 +55,10 @@ def compensation(gram: Tensor, *, by_activation: bool = False) -> Compensation:
         ordered = gram[order][:, order]
         ordered.diagonal().add_(torch.where(dead, unit, damping * unit))
         lower, failed = torch.linalg.cholesky_ex(ordered)
+        del ordered  # each matrix is as large as the gram: none is kept longer than needed
         if not bool(failed):
             inverse = torch.cholesky_inverse(lower)
+            del lower
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not bool(failed) and bool(upper.isfinite().all()):
                 return Compensation(order, upper)
@@ -67,7 +70,7 @@ def compensation(gram: Tensor, *, by_activation: bool = False) -> Compensation:
 
 
 @full_float32()
-def gptq(weight: Tensor, grid: Grid, compensation: Compensation) -> Tensor:
+def gptq(weight: Tensor | Sequence[Tensor], grid: Grid, compensation: Compensation) -> Tensor:
     """Round each row to its grid, input by input, every error compensated by the inputs to come.
 
     After input j has been rounded with the error e_j = (w_j - v_j)/U_jj, the inputs k > j become
@@ -78,7 +81,7 @@ def gptq(weight: Tensor, grid: Grid, compensation: Compensation) -> Tensor:
     the weights as compensated so far: here the caller chooses it, and any order can be taken.
 
     Args:
-        weight: ``[out, in]``, any floating dtype.
+        weight: ``[out, in]``, any floating dtype; or several, one below the other.
         grid: what the rows may be rounded to.
         compensation: of the gram, from :func:`compensation`.
 
@@ -88,7 +91,7 @@ def gptq(weight: Tensor, grid: Grid, compensation: Compensation) -> Tensor:
     order, factor = compensation
     columns = len(order)
     # One row per input: what is visited together lies together.
-    rest = weight.to(torch.float32).T[order].contiguous()
+    rest = _by_column([weight] if isinstance(weight, Tensor) else weight, order)
     steps = grid.by_column(columns).permuted(order)
     codes = torch.empty(rest.shape, dtype=torch.int8, device=rest.device)
     pivots = factor.diagonal().unsqueeze(-1)
@@ -105,3 +108,12 @@ def gptq(weight: Tensor, grid: Grid, compensation: Compensation) -> Tensor:
     result = torch.empty_like(codes)
     result[order] = codes
     return result.T.contiguous()
+
+
+def _by_column(weights: Sequence[Tensor], order: Tensor) -> Tensor:
+    """The weights' rows as columns ``[in, out]``, float32: a copy, made without another one."""
+    rows = [len(weight) for weight in weights]
+    result = torch.empty(len(order), sum(rows), device=order.device)
+    for weight, columns in zip(weights, result.split(rows, 1), strict=True):
+        columns.copy_(weight.T[order])
+    return result

@@ -32,17 +32,22 @@ class Grid(NamedTuple):
         """What ``codes`` ``[out, in]`` stand for, rounded as torchao rounds it; float32."""
         grouped = codes.view(*self.scale.shape, -1).to(self.dtype)
         steps = grouped - self.zero_point.unsqueeze(-1).to(self.dtype)
-        values = (steps * self.scale.unsqueeze(-1)).to(self.dtype)
+        scale = self.scale.unsqueeze(-1)
+        # In place where that is the same: one copy of the codes less.
+        values = steps.mul_(scale) if scale.dtype == self.dtype else (steps * scale).to(self.dtype)
         return values.view(codes.shape).to(torch.float32)
 
     def by_column(self, columns: int) -> ColumnGrid:
         """The same grid, laid out to be read one input at a time."""
         repeats = columns // self.scale.shape[1]
-        scale, zero = (
-            part.T.repeat_interleave(repeats, 0)
-            for part in (self.scale, self.zero_point.to(self.dtype))
+        return ColumnGrid(
+            self.scale.T.contiguous(),
+            self.zero_point.to(self.dtype).T.contiguous(),
+            [column // repeats for column in range(columns)],
+            self.low,
+            self.high,
+            self.dtype,
         )
-        return ColumnGrid(scale, zero, self.low, self.high, self.dtype)
 
 
 def stacked(grids: Sequence[Grid]) -> Grid:
@@ -52,21 +57,23 @@ def stacked(grids: Sequence[Grid]) -> Grid:
 
 
 class ColumnGrid(NamedTuple):
-    """A :class:`Grid` with a row for each input: what visits one input of all rows at a time."""
+    """A :class:`Grid` with a row for each group: what visits one input of all rows at a time."""
 
-    scale: Tensor  # [in, out]
-    zero_point: Tensor  # [in, out], in ``dtype``
+    scale: Tensor  # [groups, out]
+    zero_point: Tensor  # [groups, out], in ``dtype``
+    group: list[int]  # of each input
     low: int
     high: int
     dtype: torch.dtype
 
     def permuted(self, order: Tensor) -> ColumnGrid:
         """The grid of the inputs in another order."""
-        return self._replace(scale=self.scale[order], zero_point=self.zero_point[order])
+        return self._replace(group=[self.group[column] for column in order.tolist()])
 
     def round(self, column: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """The codes nearest to ``numbers`` ``[out]`` of one input, and their values; float32."""
-        scale, zero = self.scale[column], self.zero_point[column]
+        group = self.group[column]
+        scale, zero = self.scale[group], self.zero_point[group]
         codes = torch.round(numbers / scale.to(torch.float32)).add_(zero)
         codes.clamp_(self.low, self.high)
         if self.dtype == torch.float32 == scale.dtype:

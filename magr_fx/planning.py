@@ -17,6 +17,7 @@ import torch
 
 from magr_fx.gptq import BLOCK
 from magr_fx.gram import EXACT_UP_TO, SPLIT_FROM
+from magr_fx.rounding import CPU_ROWS
 from magr_fx.row_pieces import cut, pieces
 from magr_fx.search import ALPHAS, CLIPS, FINER, FINER_GROUPS
 
@@ -168,6 +169,11 @@ def solver_bytes(shape: Shape, method: Method) -> int:
     best values and weights so far, the candidate, what was rounded, the aim, the steps). A search
     works on one piece of the rows at a time (:func:`magr_fx.row_pieces.pieces`, on a CPU), and has
     5 of the whole weight beside it, where that is more than a piece; 7 when the pieces are joined.
+
+    GPTQ keeps a factor of the gram, ``4·in²`` more. It rounds many candidates at once
+    (:mod:`magr_fx.rounding`), which takes ``7·in`` bytes for each of their rows: what is left to
+    round in float32, and three copies of the codes. By then the certificate is gone, and of the
+    matrices ``[in, in]`` only two are left.
     """
     whole = shape.rows * shape.inputs
     piece = _piece(shape) if method.search else shape.rows
@@ -176,7 +182,12 @@ def solver_bytes(shape: Shape, method: Method) -> int:
     if piece < shape.rows:
         numbers = max(numbers + 5 * whole, 7 * whole)
     certificate = 32 * min(piece, 2048) * shape.inputs
-    return 12 * shape.inputs**2 + certificate + FLOAT * numbers
+    solving = 12 * shape.inputs**2 + certificate + FLOAT * numbers
+    if not method.gptq:
+        return solving
+    together = piece * min(EACH, max(1, CPU_ROWS // piece)) if method.search else piece
+    rounding = 8 * shape.inputs**2 + FLOAT * numbers + 7 * together * shape.inputs
+    return max(solving + FLOAT * shape.inputs**2, rounding)
 
 
 def _piece(shape: Shape) -> int:

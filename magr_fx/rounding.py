@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from magr_fx.gptq import Compensation, gptq
@@ -79,14 +78,14 @@ class OnGrid:
 
     def each(self, candidates: Iterable[Candidate]) -> Iterator[Rounded]:
         """As many at once as cost little more than one."""
-        remaining = iter(candidates)
+        # Of the clipped rows only the grid is needed.
+        remaining = ((rows, self.grid_of(clipped)) for rows, clipped in candidates)
         for first in remaining:
             some = [first, *islice(remaining, _at_once(first[0]) - 1)]
-            grid = stacked([self.grid_of(clipped) for _, clipped in some])
-            codes = gptq(torch.cat([rows for rows, _ in some]), grid, self.compensation)
-            parts = (grid.values(codes), codes, grid.scale, grid.zero_point)
-            for values, *own in zip(*(part.chunk(len(some)) for part in parts), strict=True):
-                yield Rounded(values, tuple(own))
+            weights, grids = zip(*some, strict=True)
+            codes = gptq(weights, stacked(grids), self.compensation)
+            for grid, own in zip(grids, codes.chunk(len(some)), strict=True):
+                yield Rounded(grid.values(own), (own, grid.scale, grid.zero_point))
 
 
 def _at_once(rows: Tensor) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from magr_fx.disk import copy_bytes, take_room
+from magr_fx.disk import copy_bytes, settle, take_room
 from magr_fx.errors import ModelError
 from magr_fx.model_directory import (
     CONFIG,
@@ -198,23 +197,10 @@ def publish(folder: Path, out: Path) -> None:
         raise ModelError(f"{folder} has no {CONFIG}; this is an error of magr-fx")
     if (folder / CONFIG).read_bytes().find(b"quantization_config") < 0:
         read_directory(folder)
-    for path in (*_files(folder), folder):
-        _flush(path)
+    for path in (*folder.rglob("*"), folder):  # of directories the names in them
+        settle(path)
     folder.replace(out)
-    _flush(out.absolute().parent)
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.is_file())
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or a directory's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    settle(out.absolute().parent)
 
 
 def overwrite(file: Path, stored: StoredTensor, weight: torch.Tensor) -> None:

@@ -1,7 +1,8 @@
 """What a run has done so far, on disk: after a crash the next one goes on from there.
 
 After every step the weights that it rewrote, the report's rows and the values that later steps read
-are written, each file first under another name: a file that has its name is whole. Of several
+are written, each file first under another name: a file that has its name is whole, and is on the
+disk before another gets its name that counts on it. Of several
 ranks each writes what its own batches need, and the first one the weights, which all have; a step
 counts once every rank has written it.
 """
@@ -23,7 +24,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from magr_fx.config import MagRConfig
-from magr_fx.disk import why_not_written
+from magr_fx.disk import settle, why_not_written
 from magr_fx.errors import CheckpointError
 from magr_fx.passes.ranks import ALONE, Ranks
 from magr_fx.passes.resident import Resident
@@ -153,6 +154,7 @@ class Checkpoint:
                 file.flush()
                 os.fsync(file.fileno())
             unfinished.replace(self.folder / name)
+            settle(self.folder)  # before anything that counts on this file has its name
         except (OSError, RuntimeError) as error:
             with contextlib.suppress(OSError):  # of a disk that takes nothing at all any more
                 unfinished.unlink()

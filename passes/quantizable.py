@@ -250,7 +250,11 @@ def quantized_copy(weight: torch.Tensor, target: AOBaseConfig) -> torch.Tensor:
     if getattr(target, "set_inductor_config", False):  # global settings: for the model itself
         target = replace(target, set_inductor_config=False)
     quantize_(linear, target)
-    return linear.weight
+    quantized = linear.weight
+    del (
+        linear.weight
+    )  # torchao has the module refer to itself: it stays until Python looks for that
+    return quantized
 
 
 def _places(model: nn.Module) -> dict[WeightView, list[Place]]:

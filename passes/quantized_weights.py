@@ -139,6 +139,7 @@ def _choose(
         return start, choice
     grid = stacked([grid_of(tensor) for tensor in alone])
     codes = torch.cat([tensor.qdata for tensor in alone])  # type: ignore[attr-defined]
+    alone.clear()
     first = Rounded(start, (codes, grid.scale, grid.zero_point))
     choice = choose(aim, gram, OnGrid(torchao.grid, spread), first, config, **options)
     codes, scale, zero = choice.rounded.parts

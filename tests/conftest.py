@@ -17,6 +17,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """With `--dist loadfile`: files in their order, not those with the fewest tests at the end.
+
+    Some of these are the longest, and a worker that has one last is waited for.
+    """
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist is there
+        config.option.loadscopereorder = False
+
+
 @pytest.fixture(autouse=True)
 def _no_global_state_changed() -> Iterator[None]:
     """The library may draw no global random numbers and must restore every global switch."""

@@ -77,3 +77,27 @@ def moments(moment: Callable[[str], None], folder: Path) -> Iterator[None]:
         for name in ("quantized_weights", "solve_magr"):
             patched.setattr(solve_sites, name, before_solving(getattr(solve_sites, name)))
         yield
+
+
+def recorded_syncs(folder: Path, patched: pytest.MonkeyPatch) -> list[str]:
+    """What is synced and renamed from now on: "sync" and "replace", with a name.
+
+    Args:
+        folder: it, and what is in it, is known by name.
+        patched: undoes it.
+    """
+    events: list[str] = []
+    whole_fsync, whole_replace = os.fsync, os.replace
+
+    def fsync(descriptor: int) -> None:
+        known = {path.stat().st_ino: path.name for path in (folder, *folder.rglob("*"))}
+        events.append(f"sync {known[os.fstat(descriptor).st_ino]}")
+        whole_fsync(descriptor)
+
+    def replace(source: Any, target: Any) -> None:
+        events.append(f"replace {Path(target).name}")
+        whole_replace(source, target)
+
+    patched.setattr(os, "fsync", fsync)
+    patched.setattr(os, "replace", replace)
+    return events

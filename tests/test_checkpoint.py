@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import disk_offload
+from crash_helpers import recorded_syncs
 from targets import ASYMMETRIC, intx
 from tiny_models import tiny_llama, tiny_mixtral, token_ids
 from torch import nn
@@ -50,6 +51,17 @@ def gptq(model: nn.Module, **options: Any) -> nn.Module:
 
 
 WAYS = [transform, for_target, nearest, gptq]
+
+
+@functools.cache
+def undisturbed(way: Callable[..., nn.Module]) -> nn.Module:
+    """What a run of this way that nothing cuts short makes of the tiny Llama."""
+    return way(tiny_llama())
+
+
+def small() -> nn.Module:
+    """For tests that are about the directory and not the model."""
+    return tiny_llama(num_hidden_layers=1)
 
 
 def same_bits(first: nn.Module, second: nn.Module) -> bool:
@@ -90,7 +102,7 @@ def test_it_goes_on_to_the_same_bits(
     way: Callable[..., nn.Module], steps: int, tmp_path: Path
 ) -> None:
     steps = min(steps, 1) if way is transform else steps  # which has a step for each layer
-    wanted = way(tiny_llama())
+    wanted = undisturbed(way)
     cut_short(way, tiny_llama(), tmp_path, steps)
     model = way(tiny_llama(), checkpoint_dir=tmp_path)
     assert same_bits(model, wanted)
@@ -155,8 +167,7 @@ def test_experts_and_buffers_go_on(tmp_path: Path) -> None:
 
 
 def test_offloaded_models_go_on(tmp_path: Path) -> None:
-    model = tiny_llama()
-    wanted = for_target(copy.deepcopy(model))
+    model, wanted = tiny_llama(), undisturbed(for_target)
     first = disk_offload(copy.deepcopy(model), str(tmp_path / "one"))
     cut_short(for_target, first, tmp_path / "checkpoint", 3)
     second = disk_offload(copy.deepcopy(model), str(tmp_path / "two"))
@@ -164,37 +175,42 @@ def test_offloaded_models_go_on(tmp_path: Path) -> None:
     assert torch.equal(second(CALIB[0]).logits, wanted(CALIB[0]).logits)
 
 
+# Each run is forked off a process in which everything is imported.
 KILLED = """
-import sys, torch
+import os, pathlib, signal, sys, time
 sys.path[:0] = {path!r}
 from test_checkpoint import gptq
 from tiny_models import tiny_llama
-print("started", flush=True)
-gptq(tiny_llama(), checkpoint_dir=sys.argv[1])
+folder = pathlib.Path(sys.argv[1])
+for kill in range(3):
+    child = os.fork()
+    if child == 0:
+        gptq(tiny_llama(), checkpoint_dir=folder)
+        os._exit(0)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if len(list(folder.glob("weights-*.pt"))) > 2 * kill:
+            break
+        time.sleep(0.003)
+    os.kill(child, signal.SIGKILL)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(list(folder.glob("weights-*.pt"))))
 """
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_a_run_that_is_killed_goes_on(tmp_path: Path) -> None:
-    """Killed again and again, each time a bit later, until one comes to its end."""
-    wanted = gptq(tiny_llama())
-    script = KILLED.format(path=sys.path)
-    for kill in range(3):
-        run = subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True
-        )
-        assert run.stdout is not None
-        assert run.stdout.readline() == "started\n"
-        deadline = time.monotonic() + 120
-        while run.poll() is None and time.monotonic() < deadline:
-            if len(list(tmp_path.glob("weights-*.pt"))) > 2 * kill:
-                os.kill(run.pid, signal.SIGKILL)
-                break
-            time.sleep(0.003)
-        assert run.wait() == -signal.SIGKILL
-        run.stdout.close()
-    assert list(tmp_path.glob("weights-*.pt"))
-    assert same_bits(gptq(tiny_llama(), checkpoint_dir=tmp_path), wanted)
+    """Killed again and again, each time a bit later; then one comes to its end."""
+    ran = subprocess.run(
+        [sys.executable, "-c", KILLED.format(path=sys.path), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    ends = [tuple(map(int, line.split())) for line in ran.stdout.splitlines()]
+    assert [code for code, _ in ends] == 3 * [-signal.SIGKILL]
+    assert all(saved > 2 * kill for kill, (_, saved) in enumerate(ends))
+    assert same_bits(gptq(tiny_llama(), checkpoint_dir=tmp_path), undisturbed(gptq))
 
 
 # What is refused, and what a full disk leaves.
@@ -207,12 +223,12 @@ def test_a_run_that_is_killed_goes_on(tmp_path: Path) -> None:
         ("configuration", {"config": MagRConfig(damping=0.2)}),
         ("configuration", {"holdout": 0.2}),
         ("configuration", {"target": intx(2, ASYMMETRIC, None)}),
-        ("graphs", {"model": tiny_llama(rms_norm_eps=1e-3)}),
+        ("graphs", {"model": tiny_llama(num_hidden_layers=1, rms_norm_eps=1e-3)}),
     ],
 )
 def test_another_run_is_refused(what: str, change: dict[str, Any], tmp_path: Path) -> None:
-    cut_short(for_target, tiny_llama(), tmp_path, 1)
-    model = tiny_llama()
+    cut_short(for_target, small(), tmp_path, 1)
+    model = small()
     before = copy.deepcopy(model.state_dict())
     options = {"model": model, "calib": CALIB, "target": INT3, **change}
     with pytest.raises(CheckpointError, match=rf"differs in: .*{what}"):
@@ -221,7 +237,7 @@ def test_another_run_is_refused(what: str, change: dict[str, Any], tmp_path: Pat
 
 
 def test_a_rewritten_model_is_another_one(tmp_path: Path) -> None:
-    model = for_target(tiny_llama(), checkpoint_dir=tmp_path)
+    model = for_target(small(), checkpoint_dir=tmp_path)
     with pytest.raises(CheckpointError, match="differs in: model"):
         for_target(model, checkpoint_dir=tmp_path)
 
@@ -233,17 +249,49 @@ def test_a_full_disk_leaves_what_was_saved(tmp_path: Path, monkeypatch: pytest.M
     def full(descriptor: int) -> None:
         nonlocal written
         written += 1
-        if written > 5:
+        if written > 10:  # two of each file
             raise OSError(28, "No space left on device")
         whole(descriptor)
 
-    wanted = for_target(tiny_llama())
+    wanted = undisturbed(for_target)
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
         with pytest.raises(CheckpointError, match=r"No space left.*goes on from"):
             for_target(tiny_llama(), checkpoint_dir=tmp_path)
     assert not list(tmp_path.glob("*.unfinished"))
     assert same_bits(for_target(tiny_llama(), checkpoint_dir=tmp_path), wanted)
+
+
+def test_each_file_is_on_the_disk_before_another_counts_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until its directory is synced, a loss of power may undo a rename, and keep a later one."""
+    events = recorded_syncs(tmp_path, monkeypatch)
+    Checkpoint(tmp_path, {}).save(0, {}, [], {"weight": torch.zeros(2)})
+    wanted = []
+    for name in ("fingerprint.json", "weights-000000.pt", "state-000000.pt"):
+        wanted += [f"sync {name}.unfinished", f"replace {name}", f"sync {tmp_path.name}"]
+    assert events == wanted
+
+
+def test_a_platform_that_opens_no_directory_writes_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = os.open
+
+    def refusing(path: Any, *rest: Any, **options: Any) -> int:
+        if Path(path).is_dir():
+            raise PermissionError(13, "Permission denied", str(path))
+        return whole(path, *rest, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", refusing)
+        events = recorded_syncs(tmp_path, patched)
+        Checkpoint(tmp_path, {}).save(0, {"kept": 1}, [], {})
+    assert f"sync {tmp_path.name}" not in events
+    last = Checkpoint(tmp_path, {}).last()
+    assert last is not None
+    assert last["boundary"] == {"kept": 1}
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -269,24 +317,24 @@ def test_rows_that_were_saved_without_damping_are_read(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    cut_short(for_target, tiny_llama(), tmp_path, 2)
+    cut_short(for_target, small(), tmp_path, 2)
     (state,) = tmp_path.glob("state-*.pt")
     state.write_bytes(state.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=rf"{state.name} cannot be read"):
-        for_target(tiny_llama(), checkpoint_dir=tmp_path)
+        for_target(small(), checkpoint_dir=tmp_path)
 
 
 def test_a_directory_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="another directory"):
-        transform(tiny_llama(), checkpoint_dir=tmp_path / "file")
+        transform(small(), checkpoint_dir=tmp_path / "file")
     (tmp_path / "fingerprint.json").write_text("{")
     with pytest.raises(CheckpointError, match="another directory"):
-        transform(tiny_llama(), checkpoint_dir=tmp_path)
+        transform(small(), checkpoint_dir=tmp_path)
 
 
 def test_the_fingerprint_is_readable(tmp_path: Path) -> None:
-    transform(tiny_llama(), checkpoint_dir=tmp_path)
+    transform(small(), checkpoint_dir=tmp_path)
     known = json.loads((tmp_path / "fingerprint.json").read_text())
     assert known["version of torch"] == torch.__version__
     assert json.loads(known["configuration"])["config"]["solver"] == "admm"

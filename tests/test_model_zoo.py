@@ -25,7 +25,7 @@ from magr_fx.passes.collect_grams import CalibrationRun
 from magr_fx.passes.find_linears import find_linears
 from magr_fx.passes.read_exported import trace_or_read
 from magr_fx.passes.to_torchao import is_quantized
-from magr_fx.passes.trace import calibration_mode
+from magr_fx.passes.trace import TracedBatch, calibration_mode
 from magr_fx.passes.trace_batches import Tracing
 
 MAKE_FX_ONLY = ("DBRX", "`if` on data")  # their control flow depends on values
@@ -48,22 +48,40 @@ def made(name: str, experts: str = "") -> nn.Module:
     return model
 
 
-def compare(name: str, tracing: Tracing, experts: str = "", ops: set[str] | None = None) -> str:
+def traced(
+    name: str, tracing: Tracing | None = None, experts: str = ""
+) -> tuple[nn.Module, list[TracedBatch]]:
+    """A model and its batches, each with what it was traced to."""
+    model = made(name, experts)
+    batches = read_calib(ZOO[name].calib(), model)
+    with calibration_mode(model):
+        return model, trace_or_read(model, batches, tracing or Tracing())
+
+
+# Tracing is most of the time of each test here: what the finder was tested with is kept for the
+# test that rewrites it.
+_FOUND: dict[str, tuple[nn.Module, list[TracedBatch]]] = {}
+
+
+def compare(
+    name: str,
+    of: tuple[nn.Module, list[TracedBatch]],
+    experts: str = "",
+    ops: set[str] | None = None,
+) -> str:
     """Hold finder and grams against the oracle; returns what traced the model.
 
     ``ops`` is given the names of the products that were found.
     """
-    model = made(name, experts)
-    batches = read_calib(ZOO[name].calib(), model)
+    model, batches = of
     with calibration_mode(model):
-        traced = trace_or_read(model, batches, tracing)
-        found = find_linears(dict.fromkeys(batch.trace for batch in traced), model)
+        found = find_linears(dict.fromkeys(batch.trace for batch in batches), model)
         if ops is not None:
             targets: list[Any] = [c.node.target for site in found.sites for c in site.calls]
             ops.update(target._schema.name for target in targets)
         grams = {}
         for shared in chain.from_iterable(
-            CalibrationRun(traced, found.sites).collect(progress=False)
+            CalibrationRun(batches, found.sites).collect(progress=False)
         ):
             for site in shared.sites:
                 if shared.gram is not None:  # else no token went to this expert
@@ -79,25 +97,28 @@ def compare(name: str, tracing: Tracing, experts: str = "", ops: set[str] | None
         assert float(error) < 1e-5, row.parameter
     reasons = {rejection.name: rejection.reason for rejection in found.rejections}
     assert all(reasons[parameter].startswith("tied") for parameter in ZOO[name].tied)
-    return traced[0].trace.tracer
+    return batches[0].trace.tracer
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_finder_and_grams_agree_with_the_oracle(name: str) -> None:
-    assert compare(name, Tracing()) == ("make_fx" if name in MAKE_FX_ONLY else "export")
+    _FOUND[name] = traced(name)
+    tracer = compare(name, _FOUND[name])
+    assert tracer == ("make_fx" if name in MAKE_FX_ONLY else "export")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ZOO if name not in MAKE_FX_ONLY])
 def test_make_fx_finds_the_same(name: str) -> None:
-    assert compare(name, Tracing("make_fx")) == "make_fx"
+    assert compare(name, traced(name, Tracing("make_fx"))) == "make_fx"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("experts", ["eager", "batched_mm"])
 @pytest.mark.parametrize("name", FUSED)
 def test_every_way_to_run_experts(name: str, experts: str) -> None:
-    assert compare(name, Tracing(), experts) == ("make_fx" if experts == "eager" else "export")
+    tracer = compare(name, traced(name, experts=experts), experts)
+    assert tracer == ("make_fx" if experts == "eager" else "export")
 
 
 @pytest.mark.parametrize("tracer", ["export", "make_fx"])
@@ -108,7 +129,8 @@ def test_the_fallback_of_transformers_for_grouped_mm(
     """Its own op, for dtypes and devices that torch's does not serve; stored both ways round."""
     monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *args: False)
     ops: set[str] = set()
-    assert compare(name, Tracing(tracer), "grouped_mm", ops) == tracer
+    of = traced(name, Tracing(tracer), "grouped_mm")
+    assert compare(name, of, "grouped_mm", ops) == tracer
     assert "transformers::grouped_mm_fallback" in ops
     assert "aten::_grouped_mm" not in ops
 
@@ -127,8 +149,12 @@ def first_output(model: nn.Module, batch: Any) -> Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
-def test_transform_rewrites_everything_and_keeps_the_outputs(name: str) -> None:
-    model = made(name)
+def test_transform_rewrites_everything_and_keeps_the_outputs(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the trace that the finder was tested with; the next test makes its own."""
+    model, batches = _FOUND.pop(name, None) or traced(name)
+    monkeypatch.setattr("magr_fx.api.trace_or_read", lambda *_: batches)
     calib = ZOO[name].calib()
     before = first_output(model, calib[0])
     magr_transform(model, calib, MagRConfig(damping=1e-3), progress=False)

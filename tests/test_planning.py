@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import math
 import re
 from dataclasses import astuple
-from itertools import count
+from itertools import accumulate, count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +19,8 @@ from operation_counter import OperationCounter
 from targets import ASYMMETRIC, intx
 from tiny_directories import largest_layer, save_model, save_text
 from tiny_models import activations, tiny_llama, tiny_mixtral, tiny_qwen2, token_ids
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -50,6 +54,7 @@ def meta(make: Any, **options: Any) -> Any:
         return type(model)(model.config).eval()
 
 
+@functools.cache
 def planned(make: Any, method: Method, tokens: int = 128) -> Plan:
     return plan(meta(make), tokens, WINDOW, method)
 
@@ -143,6 +148,25 @@ def test_a_solve_for_one_alpha_takes_about_what_is_predicted() -> None:
     assert predicted.factors - 1.01 * 128**3 < counter.work.factors < 1.01 * predicted.factors
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+@pytest.mark.parametrize("rows", [128, 768])  # many candidates are rounded at once; few are
+def test_solves_take_about_the_memory_that_is_predicted(rows: int, rounding: str) -> None:
+    columns = 512
+    weight = nn.Parameter(activations(rows, columns, seed=3) / 20, requires_grad=False)
+    site: Any = SimpleNamespace(shape=weight.shape, parameter=weight, weight=weight)
+    shared, x = SharedGram([site]), activations(1200, columns) * torch.linspace(0.1, 3, columns)
+    shared.add(x, None, original=x + 0.01 * activations(1200, columns, seed=5), holdout=0.1)
+    target = Target(intx(3, ASYMMETRIC, None), Handling(rounding=rounding))
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        quantized_weights(shared, MagRConfig(alpha="auto"), target)
+    changes = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    peak = max(accumulate(event.nbytes() for event in changes))
+    predicted = planning.solver_bytes(Shape(rows, columns), Method(gptq=rounding == "gptq"))
+    assert 0.8 < peak / predicted < 1.25
+
+
 def test_grams_take_what_is_predicted() -> None:
     """From 256 inputs on a part of each gram is the mirror image of another."""
     for inputs in (128, 256):
@@ -205,6 +229,11 @@ def test_formulas_by_hand() -> None:
     # Llama-70B's down projection, as benchmarks/README.md has it: 25 GB with weight and gram.
     large = planning.solver_bytes(Shape(8192, 28672), ALONE)
     assert 14e9 < large < 25e9
+    # With GPTQ one matrix more; of few rows many candidates are rounded at once, which is more yet.
+    many = planning.solver_bytes(Shape(4096, 16), Method(gptq=True))
+    assert many == 4 * 16**2 + planning.solver_bytes(Shape(4096, 16), Method())
+    few = planning.solver_bytes(Shape(64, 16), Method(gptq=True))
+    assert few == 8 * 16**2 + 4 * 13 * 64 * 16 + 7 * 15 * 64 * 16
 
 
 def test_time_is_operations_by_rate_and_bytes_by_speed() -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from crash_helpers import recorded_syncs
 from safetensors.torch import load_file, save_file
 
 from magr_fx.errors import ModelError
 from magr_fx.model_directory import read_directory
-from magr_fx.write_directory import RewrittenWeights, Shards
+from magr_fx.write_directory import RewrittenWeights, Shards, publish
 
 
 class Loader(dict[str, torch.Tensor]):
@@ -112,3 +113,18 @@ def test_a_weight_that_cannot_be_taken_apart_is_refused(parts: Any, tmp_path: Pa
     weights = RewrittenWeights(loader, shards, parts)
     with pytest.raises(ModelError, match=r"both \(4, 4\) .*save_original_format=False"):
         weights.check("both", torch.empty(4, 4, device="meta"))
+
+
+def test_what_is_published_is_on_the_disk_before_and_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file before OUT has its name; then the list of names that OUT is in."""
+    folder = tmp_path / "unfinished"
+    (folder / "part").mkdir(parents=True)
+    (folder / "config.json").write_text('{"quantization_config": {}}')  # and so no weights
+    (folder / "part" / "file").write_text("x")
+    events = recorded_syncs(tmp_path, monkeypatch)
+    publish(folder, tmp_path / "out")
+    before, after = events[:-2], events[-2:]
+    assert sorted(before) == [*("sync config.json", "sync file", "sync part", "sync unfinished")]
+    assert after == ["replace out", f"sync {tmp_path.name}"]
