@@ -6,11 +6,13 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from magr_fx.passes.decisions import random_state, torch_state
 from magr_fx.passes.weight_views import VIEWS
 
 GUARDS = "_guards_fn"  # where torch.export keeps its input check in a graph module
@@ -92,8 +94,8 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
         mha = torch.backends.mha
         restored.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
         mha.set_fastpath_enabled(False)
-        cuda = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-        restored.enter_context(torch.random.fork_rng(devices=cuda))
+        devices = {tensor.device for tensor in chain(model.parameters(), model.buffers())}
+        restored.enter_context(random_state(torch_state(devices)))
         with torch.no_grad():
             yield
 
