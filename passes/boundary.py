@@ -51,7 +51,7 @@ def boundary(
             if shared.gram is not None
         },
         "buffers": [buffer.detach() for buffer in buffers],
-        "random": torch_state(),
+        "random": torch_state(tensor.device for tensor in stored),
     }
 
 

@@ -90,6 +90,8 @@ class CalibrationRun:
         self._resident, self._ranks = resident, ranks
         traced = dict.fromkeys(batch.trace for batch in batches)
         stored = [tensor for trace in traced for tensor in attributes(trace.graph_module)]
+        given = (v for batch in self.batches for v in batch.values if isinstance(v, torch.Tensor))
+        self._devices = {tensor.device for tensor in chain(stored, given)}
         self._spill = None if spill is None else Spill(spill, stored)
         self.propagate, self.holdout = propagate, holdout
         self.grams = _share(sites)
@@ -371,7 +373,7 @@ class CalibrationRun:
                 state = None if follow is None else follow.random.get(node)
                 with random_state(state):
                     if record is not None and is_random(node):
-                        record.random[node] = torch_state()
+                        record.random[node] = torch_state(self._devices)
                     env[node] = _run_node(runner, node, batch, quantized=follow is not None)
                 if record is not None and is_decision(env[node]) and not vmap_depth(node):
                     record.values[node] = env[node]

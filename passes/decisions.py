@@ -8,7 +8,7 @@ same random numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from magr_fx.passes.vmap import is_batched
 
 aten = torch.ops.aten
-State = tuple[torch.Tensor, list[torch.Tensor]]  # of the CPU's generator, of each CUDA device's
+State = dict[str, torch.Tensor]  # of torch's generators, by the names of their devices
 
 
 @dataclass
@@ -51,10 +51,14 @@ def is_random(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
-def torch_state() -> State:
-    """Of torch's own generators, which a model draws from."""
-    on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return torch.get_rng_state(), on_cuda
+def torch_state(devices: Iterable[torch.device]) -> State:
+    """Of torch's own generators that a model draws from: the CPU's, and those of its devices.
+
+    No others: to ask another GPU for its state is to set it up, which takes some of its memory.
+    """
+    names = sorted({str(device) for device in devices if device.type not in ("cpu", "meta")})
+    states = {name: torch.get_device_module(name).get_rng_state(name) for name in names}
+    return {"cpu": torch.get_rng_state(), **states}
 
 
 @contextmanager
@@ -63,7 +67,7 @@ def random_state(state: State | None) -> Iterator[None]:
     if state is None:
         yield
         return
-    before = torch_state()
+    before = torch_state(map(torch.device, state))
     try:
         set_torch_state(state)
         yield
@@ -73,6 +77,8 @@ def random_state(state: State | None) -> Iterator[None]:
 
 def set_torch_state(state: State) -> None:
     """The inverse of :func:`torch_state`."""
-    torch.set_rng_state(state[0])
-    if state[1]:
-        torch.cuda.set_rng_state_all(state[1])
+    for name, values in state.items():
+        if name == "cpu":
+            torch.set_rng_state(values)
+        else:
+            torch.get_device_module(name).set_rng_state(values, name)

@@ -6,11 +6,13 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from magr_fx.passes.decisions import random_state, torch_state
 from magr_fx.passes.weight_views import VIEWS
 
 GUARDS = "_guards_fn"  # where torch.export keeps its input check in a graph module
@@ -93,9 +95,9 @@ def calibration_mode(model: nn.Module, device: torch.device | None = None) -> It
         mha = torch.backends.mha
         restored.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
         mha.set_fastpath_enabled(False)
-        devices = {p.device for p in model.parameters()} | ({device} if device else set())
-        cuda = sorted({d.index or 0 for d in devices if d.type == "cuda"})
-        restored.enter_context(torch.random.fork_rng(devices=cuda))
+        devices = {tensor.device for tensor in chain(model.parameters(), model.buffers())}
+        devices |= {device} if device is not None else set()
+        restored.enter_context(random_state(torch_state(devices)))
         with torch.no_grad():
             yield
 

@@ -569,7 +569,9 @@ def test_the_quantized_run_routes_as_the_original_one_did(monkeypatch: pytest.Mo
     assert_gram(seen["b.weight"].drift, now.T @ (kept - now))
 
 
-def test_the_quantized_run_draws_the_same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_quantized_run_draws_the_same_noise(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Noisy(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -581,12 +583,29 @@ def test_the_quantized_run_draws_the_same_noise(monkeypatch: pytest.MonkeyPatch)
             return result
 
     seen = captured(monkeypatch)
-    magr_quantize(Noisy(), vectors(64), INT3, holdout=0.0)
+    magr_quantize(Noisy().to(device), vectors(64), INT3, holdout=0.0)
     shared = seen["b.weight"]
     assert shared.gram is not None
     assert shared.drift is not None
     # Other noise would make the drift as large as the gram.
     assert shared.drift.diagonal().abs().sum() < 0.1 * shared.gram.diagonal().sum()
+
+
+def test_devices_that_the_model_is_not_on_are_not_asked_for_their_random_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To ask is to set up a context, some hundred MiB on each GPU of the machine."""
+
+    def asked(*_: Any) -> Any:
+        raise AssertionError("a GPU was asked")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("get_rng_state", "get_rng_state_all", "set_rng_state", "set_rng_state_all"):
+        monkeypatch.setattr(torch.cuda, name, asked)
+    one, two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+    noisy = Formula(lambda m, x: m.b(m.a(x) + torch.rand_like(x)), a=one, b=two)
+    magr_quantize(noisy, vectors(64), INT3)
+    assert [row.outcome for row in report_of(noisy).sites] == ["rewritten"] * 2
 
 
 def test_traces_that_differ_by_a_layer_stay_in_step(monkeypatch: pytest.MonkeyPatch) -> None:
