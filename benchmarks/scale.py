@@ -38,13 +38,14 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from magr_fx import magr_transform
 from magr_fx.calibration_text import BATCH
-from magr_fx.directories import PROCESS, Job, transform_directory
+from magr_fx.directories import PROCESS, transform_directory
 from magr_fx.measure_rates import measured_rates
 from magr_fx.memory import give_back_what_is_freed
 from magr_fx.named_targets import named_target
 from magr_fx.passes.plan import Plan
 from magr_fx.plan_directory import plan_directory
 from magr_fx.planning import Costs, Rates
+from magr_fx.prepare_directory import Job
 from magr_fx.report import MagRReport
 
 OUT = Path(__file__).with_suffix(".md")

@@ -266,6 +266,8 @@ def quantize_apart(
 ) -> list[str]:
     """:func:`magr_quantize` of a model that may be offloaded, and is quantized elsewhere.
 
+    The ranks of the default group work together, if there is one.
+
     Args:
         model, calib, target, config, rounding, refine, propagate, filter_fn, checkpoint_dir,
         spill_dir, progress: as for :func:`magr_quantize`.
@@ -277,32 +279,33 @@ def quantize_apart(
         report says why they may not be.
 
     Raises:
-        ConfigError, CalibrationError, ModelError, TraceError, CheckpointError: as for
-            :func:`magr_quantize`.
+        ConfigError, CalibrationError, ModelError, TraceError, CheckpointError, DistributedError:
+            as for :func:`magr_quantize`.
     """
-    taking_part = Target(target, Handling(rounding, True, refine, propagate is not False))
-    config = resolve_config(config, target, required=True)
-    check_filter(filter_fn)
-    check_model(model, offloaded=is_offloaded(model))
-    device = execution_device(model)
-    with together(False) as ranks, at_hand(model, device) as resident:
-        _, weights = _run(
-            model,
-            read_calib(calib, model),
-            config,
-            taking_part,
-            filter_fn=filter_fn,
-            tracing=Tracing("auto", False).without_values(),
-            resident=resident,
-            device=device,
-            ranks=ranks,
-            strict=False,
-            checkpoint_dir=checkpoint_dir,
-            spill_dir=spill_dir,
-            progress=progress,
-            quantize=True,
-            apart=tensors,
-        )
+    with together() as ranks:
+        taking_part = Target(target, Handling(rounding, True, refine, propagate is not False))
+        config = resolve_config(config, target, required=True)
+        check_filter(filter_fn)
+        check_model(model, offloaded=is_offloaded(model))
+        device = execution_device(model)
+        with at_hand(model, device) as resident:
+            _, weights = _run(
+                model,
+                read_calib(calib, model),
+                config,
+                taking_part,
+                filter_fn=filter_fn,
+                tracing=Tracing("auto", False).without_values(),
+                resident=resident,
+                device=device,
+                ranks=ranks,
+                strict=False,
+                checkpoint_dir=checkpoint_dir,
+                spill_dir=spill_dir,
+                progress=progress,
+                quantize=True,
+                apart=tensors,
+            )
     return [place.name for weight in weights for place in weight.places]
 
 

@@ -20,6 +20,7 @@ from magr_fx.block_log import blocks_to
 from magr_fx.config import ALPHA_WORDS, SOLVERS, MagRConfig
 from magr_fx.errors import MagRError
 from magr_fx.quiet import errors_only
+from magr_fx.torchrun import Launched
 
 Command = Callable[..., None]
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -46,6 +47,19 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return decorate
 
 
+def _alpha(
+    _context: click.Context, _option: click.Parameter, given: str | None
+) -> float | str | None:
+    if given is None or given in ALPHA_WORDS:
+        return given
+    try:
+        return float(given)
+    except ValueError:
+        raise click.UsageError(
+            f"--alpha is a number, {' or '.join(ALPHA_WORDS)}; got {given!r}"
+        ) from None
+
+
 _TOKENS = (
     click.option("--tokens", default=16_384, show_default=True, type=click.IntRange(1),
                  help="How many tokens to calibrate on."),
@@ -59,7 +73,7 @@ _WORK = (
     click.argument("out", type=FOLDER),
     click.option("--calib", required=True, type=FILE, help="A text file to calibrate on."),
     *_TOKENS,
-    click.option("--alpha", metavar="auto|published|NUMBER",
+    click.option("--alpha", metavar="auto|published|NUMBER", callback=_alpha,
                  help="The penalty; by default each row's own where there is a target."),
     click.option("--solver", default="admm", show_default=True, type=click.Choice(SOLVERS)),
     click.option("--max-steps", type=int, help="The most steps of the solver."),
@@ -71,6 +85,10 @@ _WORK = (
     click.option("--log-json", type=FILE, help="Append a line of JSON for each finished block."),
     click.option("--spill", type=FOLDER,
                  help="Keep the activations between blocks in this directory, not in memory."),
+    click.option("--timeout", default=60.0, show_default=True, metavar="MINUTES",
+                 type=click.FloatRange(0, min_open=True),
+                 help="Under torchrun: the longest that a rank waits for another. Longer than a "
+                 "block, the download, and writing OUT take."),
     click.option("--progress/--no-progress", default=None,
                  help="Show bars (default: on a terminal)."),
 )  # fmt: skip
@@ -87,11 +105,13 @@ def transform(target: str | None, head: bool, **given: Any) -> None:
 
     One block of the model is in memory at a time.
     """
-    with _told(given["out"], given["progress"]):
+
+    def make(job: Any) -> Any:
         from magr_fx.directories import transform_directory
 
-        job = _job(target, given, head=head)
-        _report(transform_directory, job, given)
+        return transform_directory(job)
+
+    _work(make, partial(_job, target, given, head=head), given)
 
 
 @magr_fx.command()
@@ -108,13 +128,15 @@ def quantize(target: str, rounding: str, refine: int, **given: Any) -> None:
 
     One block of the model is in memory at a time, and one shard when it is saved.
     """
-    with _told(given["out"], given["progress"]):
+    if refine and rounding != "gptq":
+        raise click.UsageError("--refine belongs to --rounding gptq")
+
+    def make(job: Any) -> Any:
         from magr_fx.directories import quantize_directory
 
-        if refine and rounding != "gptq":
-            raise click.UsageError("--refine belongs to --rounding gptq")
-        job = _job(target, given, refine=refine)
-        _report(partial(quantize_directory, rounding=rounding), job, given)
+        return quantize_directory(job, rounding)
+
+    _work(make, partial(_job, target, given, refine=refine), given)
 
 
 @magr_fx.command()
@@ -151,8 +173,8 @@ def plan(model: str, target: str | None, rounding: str, tflops: float | None, **
 
 
 def _job(target: str | None, given: dict[str, Any], *, head: bool = False, **options: Any) -> Any:
-    from magr_fx.directories import Job
     from magr_fx.named_targets import named_target
+    from magr_fx.prepare_directory import Job
 
     options = {"progress": given["progress"], "spill_dir": given["spill"], **options}
     if given["propagate"] is not None:
@@ -165,7 +187,7 @@ def _job(target: str | None, given: dict[str, Any], *, head: bool = False, **opt
         tokens=given["tokens"],
         length=given["length"],
         config=MagRConfig(
-            alpha=_alpha(given["alpha"]),
+            alpha=given["alpha"],
             solver=given["solver"],
             max_steps=given["max_steps"],
             damping=given["damping"],
@@ -177,27 +199,32 @@ def _job(target: str | None, given: dict[str, Any], *, head: bool = False, **opt
     )
 
 
-def _alpha(given: str | None) -> float | str | None:
-    if given is None or given in ALPHA_WORDS:
-        return given
-    try:
-        return float(given)
-    except ValueError:
-        raise click.UsageError(
-            f"--alpha is a number, {' or '.join(ALPHA_WORDS)}; got {given!r}"
-        ) from None
+def _work(make: Callable[[Any], Any], job_of: Callable[[], Any], given: dict[str, Any]) -> None:
+    """Do a job, with all ranks that were started for it; the first one says what came of it."""
+    launched = Launched()
+    speaks = launched.rank == 0
+    with (
+        _told(given["out"], given["progress"], launched),
+        launched.joined(given["timeout"]),
+    ):
+        from magr_fx.passes.ranks import together
 
-
-def _report(make: Callable[[Any], Any], job: Any, given: dict[str, Any]) -> None:
-    with blocks_to(given["log_json"], job.out, resumed=job.resume):
-        done = make(job)
-    click.echo(done.totals())
-    click.echo(f"{job.out} is written; magr-fx report {job.out} has a row for each weight")
+        with together():
+            job = job_of()
+            log = given["log_json"] if speaks else None
+            with blocks_to(log, job.out, resumed=job.resume):
+                done = make(job)
+        if speaks:
+            click.echo(done.totals())
+            click.echo(f"{job.out} is written; magr-fx report {job.out} has a row for each weight")
 
 
 @contextlib.contextmanager
-def _told(out: Path | None, progress: bool | None = None) -> Iterator[None]:
+def _told(
+    out: Path | None, progress: bool | None = None, launched: Launched | None = None
+) -> Iterator[None]:
     """Tell errors in one line, and how to go on; other libraries' bars and notes stay away."""
+    launched = launched or Launched(alone=True)
     with contextlib.ExitStack() as restored:
         restored.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
         transformers_logging.set_verbosity_error()
@@ -205,25 +232,26 @@ def _told(out: Path | None, progress: bool | None = None) -> Iterator[None]:
             restored.callback(transformers_logging.enable_progress_bar)
             transformers_logging.disable_progress_bar()  # and those of the Hub's client
             shown = sys.stderr.isatty() if progress is None else progress
-            if shown and not constants.HF_HUB_DISABLE_PROGRESS_BARS:
+            if shown and launched.rank == 0 and not constants.HF_HUB_DISABLE_PROGRESS_BARS:
                 enable_progress_bars()  # a download is long
         # The one says what is offloaded, which is what is asked for, and so of every run; the other
         # that it tries again to download, and how it failed is told in the end.
         restored.enter_context(errors_only("accelerate", "huggingface_hub"))
-        restored.enter_context(_warnings_shown())
+        restored.enter_context(_warnings_shown(launched.rank == 0))
         try:
             yield
         except KeyboardInterrupt:
-            click.echo(f"magr-fx: interrupted{_how_to_go_on(out)}", err=True)
+            if launched.rank == 0:
+                click.echo(f"magr-fx: interrupted{_how_to_go_on(out)}", err=True)
             raise click.exceptions.Exit(130) from None
         except MagRError as error:
             message = " ".join(str(error).split())
-            click.echo(f"magr-fx: error: {message}{_how_to_go_on(out)}", err=True)
+            launched.tell(f"magr-fx: error: {message}{_how_to_go_on(out)}")
             raise click.exceptions.Exit(2) from error
 
 
 def _how_to_go_on(out: Path | None) -> str:
-    from magr_fx.directories import is_resumable
+    from magr_fx.prepare_directory import is_resumable
 
     if out is None or not is_resumable(out):
         return ""
@@ -231,9 +259,9 @@ def _how_to_go_on(out: Path | None) -> str:
 
 
 @contextlib.contextmanager
-def _warnings_shown() -> Iterator[None]:
+def _warnings_shown(shown: bool) -> Iterator[None]:
     """The library's warnings, each in a line of its own; errors come as exceptions."""
-    handler = _Lines(logging.WARNING)
+    handler = _Lines(logging.WARNING) if shown else logging.NullHandler()
     handler.addFilter(lambda record: record.levelno == logging.WARNING)
     logger = logging.getLogger("magr_fx")
     propagate = logger.propagate

@@ -6,179 +6,205 @@ written is an ordinary directory of transformers; until it is whole it has anoth
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import fnmatch
 import functools
-import importlib.util
 import json
 import shutil
-from collections.abc import Iterator, MutableMapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from torchao.core.config import AOBaseConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from magr_fx.api import magr_transform, quantize_apart
-from magr_fx.calibration_text import text_batches
-from magr_fx.config import MagRConfig
-from magr_fx.disk import is_full
-from magr_fx.errors import CheckpointError, ConfigError, ModelError
-from magr_fx.model_directory import (
-    CONFIG,
-    StoredTensor,
-    experts_of,
-    find_model,
-    read_config,
-    read_directory,
-)
+from magr_fx.errors import ConfigError, ModelError
+from magr_fx.model_directory import CONFIG, StoredTensor, read_directory
 from magr_fx.passes.checkpoint import checkpoint_report
 from magr_fx.passes.find_linears import FilterFn
 from magr_fx.passes.offloaded import keep_in, offloaded_weights
 from magr_fx.passes.quantizable import quantized_copy
+from magr_fx.passes.ranks import together
 from magr_fx.passes.to_torchao import describe
+from magr_fx.prepare_directory import (
+    CHECKPOINT,
+    UNFINISHED,
+    Job,
+    Prepared,
+    brief,
+    is_resumable,
+    prepared,
+)
 from magr_fx.report import MagRReport
 from magr_fx.report_files import has_report, read_report, write_report
-from magr_fx.tensor_files import TensorFiles
-from magr_fx.write_directory import RewrittenWeights, Shards, copy_rest, publish, stored_as
+from magr_fx.tensor_files import LetGo, TensorFiles
+from magr_fx.write_directory import (
+    RewrittenWeights,
+    Shards,
+    StoredWeights,
+    copy_rest,
+    publish,
+    stored_as,
+)
 from magr_fx.write_quantized import write_quantized, write_quantized_config
 
-UNFINISHED = ".unfinished"
-CHECKPOINT = "checkpoint"
+REWRITTEN, QUANTIZED = "rewritten", "quantized"  # within OUT.unfinished
 # Bytes that Python, torch and transformers take before there is any model, about.
 PROCESS = 500_000_000
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to make of which model.
-
-    Attributes:
-        model: a directory with the safetensors of a causal language model, or a name on the Hub.
-        out: the directory to make; it may be there if it is empty.
-        text: a text file to calibrate on.
-        target: the torchao config that quantizes the model.
-        tokens, length: how much of the text, and in windows of how many tokens.
-        config: how to solve.
-        skip: patterns (``*`` and ``?``) of the names of modules to leave alone.
-        head: whether to rewrite what transformers does not quantize by default: the head.
-        resume: whether to go on with a run for ``out`` that was cut short.
-        options: more of :func:`magr_fx.magr_transform` or :func:`magr_fx.magr_quantize`.
-    """
-
-    model: str
-    out: Path
-    text: Path
-    target: AOBaseConfig | None
-    tokens: int = 16_384
-    length: int = 512
-    config: MagRConfig | None = None
-    skip: tuple[str, ...] = ()
-    head: bool = False
-    resume: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def run(self) -> Path:
-        """Where the job keeps what is not finished: ``OUT.unfinished``."""
-        return self.out.with_name(self.out.name + UNFINISHED)
 
 
 def transform_directory(job: Job) -> MagRReport:
     """:func:`magr_fx.magr_transform` from directory to directory, a block in memory at a time.
 
+    The ranks of torch.distributed's default group, if there is one, work together; the first one
+    writes. All have to see the directory that ``out`` is in.
+
     Raises:
         MagRError: something is missing, damaged or too small, or what magr_transform raises;
             ``out`` is as it was then.
     """
-    if _is_made(job):
-        return _made(job)
-    with _prepared(job, quantized=False) as prepared:
-        model = _load(prepared)
-        chosen = _chosen(model, job, linears_only=False)
-        shards = _rewritten_to(model, prepared, chosen)
-        magr_transform(
-            model,
-            prepared.calib,
-            job.config,
-            target=job.target,
-            filter_fn=chosen,
-            checkpoint_dir=job.run / CHECKPOINT,
-            **job.options,
-        )
-        shards.finish()
-        copy_rest(prepared.source, shards.folder)
-        return _finish(prepared, shards.folder, model.magr_report)
+    return _made(job, _transformed, quantized=False)
 
 
 def quantize_directory(job: Job, rounding: str = "nearest") -> MagRReport:
     """:func:`magr_fx.magr_quantize` from directory to directory, a block in memory at a time.
 
     Quantized are the linears that transformers' ``TorchAoConfig`` quantizes, all but the head,
-    where torchao can: what is left alone, and why, is in the report.
+    where torchao can: what is left alone, and why, is in the report. Ranks work together as in
+    :func:`transform_directory`.
 
     Raises:
         MagRError: as :func:`transform_directory`.
     """
-    if _is_made(job):
-        return _made(job)
-    with _prepared(job, quantized=True) as prepared:
-        model = _load(prepared)
-        chosen = _chosen(model, job, linears_only=True)
-        linears, left = _linears(model, prepared), _left_out(model, job)
-        tensors: MutableMapping[str, torch.Tensor] = {}
-        shards = None
-        if rounding == "gptq":
-            tensors = TensorFiles(_emptied(job.run / "rounded"))
-        else:
-            shards = _rewritten_to(model, prepared, chosen)
-        able = quantize_apart(
-            model,
-            prepared.calib,
-            job.target,
-            job.config,
-            tensors,
-            rounding=rounding,
-            filter_fn=chosen,
-            checkpoint_dir=job.run / CHECKPOINT,
-            **job.options,
-        )
-        stored, weights = prepared.tensors, offloaded_weights(model)
+    return _made(job, functools.partial(_quantized, rounding=rounding), quantized=True)
+
+
+def _made(
+    job: Job, make: Callable[[Any, Prepared], tuple[Path, MagRReport]], *, quantized: bool
+) -> MagRReport:
+    """Have ``make`` fill a directory, which becomes ``out``; once, however often it is cut short.
+
+    Args:
+        job: what to do.
+        make: an offloaded model → the directory, which the first rank has filled, and the report.
+        quantized: whether a quantized model is made.
+    """
+    with together() as ranks:
+        if ranks.gather(ranks.rank == 0 and _is_made(job))[0]:
+            if ranks.rank == 0:
+                shutil.rmtree(job.run, ignore_errors=True)
+            return read_report(job.out)
+        with prepared(job, ranks, quantized=quantized) as work:
+            folder, report = make(_load(work), work)
+            if work.writes:
+                write_report(report, folder)
+                publish(folder, job.out)
+                shutil.rmtree(job.run, ignore_errors=True)
+            return report
+
+
+def _is_made(job: Job) -> bool:
+    """Whether a run that is to go on was cut short after its result was whole."""
+    return job.resume and job.run.exists() and has_report(job.out)
+
+
+def _transformed(model: Any, work: Prepared) -> tuple[Path, MagRReport]:
+    job = work.job
+    chosen = _chosen(model, job, linears_only=False)
+    shards = _rewritten_to(model, work, chosen)
+    magr_transform(
+        model,
+        work.calib,
+        job.config,
+        target=job.target,
+        filter_fn=chosen,
+        checkpoint_dir=job.run / CHECKPOINT,
+        **job.options,
+    )
+    if shards is not None:
+        shards.finish()
+        copy_rest(work.source, shards.folder)
+    return job.run / REWRITTEN, model.magr_report
+
+
+def _quantized(model: Any, work: Prepared, rounding: str) -> tuple[Path, MagRReport]:
+    """Solve and round; then the first rank makes the shards of what was rounded."""
+    job = work.job
+    chosen = _chosen(model, job, linears_only=True)
+    linears = _linears(model, work)
+    tensors: MutableMapping[str, torch.Tensor] = {}
+    shards = None
+    if rounding == "nearest":
+        shards = _rewritten_to(model, work, chosen)
+    else:
+        tensors = TensorFiles(_emptied(job.run / "rounded")) if work.writes else LetGo()
+    able = quantize_apart(
+        model,
+        work.calib,
+        job.target,
+        job.config,
+        tensors,
+        rounding=rounding,
+        filter_fn=chosen,
+        checkpoint_dir=job.run / CHECKPOINT,
+        **job.options,
+    )
+    done: set[str] = set()
+    if work.writes:
         if shards is not None:
             shards.finish()
-            stored = read_directory(shards.folder)
+        stored = work.tensors if shards is None else read_directory(shards.folder)
+        done = _write_quantized(model, work, linears, {*able}, stored, tensors)
+    report: MagRReport = model.magr_report
+    report.mark_quantized(work.ranks.gather(done)[0])
+    report.target = describe(job.target)
+    return job.run / QUANTIZED, report
 
-        def value(name: str) -> torch.Tensor:
-            return tensors[name] if name in tensors else quantized_copy(weights[name], job.target)
 
-        unable = {name for names in linears.values() for name in names} - {*able}
-        if unable:
-            left = [*(left or HfQuantizer.get_modules_to_not_convert(model))]
-            left += sorted(name.removesuffix(".weight") for name in unable)
-        wanted = {
-            key: kept
-            for key, names in linears.items()
-            if (kept := [n for n in names if n not in unable])
-        }
-        report: MagRReport = model.magr_report
-        folder = _emptied(job.run / "quantized")
-        parts = functools.partial(revert_weight_conversion, model)
-        progress = job.options.get("progress")
-        done = write_quantized(stored, wanted, value, parts, folder, progress=progress)
-        report.mark_quantized(done)
-        report.target = describe(job.target)
-        config = TorchAoConfig(job.target, modules_to_not_convert=left)
-        write_quantized_config(prepared.source, folder, json.loads(config.to_json_string()))
-        copy_rest(prepared.source, folder, keep=(CONFIG,))
-        return _finish(prepared, folder, report)
+def _write_quantized(
+    model: Any,
+    work: Prepared,
+    linears: dict[str, list[str]],
+    able: set[str],
+    stored: dict[str, StoredTensor],
+    tensors: Mapping[str, torch.Tensor],
+) -> set[str]:
+    """Write the quantized model; the names of its quantized weights.
+
+    Args:
+        model: offloaded.
+        work: what is prepared.
+        linears: what transformers would quantize, by the names in the files.
+        able: the names of what torchao can.
+        stored: where the files' tensors are.
+        tensors: torchao's, as far as they are made; others are of the model's weights.
+    """
+    job, weights, left = work.job, offloaded_weights(model), _left_out(model, work.job)
+
+    def value(name: str) -> torch.Tensor:
+        return tensors[name] if name in tensors else quantized_copy(weights[name], job.target)
+
+    unable = {name for names in linears.values() for name in names} - able
+    if unable:
+        left = [*(left or HfQuantizer.get_modules_to_not_convert(model))]
+        left += sorted(name.removesuffix(".weight") for name in unable)
+    wanted = {
+        key: kept
+        for key, names in linears.items()
+        if (kept := [n for n in names if n not in unable])
+    }
+    folder = _emptied(job.run / QUANTIZED)
+    parts = functools.partial(revert_weight_conversion, model)
+    progress = job.options.get("progress")
+    done = write_quantized(stored, wanted, value, parts, folder, progress=progress)
+    config = TorchAoConfig(job.target, modules_to_not_convert=left)
+    write_quantized_config(work.source, folder, json.loads(config.to_json_string()))
+    copy_rest(work.source, folder, keep=(CONFIG,))
+    return done
 
 
 def report_of(folder: Path) -> MagRReport:
@@ -197,156 +223,14 @@ def report_of(folder: Path) -> MagRReport:
     return read_report(folder)
 
 
-def is_resumable(out: Path) -> bool:
-    """Whether a run for ``out`` was cut short that can be taken up again."""
-    return any((out.with_name(out.name + UNFINISHED) / CHECKPOINT).glob("state-*.pt"))
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    job: Job
-    source: Path
-    tensors: dict[str, StoredTensor]
-    calib: list[Any]
-
-
-@contextlib.contextmanager
-def _prepared(job: Job, *, quantized: bool) -> Iterator[_Prepared]:
-    """Check all that can be checked first; then the run's directory is ours, until the end.
-
-    It stays, if the work is cut short, where there is something in it to go on from.
-    """
-    if importlib.util.find_spec("accelerate") is None:
-        raise ConfigError("models are read with accelerate: pip install 'magr-fx[cli]'")
-    _check_out(job)
-    with _alone(job.run):
-        try:
-            source = find_model(job.model)
-            _check_apart(job, source)
-            config = read_config(source)
-            check_length(config, job.length)
-            tensors = read_directory(source)
-            copies = copies_of(config, quantized=quantized)
-            size = sum(tensor.nbytes for tensor in tensors.values())
-            _check_space(job, config, copies, size)
-            tokenizer = _tokenizer(source)
-            calib = text_batches(tokenizer, job.text, tokens=job.tokens, length=job.length)
-            yield _Prepared(job, source, tensors, calib)
-        except (OSError, SafetensorError) as error:
-            if isinstance(error, OSError) and not is_full(error):
-                raise CheckpointError(f"{error}. What was saved is still there") from error
-            raise CheckpointError(
-                f"{getattr(error, 'filename', None) or job.run} cannot be written: {error}. Free "
-                "some space; what was saved is still there"
-            ) from error
-        finally:
-            if not is_resumable(job.out):
-                shutil.rmtree(job.run, ignore_errors=True)
-
-
-def check_length(config: dict[str, Any], length: int) -> None:
-    """Whether the model knows so many positions.
-
-    Raises:
-        ConfigError: windows are longer than that.
-    """
-    own = config.get("text_config") or config
-    names = ("max_position_embeddings", "n_positions", "max_seq_len")
-    most = next((own[name] for name in names if own.get(name)), None)
-    # ALiBi knows distances, not positions: of Falcon, and of MPT.
-    alibi = own.get("alibi") or (own.get("attn_config") or {}).get("alibi")
-    if isinstance(most, int) and length > most and not alibi:
-        raise ConfigError(
-            f"windows of {length:,} tokens are longer than the {most:,} positions that the model "
-            f"knows; give --length {most}, or less"
-        )
-
-
-def copies_of(config: dict[str, Any], *, quantized: bool) -> int:
-    """How many copies of the weights the disk needs room for, beside the model, at most.
-
-    What is saved to go on from and the result; of a quantized model what it is made of as well; and
-    what transformers fuses it writes anew.
-    """
-    return 2 + quantized + (experts_of(config) is not None)
-
-
-def _check_apart(job: Job, source: Path) -> None:
-    """Nothing may be written into the model's own directory, all of which is copied."""
-    for what, folder in (("OUT", job.out), ("--spill", job.options.get("spill_dir"))):
-        if folder is not None and Path(folder).resolve().is_relative_to(source.resolve()):
-            raise ConfigError(
-                f"{what}, {folder}, lies in the model's directory; name one outside of {source}"
-            )
-
-
-def _check_out(job: Job) -> None:
-    if not job.out.name:
-        raise ConfigError(f"OUT, {job.out}, has no name; name a directory to make")
-    if job.out.exists() and not (job.out.is_dir() and not any(job.out.iterdir())):
-        raise ConfigError(f"{job.out} is there and is not empty; name another directory for OUT")
-    if job.run.exists() and not job.resume:
-        raise ConfigError(
-            f"{job.run} is of a run that was cut short: add --resume to go on with it, or remove "
-            "it to start anew"
-        )
-
-
-def _check_space(job: Job, config: dict[str, Any], copies: int, size: int) -> None:
-    """Whether the disk has room for the weights and for what one block hands to the next."""
-    text = config.get("text_config") or config
-    widths = (text.get(name) or 0 for name in ("hidden_size", "intermediate_size"))
-    # Of the original and of the quantized model, in float32; the last state and the next one.
-    activations = 4 * 2 * 2 * job.tokens * sum(widths)
-    needed = copies * size + activations
-    existing = next(folder for folder in job.out.absolute().parents if folder.exists())
-    free = shutil.disk_usage(existing).free
-    if job.resume:  # some of it is written already
-        free += sum(path.stat().st_size for path in job.run.rglob("*") if path.is_file())
-    if free < needed:
-        raise ConfigError(
-            f"{existing} has {free / 1e9:.1f} GB of free disk, and up to {needed / 1e9:.1f} GB are "
-            f"needed: {copies} times the weights, and activations. Free some, or name an OUT on "
-            "another disk"
-        )
-
-
-def _tokenizer(source: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # whatever transformers raises of what it does not find
-        raise ModelError(
-            f"{source} has no tokenizer that transformers can load ({_brief(error)}); copy its "
-            "tokenizer files there"
-        ) from error
-
-
-@contextlib.contextmanager
-def _alone(run: Path) -> Iterator[None]:
-    """Have the run's directory to oneself; the lock goes with the process, however that ends."""
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        lock = (run / "lock").open("w")
-    except OSError as error:
-        raise ConfigError(
-            f"{run} cannot be made: {error.strerror or error}; name an OUT where you may write"
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"another process works on {run}; wait for it, or name another OUT"
-            ) from error
-        yield
-
-
-def _load(prepared: _Prepared) -> Any:
+def _load(work: Prepared) -> Any:
     """The model, all of it offloaded to where it is stored."""
-    offload = _emptied(prepared.job.run / "offload")  # of what a run that was cut short wrote
+    # Of what a run that was cut short wrote; what transformers fuses is written by each rank.
+    rank = work.ranks.rank
+    offload = _emptied(work.job.run / (f"offload-rank{rank}" if rank else "offload"))
     try:
         return AutoModelForCausalLM.from_pretrained(
-            prepared.source,
+            work.source,
             dtype="auto",
             device_map={"": "disk"},
             offload_folder=str(offload),
@@ -355,20 +239,26 @@ def _load(prepared: _Prepared) -> Any:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise ModelError(
-            f"transformers cannot load {prepared.source} as a causal language model: "
-            f"{_brief(error)}"
+            f"transformers cannot load {work.source} as a causal language model: {brief(error)}"
         ) from error
 
 
-def _rewritten_to(model: Any, prepared: _Prepared, chosen: FilterFn) -> Shards:
+def _rewritten_to(model: Any, work: Prepared, chosen: FilterFn) -> Shards | None:
     """Let a model that is offloaded have its weights written to shards as soon as they change.
+
+    Only the first rank writes. The others let go of what was rewritten, and still read what was
+    stored: a weight is rewritten when everything that reads it has run.
 
     Raises:
         ModelError: one of those that are chosen cannot be written as it is stored.
     """
-    shards = Shards(prepared.tensors, _emptied(prepared.job.run / "rewritten"))
+    stored = offloaded_weights(model)
+    if not work.writes:
+        keep_in(model, StoredWeights(stored))
+        return None
+    shards = Shards(work.tensors, _emptied(work.job.run / REWRITTEN))
     parts = functools.partial(revert_weight_conversion, model)
-    weights = RewrittenWeights(offloaded_weights(model), shards, parts)
+    weights = RewrittenWeights(stored, shards, parts)
     for name, module in model.named_modules():
         for key, like in module._parameters.items():
             full = f"{name}.{key}" if name else key
@@ -396,13 +286,13 @@ def _chosen(model: Any, job: Job, *, linears_only: bool) -> FilterFn:
     return chosen
 
 
-def _linears(model: Any, prepared: _Prepared) -> dict[str, list[str]]:
+def _linears(model: Any, work: Prepared) -> dict[str, list[str]]:
     """The weights that transformers quantizes: their names in the files, and in the model.
 
     Raises:
         ModelError: one of these is not stored as it is in the model.
     """
-    job = prepared.job
+    job = work.job
     config = TorchAoConfig(job.target, modules_to_not_convert=_left_out(model, job))
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
     quantizer.preprocess_model(model)  # finds out what is left alone
@@ -410,7 +300,7 @@ def _linears(model: Any, prepared: _Prepared) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {}
     for name, _ in model.named_parameters(remove_duplicate=False):
         if quantizer.param_needs_quantization(model, name):
-            key = stored_as(name, index, prepared.tensors)
+            key = stored_as(name, index, work.tensors)
             if key is None:
                 raise ModelError(
                     f"transformers makes {name} of several stored tensors; load the model with "
@@ -419,23 +309,6 @@ def _linears(model: Any, prepared: _Prepared) -> dict[str, list[str]]:
                 )
             names.setdefault(key, []).append(name)
     return names
-
-
-def _finish(prepared: _Prepared, folder: Path, report: MagRReport) -> MagRReport:
-    write_report(report, folder)
-    publish(folder, prepared.job.out)
-    shutil.rmtree(prepared.job.run, ignore_errors=True)
-    return report
-
-
-def _is_made(job: Job) -> bool:
-    """Whether a run that is to go on was cut short after its result was whole."""
-    return job.resume and job.run.exists() and has_report(job.out)
-
-
-def _made(job: Job) -> MagRReport:
-    shutil.rmtree(job.run, ignore_errors=True)
-    return read_report(job.out)
 
 
 def rewritable(
@@ -466,7 +339,3 @@ def _emptied(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

@@ -12,7 +12,7 @@ from torchao.core.config import AOBaseConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from magr_fx.calibration_text import BATCH
-from magr_fx.directories import PROCESS, check_length, copies_of, rewritable
+from magr_fx.directories import PROCESS, rewritable
 from magr_fx.errors import ConfigError, ModelError
 from magr_fx.measure_rates import measured_rates
 from magr_fx.model_directory import experts_of, find_model, read_config, read_directory
@@ -20,6 +20,7 @@ from magr_fx.passes.check_model import check_group_size
 from magr_fx.passes.pipeline import resolve_config
 from magr_fx.passes.plan import Plan, plan
 from magr_fx.planning import Method, Rates, Work, readable
+from magr_fx.prepare_directory import check_length, copies_of
 
 
 @dataclass(frozen=True)

@@ -56,3 +56,22 @@ class TensorFiles(MutableMapping[str, torch.Tensor]):
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.pt"
+
+
+class LetGo(MutableMapping[str, torch.Tensor]):
+    """Keeps nothing: of what another rank keeps."""
+
+    def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
+        pass
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        raise KeyError(name)
+
+    def __delitem__(self, name: str) -> None:
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0

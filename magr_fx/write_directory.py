@@ -75,25 +75,21 @@ class Shards:
                         copy_bytes(origin, own, stored.start, stored.stop)
 
 
-class RewrittenWeights(Mapping[str, torch.Tensor]):
-    """The weights of a model that is offloaded to disk: read where they are, written to shards.
+class StoredWeights(Mapping[str, torch.Tensor]):
+    """The weights of a model that is offloaded to disk: read where they are, never written.
 
     Takes the place of accelerate's OffloadedWeightsLoader, whose ``index`` says where the values of
-    each weight are. Those of a weight that transformers made of several stored tensors (fused
-    experts) are in a file that it wrote itself; that file is overwritten too.
+    each weight are.
 
     Args:
         weights: accelerate's loader.
-        shards: where weights are written to when they change.
-        parts: takes weights apart into what is stored for them.
     """
 
-    def __init__(self, weights: Any, shards: Shards, parts: Parts) -> None:
-        self._weights, self._shards, self._parts = weights, shards, parts
+    def __init__(self, weights: Any) -> None:
+        self._weights = weights
         # What is known of accelerate's loader elsewhere.
         self.index: dict[str, dict[str, Any]] = weights.index
         self.state_dict, self.save_folder = weights.state_dict, weights.save_folder
-        self._stored = {name: stored_as(name, self.index, shards.tensors) for name in self.index}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         value: torch.Tensor = self._weights[name]
@@ -104,6 +100,27 @@ class RewrittenWeights(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._weights)
+
+    def store(self, name: str, weight: torch.Tensor) -> None:
+        """Let go of a weight that changed: another rank writes it."""
+
+
+class RewrittenWeights(StoredWeights):
+    """The same, written to shards when they change.
+
+    Those of a weight that transformers made of several stored tensors (fused experts) are in a file
+    that it wrote itself; that file is overwritten too.
+
+    Args:
+        weights: accelerate's loader.
+        shards: where weights are written to when they change.
+        parts: takes weights apart into what is stored for them.
+    """
+
+    def __init__(self, weights: Any, shards: Shards, parts: Parts) -> None:
+        super().__init__(weights)
+        self._shards, self._parts = shards, parts
+        self._stored = {name: stored_as(name, self.index, shards.tensors) for name in self.index}
 
     def check(self, name: str, like: torch.Tensor) -> None:
         """Whether a weight can be written as it was stored.

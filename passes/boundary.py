@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ def boundary(
     grams: Sequence[SharedGram],
     buffers: Sequence[torch.Tensor],
     stored: Sequence[torch.Tensor],
+    devices: Iterable[torch.device],
 ) -> dict[str, Any]:
     """The values alive, by their nodes' names; grams that are not complete; state of the model.
 
@@ -30,6 +31,7 @@ def boundary(
         grams: all grams.
         buffers: what the model writes in place.
         stored: the model's tensors: a value that shares their memory is kept as a view of them.
+        devices: where random numbers are drawn.
     """
     places = {tensor.untyped_storage().data_ptr(): at for at, tensor in enumerate(stored)}
 
@@ -51,7 +53,7 @@ def boundary(
             if shared.gram is not None
         },
         "buffers": [buffer.detach() for buffer in buffers],
-        "random": torch_state(tensor.device for tensor in stored),
+        "random": torch_state(devices),
     }
 
 

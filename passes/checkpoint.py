@@ -79,6 +79,11 @@ class Checkpoint:
                 f"{', '.join(differing)}; give another directory, or empty this one to start anew"
             )
 
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether this rank is the one that writes the weights."""
+        return self._ranks.rank == 0
+
     def last(self) -> dict[str, Any] | None:
         """What was saved last: ``step``, ``boundary`` and ``rows``; None in a new directory.
 
@@ -113,12 +118,12 @@ class Checkpoint:
             step: its number.
             boundary: what the next step needs, as :meth:`CalibrationRun.boundary` gives it.
             rows: the report's, of all steps so far.
-            weights: what this step made of its sites.
+            weights: what this step made of its sites; needed where they are kept.
 
         Raises:
             CheckpointError: it cannot be written; what was saved before is still there.
         """
-        if weights and self._ranks.rank == 0:
+        if weights and self.keeps_weights:
             self._write(f"weights-{step:06d}.pt", lambda file: torch.save(weights, file))
         state = {"step": step, "boundary": boundary, "rows": [_plain(row) for row in rows]}
         self._write(self._state(step), lambda file: torch.save(state, file))

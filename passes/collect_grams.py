@@ -223,7 +223,8 @@ class CalibrationRun:
                         _swap(buffers, other)
                         self._replaced.clear()  # everything that reads them has run
                 if save is not None:
-                    save(number, boundary(streams, self.grams, [*buffers, *other], stored))
+                    written = [*buffers, *other]
+                    save(number, boundary(streams, self.grams, written, stored, self._devices))
                 bar.set_postfix_str(f"peak {high_water_mark(device):.0f} MiB", refresh=False)
 
     def replace(self, parameter: nn.Parameter, quantized: torch.Tensor) -> None:

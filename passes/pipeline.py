@@ -250,7 +250,7 @@ class _Keeper:
 
     def remember(self, finished: list[SharedGram], tensors: Mapping[str, torch.Tensor]) -> None:
         """What was made of the sites of these grams: their weights, or torchao's tensors."""
-        if self.checkpoint is None:
+        if self.checkpoint is None or not self.checkpoint.keeps_weights:
             return
         done = {row.name for row in self.report.rewritten}
         for site in (site for shared in finished for site in shared.sites):

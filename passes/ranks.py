@@ -172,7 +172,8 @@ class Ranks:
                 f"rank {self.rank} of {self.world} lost the others: {error}. One of them has died, "
                 "or did not come to the same call in time: look at its log. Start the ranks anew; "
                 "with checkpoint_dir the same call goes on after the last block that was saved. "
-                "Where a rank needs longer for a block, give init_process_group a longer timeout"
+                "Where a rank needs longer for a block, give init_process_group a longer timeout "
+                "(--timeout on the command line)"
             )
             setattr(broken, _AGREED, True)
             raise broken from error

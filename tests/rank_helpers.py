@@ -31,6 +31,15 @@ class Ended:
     code: int | None
 
 
+def forked(*modules: str) -> Any:
+    """Makes processes that are forked off one which has imported these, as of the first call."""
+    _CONTEXT.set_forkserver_preload(list(modules))
+    with pytest.MonkeyPatch.context() as patched:  # the forkserver of Python 3.11 ignores sys.path
+        patched.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        ensure_running()
+    return _CONTEXT.Process
+
+
 def on_ranks(
     world: int,
     function: Callable[..., Any],
@@ -52,14 +61,9 @@ def on_ranks(
         backend: of torch.distributed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _CONTEXT.set_forkserver_preload(["conftest", function.__module__])
-    with pytest.MonkeyPatch.context() as patched:  # the forkserver of Python 3.11 ignores sys.path
-        patched.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-        ensure_running()
+    process_of = forked("conftest", function.__module__)
     processes = [
-        _CONTEXT.Process(
-            target=_rank, args=(rank, world, backend, patience, folder, function, args)
-        )
+        process_of(target=_rank, args=(rank, world, backend, patience, folder, function, args))
         for rank in range(world)
     ]
     for process in processes:

@@ -262,9 +262,9 @@ def test_a_read_only_directory_is_refused(place: Place) -> None:
 
 
 def test_a_run_that_another_process_works_on_is_left_alone(place: Place) -> None:
-    from magr_fx.directories import _alone
+    from magr_fx.prepare_directory import alone
 
-    with _alone(place.out.with_name("out.unfinished")):
+    with alone(place.out.with_name("out.unfinished")):
         refused(place, "--resume", message="another process works on")
 
 

@@ -20,8 +20,9 @@ from cli_helpers import INT3, SMALL, contents, done, run, tensors
 from tiny_directories import save_model, save_text
 from tiny_models import tiny_llama
 
-from magr_fx.directories import is_resumable, report_of
+from magr_fx.directories import report_of
 from magr_fx.passes.checkpoint import Checkpoint
+from magr_fx.prepare_directory import is_resumable
 from magr_fx.report_files import read_report
 from magr_fx.write_directory import publish
 
@@ -236,7 +237,7 @@ def test_a_disk_that_fills_up_on_the_way(
     reference: Path, tiny_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tiny_disk / "out"
-    monkeypatch.setattr("magr_fx.directories._check_space", lambda *_: None)
+    monkeypatch.setattr("magr_fx.prepare_directory._check_space", lambda *_: None)
     filler = tiny_disk / "filler"
     filler.write_bytes(bytes(450_000))
     result = run(*command(reference, out))

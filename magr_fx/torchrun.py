@@ -1,0 +1,134 @@
+"""The processes that torchrun started for one command: they meet, and one of them speaks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import click
+import torch
+from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from magr_fx.errors import DistributedError
+
+# How long to wait for the first rank to tell how it ended, and for the others to hear of it.
+_TO_TELL, _TO_HEAR = timedelta(seconds=60), timedelta(seconds=2)
+
+
+class Launched:
+    """This process among those that were started for the same command, by its environment.
+
+    Args:
+        alone: whatever the environment says: of a command that each process does by itself.
+
+    Attributes:
+        rank: of 0 to world - 1; the first one shows and writes, and tells errors.
+        world: how many there are; 1 is this one alone.
+        local_rank: among those of this machine, as far as whoever started them says.
+    """
+
+    def __init__(self, *, alone: bool = False) -> None:
+        alike = {"RANK", "MASTER_ADDR"} <= os.environ.keys() and _number("WORLD_SIZE", 1) > 1
+        started = dist.is_available() and (dist.is_torchelastic_launched() or alike)
+        self.several = started and not alone
+        self.world = _number("WORLD_SIZE", 1) if self.several else 1
+        self.rank = _number("RANK", 0) if self.several else 0
+        self.local_rank = _number("LOCAL_RANK", self.rank) if self.several else 0
+        self._store: Any = None
+
+    @contextlib.contextmanager
+    def joined(self, minutes: float) -> Iterator[None]:
+        """Have them all in torch.distributed's default group; alone there is none.
+
+        Args:
+            minutes: the longest that one of them waits for another.
+
+        Raises:
+            DistributedError: they do not find each other.
+        """
+        if not self.several:
+            yield
+            return
+        timeout = timedelta(minutes=minutes)
+        # Communicators of NCCL are made when something on a device is sent, if ever.
+        cuda = torch.cuda.is_available() and dist.is_nccl_available()
+        try:
+            store, rank, world = next(rendezvous("env://", timeout=timeout))
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                store=store,
+                rank=rank,
+                world_size=world,
+                timeout=timeout,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise DistributedError(
+                f"rank {self.rank} of {self.world} does not find the others: {error}. Start them "
+                "with torchrun, which says where they meet"
+            ) from error
+        self._store = store
+        with _one_interrupt():
+            try:
+                yield
+            finally:
+                dist.destroy_process_group()
+
+    def tell(self, message: str) -> None:
+        """Write it to stderr once: the first rank does, or where that one does not, the others.
+
+        All come here that have failed; those which the failure of another has ended say the same.
+        """
+        if self.rank == 0:
+            click.echo(message, err=True)
+        if self._store is None:
+            if self.rank > 0:
+                click.echo(message, err=True)
+            return
+        try:
+            if self.rank == 0:
+                self._store.set("told", "")
+                # Who starts the ranks ends all as soon as one has ended, and this one may keep the
+                # store: all have to have seen it.
+                self._store.wait([f"heard {rank}" for rank in range(1, self.world)], _TO_HEAR)
+            else:
+                self._store.wait(["told"], _TO_TELL)
+                self._store.set(f"heard {self.rank}", "")
+        except RuntimeError:  # the other is dead, or waits for something else
+            if self.rank > 0:
+                click.echo(message, err=True)
+
+
+@contextlib.contextmanager
+def _one_interrupt() -> Iterator[None]:
+    """Only the first Ctrl-C counts: torchrun sends another one to whom the terminal has sent one.
+
+    The second would cut short the way out, on which what was made is put in order.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        signal.signal(signal.SIGINT, before)
+        raise
+    signal.signal(signal.SIGINT, before)
+
+
+def _number(name: str, default: int) -> int:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else default
