@@ -114,6 +114,6 @@ def _by_column(weights: Sequence[Tensor], order: Tensor) -> Tensor:
     """The weights' rows as columns ``[in, out]``, float32: a copy, made without another one."""
     rows = [len(weight) for weight in weights]
     result = torch.empty(len(order), sum(rows), device=order.device)
-    for weight, columns in zip(weights, result.split(rows, 1), strict=True):
+    for weight, columns in zip(weights, torch.split(result, rows, 1), strict=True):
         columns.copy_(weight.T[order])
     return result

@@ -12,6 +12,7 @@ from typing import Any
 import oracles
 import pytest
 import torch
+from targets import ASYMMETRIC, intx
 from tiny_models import text_calib, tiny_llama
 from torch import Tensor, nn
 from torch.nn import functional
@@ -32,6 +33,7 @@ from magr_fx import (
     magr_transform,
     solve_magr,
 )
+from magr_fx.api import quantize_apart
 from magr_fx.passes import solve_sites
 from magr_fx.solution import Solution, Status
 
@@ -499,3 +501,30 @@ def test_gptq_keeps_codes_of_its_own() -> None:
     with torch.no_grad():
         losses.append(relative(plain(calib[0]), original(calib[0])))
     assert losses[2] < losses[1] < losses[0] < losses[3]
+
+
+class Shared(nn.Module):
+    """Two layers that are one weight, and one of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.last = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.second(torch.tanh(self.first(x))))
+        result: Tensor = self.last(hidden)
+        return result
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_a_weight_that_two_modules_share_is_quantizable_by_both_names(rounding: str) -> None:
+    """Not by a directory of transformers, which leaves what a model ties as it is."""
+    model = Shared().eval()
+    apart: dict[str, Tensor] = {}
+    target = intx(3, ASYMMETRIC, None)
+    able = quantize_apart(model, vectors(), target, None, apart, rounding=rounding)
+    assert sorted(able) == ["first.weight", "last.weight", "second.weight"]
+    assert model.second.weight is model.first.weight
+    assert sorted(apart) == ([] if rounding == "nearest" else ["first.weight", "last.weight"])

@@ -61,7 +61,8 @@ def undisturbed(way: Callable[..., nn.Module]) -> nn.Module:
 
 def small() -> nn.Module:
     """For tests that are about the directory and not the model."""
-    return tiny_llama(num_hidden_layers=1)
+    model: nn.Module = tiny_llama(num_hidden_layers=1)
+    return model
 
 
 def same_bits(first: nn.Module, second: nn.Module) -> bool:
@@ -193,7 +194,8 @@ for kill in range(3):
             break
         time.sleep(0.003)
     os.kill(child, signal.SIGKILL)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(list(folder.glob("weights-*.pt"))))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(code, len(list(folder.glob("weights-*.pt"))))
 """
 
 

@@ -153,7 +153,7 @@ def test_transform_rewrites_everything_and_keeps_the_outputs(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the trace that the finder was tested with; the next test makes its own."""
-    model, batches = _FOUND.pop(name, None) or traced(name)
+    model, batches = _FOUND.pop(name) if name in _FOUND else traced(name)
     monkeypatch.setattr("magr_fx.api.trace_or_read", lambda *_: batches)
     calib = ZOO[name].calib()
     before = first_output(model, calib[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -22,6 +23,7 @@ from torch import distributed as dist
 from toys import changed, state
 
 from magr_fx import CheckpointError, DistributedError
+from magr_fx.passes import spill
 from magr_fx.passes.checkpoint import Checkpoint
 from magr_fx.passes.ranks import Ranks
 
@@ -361,3 +363,52 @@ def test_a_full_disk_on_one_rank_ends_all_and_the_run_goes_on(tmp_path: Path) ->
         assert same_bits(found)
     assert time.monotonic() - start < 60
     assert not list(folder.glob("*.unfinished"))
+
+
+def on_a_full_spill(folder: Path, spilled: Path) -> dict[str, Any]:
+    """What each rank raises where the disk of one takes no more activations; then there is room."""
+    own = spilled / f"{dist.get_rank()}"
+    model = chain()
+    before = state(model)
+    known = 0
+
+    def full(descriptor: int, offset: int, size: int) -> None:
+        nonlocal known
+        known += 1
+        if known > 10:  # when some steps are saved
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.truncate(descriptor, offset + size)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(spill, "LEAST", 1)
+        if dist.get_rank() == 1:
+            patched.setattr(os, "posix_fallocate", full)
+        error = raised(lambda: for_target(model, checkpoint_dir=folder, spill_dir=own))
+        patched.undo()
+        patched.setattr(spill, "LEAST", 1)
+        way = partial(for_target, spill_dir=own)
+        done = go_on(folder, way)
+    left = [path.name for path in own.iterdir()]
+    return {**done, "error": error, "changed": changed(model, before), "left": left, "known": known}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="needs posix_fallocate")
+def test_activations_that_do_not_fit_on_one_rank_end_all_and_the_run_goes_on(
+    tmp_path: Path,
+) -> None:
+    folder, spilled = tmp_path / "checkpoint", tmp_path / "spilled"
+    ranks = on_ranks(2, on_a_full_spill, tmp_path, folder, spilled, patience=40, deadline=80)
+    for ended in ranks:
+        assert (ended.error, ended.code) == (None, 0)
+        assert 0 < len(ended.value["saved"]) < 6  # some were saved before, and are not made again
+        assert same_bits(ended.value)
+    first, second = (ended.value for ended in ranks)
+    assert first["error"] == second["error"]
+    kind, message = first["error"]
+    assert kind == "CheckpointError"
+    assert f"activations cannot be written to {spilled / '1'}" in message
+    assert "Free some space, or give another spill_dir" in message
+    assert second["known"] == 11
+    assert first["changed"] == second["changed"]  # by the same steps
+    assert first["left"] == second["left"] == []
