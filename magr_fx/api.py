@@ -103,8 +103,8 @@ def magr_transform(
         process_group: the ranks of torch.distributed that share the work; None is the default
             group, where it is initialised. Every rank makes the same call, with the same model
             and all of ``calib``, and ends with the same bits. False is this process alone.
-        spill_dir: a directory, on a disk that is fast, to keep the activations between blocks in;
-            None keeps them in memory.
+        spill_dir: a directory, on a disk that is fast, to keep the activations between blocks in,
+            those on a device too; None keeps them in memory.
         progress: shows progress bars; None shows them on a terminal only.
 
     Returns:

@@ -11,9 +11,10 @@ from torch.utils._pytree import tree_map
 
 from magr_fx.passes.decisions import set_torch_state, torch_state
 from magr_fx.passes.shared_gram import SharedGram
+from magr_fx.passes.spill import Away, come_back
 
 Environment = dict[fx.Node, Any]
-_VIEW = "view of a stored tensor"
+_VIEW, _AWAY = "view of a stored tensor", "tensor of a device"
 _COLLECTED = ("gram", "drift", "held", "tokens", "held_tokens", "padding_counted", "note")
 
 
@@ -36,6 +37,8 @@ def boundary(
     places = {tensor.untyped_storage().data_ptr(): at for at, tensor in enumerate(stored)}
 
     def kept(value: Any) -> Any:
+        if isinstance(value, Away):
+            return {_AWAY: vars(value)}
         if isinstance(value, torch.Tensor):
             at = places.get(value.untyped_storage().data_ptr())
             if at is not None:
@@ -65,15 +68,22 @@ def restore(
     grams: Sequence[SharedGram],
     buffers: Sequence[torch.Tensor],
     stored: Sequence[torch.Tensor],
+    *,
+    away: bool,
 ) -> None:
-    """Put what :func:`boundary` gave in its places; ``graphs`` are those of the batches."""
+    """Put what :func:`boundary` gave in its places; ``graphs`` are those of the batches.
 
-    def is_view(value: Any) -> bool:
-        return isinstance(value, dict) and _VIEW in value
+    With ``away`` what was away from its device stays so: not all batches may fit there.
+    """
+
+    def is_described(value: Any) -> bool:
+        return isinstance(value, dict) and (_VIEW in value or _AWAY in value)
 
     def value_of(kept: Any) -> Any:
-        if not is_view(kept):
+        if not is_described(kept):
             return kept
+        if _AWAY in kept:
+            return Away(**kept[_AWAY])
         at, size, stride, offset = kept[_VIEW]
         return stored[at].detach().as_strided(size, stride, offset)
 
@@ -82,8 +92,10 @@ def restore(
             nodes = {node.name: node for node in graph.nodes}
             env.clear()
             env.update(
-                {nodes[n]: tree_map(value_of, v, is_leaf=is_view) for n, v in values.items()}
+                {nodes[n]: tree_map(value_of, v, is_leaf=is_described) for n, v in values.items()}
             )
+            if not away:
+                come_back(env)
     for at, shared in enumerate(grams):
         for key, value in saved["grams"].get(at, {}).items():
             setattr(shared, key, value)

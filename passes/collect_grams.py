@@ -186,7 +186,9 @@ class CalibrationRun:
         with buffers_kept(self._blocks):
             if after is not None:
                 graphs = [batch.trace.graph_module.graph for batch in self.batches]
-                restore(after[1], streams, graphs, self.grams, [*buffers, *other], stored)
+                changed = [*buffers, *other]
+                away = self._spill is not None
+                restore(after[1], streams, graphs, self.grams, changed, stored, away=away)
                 after = (after[0], None)  # the streams have it now, and let go of it
             bar = tqdm(steps, "magr", unit="block", disable=_disable(progress))
             for number, step in enumerate(bar):
@@ -304,6 +306,8 @@ class CalibrationRun:
         self, block: Block, batch: TracedBatch, env: Environment, original: Environment
     ) -> None:
         """Take the activations that the block's first matmuls are about to read, of both runs."""
+        self._fetch(env)
+        self._fetch(original)
         for node in block.nodes:
             for tap in self._taps.get(node, ()):
                 for source in tap.reads:
@@ -316,6 +320,7 @@ class CalibrationRun:
                         shared.add(
                             taken.tokens, taken.keep, original=was.tokens, holdout=self.holdout
                         )
+        self._keep(env)  # its turn comes when all batches have been taken
 
     def _look(
         self,
@@ -357,6 +362,7 @@ class CalibrationRun:
         ``record`` keeps what the run decides, for another run of the same block to ``follow``.
         """
         runner = self._runners[block.trace]
+        self._fetch(env)
         for node in [
             node for node in env if not self._taken_of.get(node, set()).isdisjoint(replaced)
         ]:
@@ -384,6 +390,13 @@ class CalibrationRun:
                     env.pop(dead, None)
         for node in [node for node in env if node.op == "get_attr"]:
             del env[node]
+        self._keep(env)
+
+    def _fetch(self, env: Environment) -> None:
+        if self._spill is not None:
+            self._spill.fetch(env)
+
+    def _keep(self, env: Environment) -> None:
         if self._spill is not None:
             self._spill.keep(env)
 

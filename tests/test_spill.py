@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import pytest
 import torch
 from targets import ASYMMETRIC, intx
 from tiny_models import text_calib, tiny_llama, token_ids
-from torch import fx
+from torch import fx, nn
 
 from magr_fx import CheckpointError, ConfigError, magr_transform
 from magr_fx.passes import spill
+from magr_fx.passes.checkpoint import Checkpoint
 from magr_fx.passes.resident import _TRIM
-from magr_fx.passes.spill import Spill
+from magr_fx.passes.spill import Away, Spill, memory_of
 
 INT3 = intx(3, ASYMMETRIC, None)
 
@@ -58,11 +60,48 @@ def test_values_are_the_same_and_memory_is_a_file(tmp_path: Path) -> None:
     assert list((tmp_path / "new").iterdir()) == []  # its files have no name
 
 
-@pytest.mark.parametrize("options", [{}, {"target": INT3}], ids=["alone", "for a target"])
-def test_the_result_is_the_same_bits(
-    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_values_of_a_device_go_and_come_back(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spill, "LEAST", 1)
+    monkeypatch.setattr(spill, "MAPPED", frozenset())  # as if the CPU were such a device
+    kept = files_made(monkeypatch)
+    large, weight = torch.randn(200, 300, device=device), torch.randn(300, 300, device=device)
+    small = torch.randn(4, device=device)
+    one, two, three, four = nodes(4)
+    values: dict[fx.Node, Any] = {one: large, two: (large.T[3:], 7), three: small, four: weight.T}
+    wanted = large.clone()
+    memory: Any = memory_of(large)
+    del large
+    keeper = Spill(tmp_path, [weight])
+    with torch.no_grad():
+        keeper.keep(values)
+        assert memory.expired()  # the device has it back
+        assert isinstance(values[one], Away)
+        assert isinstance(values[two][0], Away)
+        assert values[two][1] == 7
+        assert values[three] is small
+        assert values[four].data_ptr() == weight.data_ptr()
+        assert len(kept) == 1
+        keeper.fetch(values)
+        assert values[one].device == device
+        assert torch.equal(values[one], wanted)
+        assert torch.equal(values[two][0], wanted.T[3:])
+        assert values[two][0].stride() == wanted.T[3:].stride()
+        assert memory_of(values[one]) == memory_of(values[two][0])
+        keeper.keep(values)
+        assert len(kept) == 1  # nothing was changed: the file has it all
+        keeper.fetch(values)
+        values[one][0, 5] = 5
+        keeper.keep(values)
+        assert len(kept) == 2
+        keeper.fetch(values)
+    assert values[one][0, 5] == 5
+    assert values[two][0][2, 0] == 5
+    assert values[one].untyped_storage().filename is None
+
+
+def files_made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of all that are made from here on."""
     kept: list[int] = []
     whole = Spill._mapped
 
@@ -70,14 +109,56 @@ def test_the_result_is_the_same_bits(
         kept.append(storage.nbytes())
         return whole(self, storage)
 
-    wanted = magr_transform(tiny_llama(), text_calib(), **options)
-    assert kept == []
     monkeypatch.setattr(Spill, "_mapped", counted)
+    return kept
+
+
+def same_bits(one: nn.Module, other: nn.Module) -> bool:
+    state = other.state_dict()
+    return all(torch.equal(value, state[name]) for name, value in one.state_dict().items())
+
+
+@pytest.mark.parametrize("mapped", [{"cpu"}, set()], ids=["on the CPU", "as if on a device"])
+@pytest.mark.parametrize("options", [{}, {"target": INT3}], ids=["alone", "for a target"])
+def test_the_result_is_the_same_bits(
+    options: dict[str, Any], mapped: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spill, "LEAST", 1)
+    monkeypatch.setattr(spill, "MAPPED", mapped)
+    wanted = magr_transform(tiny_llama(), text_calib(), **options)
+    kept = files_made(monkeypatch)
     ours = magr_transform(tiny_llama(), text_calib(), spill_dir=tmp_path, **options)
-    state = wanted.state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
+    assert same_bits(ours, wanted)
     assert len(kept) > 10
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_away_when_a_run_was_cut_short_is_read_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spill, "LEAST", 1)
+    monkeypatch.setattr(spill, "MAPPED", frozenset())
+    save = Checkpoint.save
+
+    def save_and_stop(self: Checkpoint, step: int, *state: Any) -> None:
+        save(self, step, *state)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    def run(folder: Path | None, spill_dir: Path | None) -> nn.Module:
+        model: nn.Module = tiny_llama(num_hidden_layers=1)
+        return magr_transform(
+            model, text_calib(), target=INT3, checkpoint_dir=folder, spill_dir=spill_dir
+        )
+
+    wanted = run(None, None)
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoint, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "begun", tmp_path / "away")
+    for name, spill_dir in (("again", tmp_path / "away"), ("without", None)):
+        folder = shutil.copytree(tmp_path / "begun", tmp_path / name)
+        assert same_bits(run(folder, spill_dir), wanted)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
