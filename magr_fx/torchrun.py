@@ -87,14 +87,20 @@ class Launched:
         """
         if self.rank == 0:
             click.echo(message, err=True)
-            # Who starts the ranks ends all as soon as one has ended, and this one may keep the
-            # store: all have to have seen it.
+            self._leave_undisturbed()
+            # This one may keep the store, and has to stay until all have seen it.
             self._post("told")
             self._posted([f"heard {rank}" for rank in range(1, self.world)], _TO_HEAR)
         elif self._posted(["told"], _TO_TELL):
+            self._leave_undisturbed()
             self._post(f"heard {self.rank}")
         else:
             click.echo(message, err=True)
+
+    def _leave_undisturbed(self) -> None:
+        """torchrun ends all ranks when one has ended; these end by themselves, with their codes."""
+        if self.several and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _post(self, key: str) -> None:
         with contextlib.suppress(RuntimeError):  # of a store that is gone
