@@ -7,10 +7,13 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from cli_helpers import INT3, SMALL, contents, done, tensors
 from cli_rank_helpers import Ended, on_cli_ranks
+from hub_server import Hub
+from huggingface_hub import constants
 from tiny_directories import save_model, save_text
 from tiny_models import tiny_llama
 from torch import distributed as dist
@@ -189,3 +192,29 @@ def test_ctrl_c_is_told_once(reference: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     both = on_cli_ranks(2, command(reference, out), tmp_path, before=interrupt_at_step_2)
     told_once(both, f"interrupted; the blocks that are done are saved: {SAVED}", code=130)
+
+
+def on_the_hub() -> None:
+    """The Hub and the cache that the environment names: the forked process has read another one."""
+    patched: Any = constants
+    patched.ENDPOINT = os.environ["HUB"]
+    patched.HUGGINGFACE_CO_URL_TEMPLATE = (
+        os.environ["HUB"] + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    patched.HF_HUB_CACHE, patched.HF_HUB_OFFLINE = os.environ["CACHE"], False
+    patched.HF_HUB_DISABLE_IMPLICIT_TOKEN = True
+    huggingface_hub.close_session()
+
+
+def test_one_rank_of_a_machine_downloads(reference: Path, tmp_path: Path) -> None:
+    """What is wrong with the options is seen when the configuration is there, after the weights."""
+    hub = Hub({"owner/tiny": reference / "model"})
+    given = command(reference, tmp_path / "out", "--length", "4096")
+    given[1] = "owner/tiny"
+    environment = {"HUB": hub.url, "CACHE": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1"}
+    with hub.served():
+        both = on_cli_ranks(2, given, tmp_path, before=on_the_hub, environment=environment)
+    told_once(both, "windows of 4,096 tokens are longer")
+    fetched = [path for kind, path in hub.requests if kind == "GET" and "/resolve/" in path]
+    assert sum(path.endswith(".safetensors") for path in fetched) > 1
+    assert len(fetched) == len(set(fetched))
