@@ -11,8 +11,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -301,8 +301,8 @@ def test_graphs_are_the_same_on_every_ranks_own_device() -> None:
             torch.ops.aten.arange.default, (3,), {"device": torch.device(device)}
         )
         graph.output(made)
-        trace = SimpleNamespace(graph_module=fx.GraphModule({}, graph))
-        batch: Any = SimpleNamespace(trace=trace, values=())
+        trace = Mock(graph_module=fx.GraphModule({}, graph))
+        batch: Any = Mock(trace=trace, values=())
         return fingerprint([batch], [], {}, all_resident)["graphs"]
 
     assert graphs("cuda:0") == graphs("cuda:1") == graphs("cuda")
