@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import enable_progress_bars
 from tqdm import tqdm
@@ -85,6 +86,9 @@ _WORK = (
     click.option("--log-json", type=FILE, help="Append a line of JSON for each finished block."),
     click.option("--spill", type=FOLDER,
                  help="Keep the activations between blocks in this directory, not in memory."),
+    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N",
+                 help="Where blocks are run and solved; auto is cuda if there is one. Under "
+                 "torchrun cuda is each rank's own."),
     click.option("--timeout", default=60.0, show_default=True, metavar="MINUTES",
                  type=click.FloatRange(0, min_open=True),
                  help="Under torchrun: the longest that a rank waits for another. Longer than a "
@@ -172,7 +176,15 @@ def plan(model: str, target: str | None, rounding: str, tflops: float | None, **
         click.echo(found)
 
 
-def _job(target: str | None, given: dict[str, Any], *, head: bool = False, **options: Any) -> Any:
+def _job(
+    target: str | None,
+    given: dict[str, Any],
+    launched: Launched,
+    *,
+    head: bool = False,
+    **options: Any,
+) -> Any:
+    from magr_fx.named_device import named_device
     from magr_fx.named_targets import named_target
     from magr_fx.prepare_directory import Job
 
@@ -195,11 +207,16 @@ def _job(target: str | None, given: dict[str, Any], *, head: bool = False, **opt
         skip=given["skip"],
         head=head,
         resume=given["resume"],
+        device=named_device(
+            given["device"], local_rank=launched.local_rank, several=launched.world > 1
+        ),
         options=options,
     )
 
 
-def _work(make: Callable[[Any], Any], job_of: Callable[[], Any], given: dict[str, Any]) -> None:
+def _work(
+    make: Callable[[Any], Any], job_of: Callable[[Launched], Any], given: dict[str, Any]
+) -> None:
     """Do a job, with all ranks that were started for it; the first one says what came of it."""
     launched = Launched()
     speaks = launched.rank == 0
@@ -210,7 +227,9 @@ def _work(make: Callable[[Any], Any], job_of: Callable[[], Any], given: dict[str
         from magr_fx.passes.ranks import together
 
         with together():
-            job = job_of()
+            job = job_of(launched)
+            if job.device.type == "cuda":  # which torch.distributed goes by
+                torch.cuda.set_device(job.device)
             log = given["log_json"] if speaks else None
             with blocks_to(log, job.out, resumed=job.resume):
                 done = make(job)

@@ -26,7 +26,7 @@ from magr_fx.errors import ConfigError, ModelError
 from magr_fx.model_directory import CONFIG, StoredTensor, read_directory
 from magr_fx.passes.checkpoint import checkpoint_report
 from magr_fx.passes.find_linears import FilterFn
-from magr_fx.passes.offloaded import keep_in, offloaded_weights
+from magr_fx.passes.offloaded import keep_in, offloaded_weights, run_on
 from magr_fx.passes.quantizable import quantized_copy
 from magr_fx.passes.ranks import together
 from magr_fx.passes.to_torchao import describe
@@ -229,7 +229,7 @@ def _load(work: Prepared) -> Any:
     rank = work.ranks.rank
     offload = _emptied(work.job.run / (f"offload-rank{rank}" if rank else "offload"))
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             work.source,
             dtype="auto",
             device_map={"": "disk"},
@@ -241,6 +241,8 @@ def _load(work: Prepared) -> Any:
         raise ModelError(
             f"transformers cannot load {work.source} as a causal language model: {brief(error)}"
         ) from error
+    run_on(model, work.job.device)
+    return model
 
 
 def _rewritten_to(model: Any, work: Prepared, chosen: FilterFn) -> Shards | None:

@@ -38,6 +38,7 @@ from magr_fx.passes.ranks import Ranks, together
 UNFINISHED = ".unfinished"
 CHECKPOINT = "checkpoint"
 _LOCK = "lock"
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Job:
         skip: patterns (``*`` and ``?``) of the names of modules to leave alone.
         head: whether to rewrite what transformers does not quantize by default: the head.
         resume: whether to go on with a run for ``out`` that was cut short.
+        device: where the model's blocks are run and solved.
         options: more of :func:`magr_fx.magr_transform` or :func:`magr_fx.magr_quantize`.
     """
 
@@ -67,6 +69,7 @@ class Job:
     skip: tuple[str, ...] = ()
     head: bool = False
     resume: bool = False
+    device: torch.device = _CPU
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -114,6 +117,7 @@ def prepared(job: Job, ranks: Ranks, *, quantized: bool) -> Iterator[Prepared]:
         raise ConfigError("models are read with accelerate: pip install 'magr-fx[cli]'")
     # Inside, they end together: when the directory is removed, nobody works there any more.
     with _run_folder(job, ranks), together(ranks.group or False), _disk_errors_told(job):
+        ranks.agree_on({"kind of device": job.device.type})
         source = _found(job.model, ranks)
         config = read_config(source)
         check_length(config, job.length)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -17,8 +18,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from magr_fx.errors import DistributedError
 
-# How long to wait for the first rank to tell how it ended, and for the others to hear of it.
-_TO_TELL, _TO_HEAR = timedelta(seconds=60), timedelta(seconds=2)
+# Seconds to wait for the first rank to tell how it ended, and for the others to hear of it.
+_TO_TELL, _TO_HEAR = 60.0, 2.0
 
 
 class Launched:
@@ -86,22 +87,37 @@ class Launched:
         """
         if self.rank == 0:
             click.echo(message, err=True)
-        if self._store is None:
-            if self.rank > 0:
-                click.echo(message, err=True)
-            return
+            self._leave_undisturbed()
+            # This one may keep the store, and has to stay until all have seen it.
+            self._post("told")
+            self._posted([f"heard {rank}" for rank in range(1, self.world)], _TO_HEAR)
+        elif self._posted(["told"], _TO_TELL):
+            self._leave_undisturbed()
+            self._post(f"heard {self.rank}")
+        else:
+            click.echo(message, err=True)
+
+    def _leave_undisturbed(self) -> None:
+        """torchrun ends all ranks when one has ended; these end by themselves, with their codes."""
+        if self.several and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def _post(self, key: str) -> None:
+        with contextlib.suppress(RuntimeError):  # of a store that is gone
+            if self._store is not None:
+                self._store.set(key, "")
+
+    def _posted(self, keys: list[str], seconds: float) -> bool:
+        """Whether these are there in time; asked for, since a wait that fails is logged."""
+        until = time.monotonic() + seconds
         try:
-            if self.rank == 0:
-                self._store.set("told", "")
-                # Who starts the ranks ends all as soon as one has ended, and this one may keep the
-                # store: all have to have seen it.
-                self._store.wait([f"heard {rank}" for rank in range(1, self.world)], _TO_HEAR)
-            else:
-                self._store.wait(["told"], _TO_TELL)
-                self._store.set(f"heard {self.rank}", "")
-        except RuntimeError:  # the other is dead, or waits for something else
-            if self.rank > 0:
-                click.echo(message, err=True)
+            while self._store is not None and time.monotonic() < until:
+                if self._store.check(keys):
+                    return True
+                time.sleep(0.02)
+        except RuntimeError:  # of a store that is gone
+            pass
+        return False
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -34,6 +35,7 @@ from magr_fx.report import MagRReport, Quantization, SiteReport
 _FINGERPRINT = "fingerprint.json"
 # How many values of each weight tell one model from another.
 _SAMPLE = 4096
+_DEVICE_NUMBER = re.compile(r"(?<=type='cuda'), index=\d+")
 _ARRAYS = ("channel_max_before", "channel_max_after")
 
 
@@ -248,7 +250,8 @@ def fingerprint(
         for node in trace.graph_module.graph.nodes:
             target = getattr(node.target, "__name__", node.target)
             what = f"{node.name} {target} {node.args} {node.kwargs}\n"
-            graphs.update(what.encode())
+            # Each rank has a device of its own, and another may go on.
+            graphs.update(_DEVICE_NUMBER.sub("", what).encode())
     return {
         "model": model.hexdigest(),
         "calibration": calibration.hexdigest(),

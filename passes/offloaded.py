@@ -218,6 +218,21 @@ def keep_in(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
         hook.weights_map.dataset = weights
 
 
+def run_on(model: nn.Module, device: torch.device) -> None:
+    """Let a model that is offloaded run on another device than it was loaded for.
+
+    accelerate's hooks bring weights and inputs there; buffers, which stay in memory, are moved.
+    """
+    for module in model.modules():
+        hook: Any = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):  # a SequentialHook has several
+            if hasattr(one, "execution_device"):
+                one.execution_device = device
+        for key, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:  # one that is, is offloaded
+                module._buffers[key] = buffer.to(device)
+
+
 def _unprefixed(values: Any, key: str) -> tuple[Any, str]:
     """The dict, or accelerate's OffloadedWeightsLoader, that has the values, and the key there."""
     while hasattr(values, "prefix"):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from rank_helpers import forked
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 # All that a command imports is there when a rank is forked.
 _IMPORTED = ("magr_fx.cli", "magr_fx.directories", "transformers.models.llama.modeling_llama")
@@ -97,7 +97,8 @@ def _rank(
         os.ftruncate(file, 0)
         os.dup2(file, number)
     # The fork's own streams were those of another process.
-    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     if before is not None:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,12 +20,13 @@ from accelerate import disk_offload
 from crash_helpers import recorded_syncs
 from targets import ASYMMETRIC, intx
 from tiny_models import tiny_llama, tiny_mixtral, token_ids
-from torch import nn
+from torch import fx, nn
 from toys import report_of
 
 from magr_fx import CheckpointError, MagRConfig, magr_quantize, magr_transform
 from magr_fx.passes import solve_sites
-from magr_fx.passes.checkpoint import Checkpoint, checkpoint_report
+from magr_fx.passes.checkpoint import Checkpoint, checkpoint_report, fingerprint
+from magr_fx.passes.offloaded import all_resident
 
 CALIB = [token_ids(3, 17, seed=1), token_ids(2, 9, seed=2)]
 INT3 = intx(3, ASYMMETRIC, None)
@@ -340,3 +342,18 @@ def test_the_fingerprint_is_readable(tmp_path: Path) -> None:
     known = json.loads((tmp_path / "fingerprint.json").read_text())
     assert known["version of torch"] == torch.__version__
     assert json.loads(known["configuration"])["config"]["solver"] == "admm"
+
+
+def test_graphs_are_the_same_on_every_ranks_own_device() -> None:
+    def graphs(device: str) -> str:
+        graph = fx.Graph()
+        made = graph.call_function(
+            torch.ops.aten.arange.default, (3,), {"device": torch.device(device)}
+        )
+        graph.output(made)
+        trace = Mock(graph_module=fx.GraphModule({}, graph))
+        batch: Any = Mock(trace=trace, values=())
+        return fingerprint([batch], [], {}, all_resident)["graphs"]
+
+    assert graphs("cuda:0") == graphs("cuda:1") == graphs("cuda")
+    assert graphs("cuda:0") != graphs("cpu")
