@@ -26,7 +26,7 @@ from toys import report_of
 from magr_fx import CheckpointError, MagRConfig, magr_quantize, magr_transform
 from magr_fx.passes import solve_sites
 from magr_fx.passes.checkpoint import Checkpoint, checkpoint_report, fingerprint
-from magr_fx.passes.offloaded import all_resident
+from magr_fx.passes.resident import all_resident
 
 CALIB = [token_ids(3, 17, seed=1), token_ids(2, 9, seed=2)]
 INT3 = intx(3, ASYMMETRIC, None)
