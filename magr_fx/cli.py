@@ -34,7 +34,8 @@ FOLDER = click.Path(path_type=Path, resolve_path=True)
 def magr_fx() -> None:
     """Shrink every channel's largest weight before torchao quantizes it.
 
-    MODEL is a directory with the safetensors of a causal language model, or its name on the Hub.
+    MODEL is a directory with the safetensors of a causal language model or an encoder, or its name
+    on the Hub.
     What is wrong with the input is told in one line, with exit code 2; nothing is changed then.
     """
 

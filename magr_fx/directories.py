@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, TorchAoConfig
+from transformers import TorchAoConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from magr_fx.api import magr_transform, quantize_apart
 from magr_fx.errors import ConfigError, ModelError
-from magr_fx.model_directory import CONFIG, StoredTensor, read_directory
+from magr_fx.model_class import model_class
+from magr_fx.model_directory import CONFIG, StoredTensor, read_config, read_directory
 from magr_fx.passes.checkpoint import checkpoint_report
 from magr_fx.passes.find_linears import FilterFn
 from magr_fx.passes.offloaded import keep_in, offloaded_weights, run_on
@@ -228,8 +229,9 @@ def _load(work: Prepared) -> Any:
     # Of what a run that was cut short wrote; what transformers fuses is written by each rank.
     rank = work.ranks.rank
     offload = _emptied(work.job.run / (f"offload-rank{rank}" if rank else "offload"))
+    kind = model_class(read_config(work.source))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = kind.from_pretrained(
             work.source,
             dtype="auto",
             device_map={"": "disk"},
@@ -239,7 +241,7 @@ def _load(work: Prepared) -> Any:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise ModelError(
-            f"transformers cannot load {work.source} as a causal language model: {brief(error)}"
+            f"transformers cannot load {work.source} as {kind.__name__}: {brief(error)}"
         ) from error
     run_on(model, work.job.device)
     return model

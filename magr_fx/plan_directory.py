@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torchao.core.config import AOBaseConfig
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from magr_fx.calibration_text import BATCH
 from magr_fx.directories import PROCESS, rewritable
 from magr_fx.errors import ConfigError, ModelError
 from magr_fx.measure_rates import measured_rates
+from magr_fx.model_class import model_class
 from magr_fx.model_directory import experts_of, find_model, read_config, read_directory
 from magr_fx.passes.check_model import check_group_size
 from magr_fx.passes.pipeline import resolve_config
@@ -110,7 +111,7 @@ def plan_directory(
             many times those of this machine as the given one is of its products in float32.
 
     Raises:
-        MagRError: the model is no causal language model, damaged, or cannot be traced.
+        MagRError: the model is not one that reads a text, damaged, or cannot be traced.
     """
     folder = find_model(name, weights=False)
     raw = read_config(folder)
@@ -120,15 +121,16 @@ def plan_directory(
     # Of a name on the Hub there may be some in the cache, or be coming; a plan is for all of it.
     has_weights = Path(name).is_dir() and any(folder.glob("*.safetensors"))
     tensors = read_directory(folder) if has_weights else None
+    kind = model_class(raw)
+    build = getattr(kind, "_from_config", None) or kind.from_config  # the second of Auto classes
     try:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config)
+            model: Any = build(config)
     except Exception as error:  # whatever transformers raises of what it does not know
         first = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(
-            f"transformers cannot build {name} as a causal language model: "
-            f"{type(error).__name__}: {first}"
+            f"transformers cannot build {name} as {kind.__name__}: {type(error).__name__}: {first}"
         ) from error
     dtype = next(model.parameters()).dtype
     group_size = resolve_config(None, target).group_size

@@ -46,7 +46,7 @@ class Job:
     """What to make of which model.
 
     Attributes:
-        model: a directory with the safetensors of a causal language model, or a name on the Hub.
+        model: a directory with the safetensors of a model that reads text, or a name on the Hub.
         out: the directory to make; it may be there if it is empty.
         text: a text file to calibrate on.
         target: the torchao config that quantizes the model.

@@ -1,0 +1,27 @@
+"""A model's configuration → the class of transformers that its weights belong to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+from magr_fx.errors import ModelError
+
+
+def model_class(config: dict[str, Any]) -> Any:
+    """What ``config.json`` names first; where transformers has no such class, that of causal LMs.
+
+    Raises:
+        ModelError: it takes more than one text: it is an encoder with a decoder.
+    """
+    name = next(iter(config.get("architectures") or ()), "")
+    if config.get("is_encoder_decoder"):
+        raise ModelError(
+            f"{name or 'the model'} is an encoder with a decoder, which one text does not feed: "
+            "call magr_transform(model, calib) with inputs for both"
+        )
+    found = getattr(transformers, name, None)
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
+    return transformers.AutoModelForCausalLM
