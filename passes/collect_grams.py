@@ -133,8 +133,7 @@ class CalibrationRun:
             for number, step in enumerate(bar):
                 seen: list[tuple[str, int]] = []
                 finite: list[torch.Tensor] = []  # read together: one sync per step
-                ahead = read_by(chain(*steps[number + 1 : number + 2]))
-                with self._resident(read_by(step), ahead=ahead):
+                with self._resident(read_by(step), ahead=_read_after(steps, number)):
                     for block, batch, (environment,) in self._runs(step, [stream]):
                         look = partial(self._look, batch, seen, finite)
                         self._run(block, batch, environment, look)
@@ -201,8 +200,8 @@ class CalibrationRun:
                     continue
                 self.working_on = (step[0].label[0], number + 1, len(steps))
                 parameters = [site.parameter for shared in finished for site in shared.sites]
-                ahead = read_by(chain(*steps[number + 1 : number + 2]))
-                with self._resident([*read_by(step), *parameters], ahead=ahead):
+                reads = [*read_by(step), *parameters]
+                with self._resident(reads, ahead=_read_after(steps, number)):
                     device = self.grams[0].sites[0].parameter.device
                     runs = self._runs(step, streams)
                     decisions = [Decisions() for _ in runs]
@@ -458,6 +457,11 @@ def _share(sites: list[Site]) -> list[SharedGram]:
         key = (frozenset(reads.items()), weight.dtype, weight.device)
         shared.setdefault(key, SharedGram([])).sites.append(site)
     return list(shared.values())
+
+
+def _read_after(steps: list[list[Block]], number: int) -> list[torch.Tensor]:
+    """The stored tensors that the step after one reads; after the last one there are none."""
+    return read_by(steps[number + 1]) if number + 1 < len(steps) else []
 
 
 @torch.no_grad()
