@@ -184,8 +184,8 @@ def _solve(together: list[SharedGram], config: MagRConfig, ranks: Ranks) -> list
         precision=config.precision,
         everywhere=ranks.concat if ranks.world > 1 else None,
     )
-    if grams[0].is_cuda:
-        torch.cuda.synchronize(grams[0].device)
+    if grams[0].device.type != "cpu":  # or the report would have the seconds of a launch
+        torch.accelerator.synchronize(grams[0].device)
     if single:
         return [Solution(*(ranks.concat(getattr(solution, f.name)) for f in fields(Solution)))]
     columns = zip(*(getattr(solution, f.name).unbind() for f in fields(Solution)), strict=True)
