@@ -10,7 +10,7 @@ from magr_fx.errors import ModelError
 
 
 def model_class(config: dict[str, Any]) -> Any:
-    """What ``config.json`` names first; where transformers has no such class, that of causal LMs.
+    """What ``config.json`` names first, if it is of the model's type; else that of causal LMs.
 
     Raises:
         ModelError: it takes more than one text: it is an encoder with a decoder.
@@ -23,5 +23,7 @@ def model_class(config: dict[str, Any]) -> Any:
         )
     found = getattr(transformers, name, None)
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-        return found
+        own = getattr(found.config_class, "model_type", None)
+        if own == config.get("model_type", own):
+            return found
     return transformers.AutoModelForCausalLM

@@ -36,7 +36,8 @@ def batches(folder: Path, text: Path) -> list[torch.Tensor]:
 def test_the_configuration_says_which_class() -> None:
     assert model_class({"architectures": ["BertModel"]}) is BertModel
     assert model_class({"architectures": ["LlamaForCausalLM"]}) is LlamaForCausalLM
-    others: list[dict[str, list[str]]] = [{}, {"architectures": []}, {"architectures": ["Trainer"]}]
+    others: list[dict[str, Any]] = [{}, {"architectures": []}, {"architectures": ["Trainer"]}]
+    others.append({"architectures": ["BertModel"], "model_type": "llama"})
     for other in others:
         assert model_class(other) is AutoModelForCausalLM
 
