@@ -23,7 +23,7 @@ def model_class(config: dict[str, Any]) -> Any:
         )
     found = getattr(transformers, name, None)
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-        own = getattr(found.config_class, "model_type", None)
+        own = getattr(getattr(found, "config_class", None), "model_type", None)
         if own == config.get("model_type", own):
             return found
     return transformers.AutoModelForCausalLM
