@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from collections.abc import MutableMapping
@@ -17,7 +16,7 @@ from magr_fx.errors import ConfigError, ModelError
 from magr_fx.passes.calibration import Batch, read_calib
 from magr_fx.passes.check_model import check_group_size, check_model, check_not_frozen
 from magr_fx.passes.checkpoint import Checkpoint, fingerprint
-from magr_fx.passes.find_linears import FilterFn, check_filter, find_linears
+from magr_fx.passes.find_linears import FilterFn, Site, check_filter, find_linears
 from magr_fx.passes.offloaded import at_hand, execution_device, is_offloaded
 from magr_fx.passes.on_device import on_device
 from magr_fx.passes.pipeline import resolve_config, rewrite_sites, target_for_rewriting
@@ -309,6 +308,12 @@ def quantize_apart(
     return [place.name for weight in weights for place in weight.places]
 
 
+def _devices(model: nn.Module, device: torch.device | None) -> str:
+    """Where this rank works: the saved values of a run are of these devices."""
+    places = {str(p.device) for p in model.parameters()} if device is None else {str(device)}
+    return ", ".join(sorted(places))
+
+
 def _quantize_graph(
     model: Model, calib: Any, quantizer: Any, config: MagRConfig, options: dict[str, Any]
 ) -> Model:
@@ -374,7 +379,7 @@ def _run(
     report = MagRReport(config, "" if quantizer is None else describe(quantizer.config))
     tensors = {} if apart is None else apart
     weights: list[Quantizable] = []
-    with calibration_mode(inner, device), contextlib.ExitStack() as moved:
+    with calibration_mode(inner, device):
         with report.timed("trace"):
             traced = trace_or_read(inner, batches, tracing)
         found = find_linears(dict.fromkeys(b.trace for b in traced), inner, filter_fn)
@@ -385,9 +390,13 @@ def _run(
         check_group_size(found.sites, config.group_size)
         if target is not None:
             with report.timed("quantize"):
-                matrices = [(site.name, site.weight) for site in found.sites]
-                matrices += [(weight.name, weight.weight) for weight in weights]
-                with resident({(w.shape, w.dtype): w for _, w in matrices}.values()):
+                kinds: dict[Any, Site | Quantizable] = {}
+                candidates: list[Site | Quantizable] = [*found.sites, *weights]
+                for one in candidates:
+                    kinds.setdefault((one.weight.shape, one.weight.dtype), one)
+                with resident([one.weight for one in kinds.values()]):
+                    # Looked at only now: where a weight is depends on its being in memory.
+                    matrices = [(one.name, one.weight) for one in kinds.values()]
                     try_target(matrices, target.config, gptq=target.handling.rounding == "gptq")
                 if quantizer is not None:
                     found, weights = leave_out_unrunnable(
@@ -403,14 +412,15 @@ def _run(
                 "handling": None if target is None else asdict(target.handling),
                 "sites": [site.name for site in found.sites],
                 "strict": strict,
-                "device": (device or next(inner.parameters()).device).type,
+                "devices": "; ".join(ranks.gather(_devices(inner, device))),
             }
             owned = [*inner.named_parameters(), *inner.named_buffers()]
             known = fingerprint(traced, owned, options, resident)
             ranks.agree_on(known)
             if checkpoint_dir is not None:
                 checkpoint = Checkpoint(checkpoint_dir, known, ranks)
-        traced = moved.enter_context(on_device(traced, device))
+        if device is not None:
+            traced = on_device(traced, device)
         try:
             rewrite_sites(
                 traced,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP}
 _CHUNK = 2**24  # bytes that are written at once
 
 
@@ -46,7 +47,8 @@ def settle(path: Path) -> None:
     """Wait until a file, or a directory's list of names, is on the disk.
 
     What a rename did is safe against a loss of power only once the directory is; a directory that
-    the platform cannot open (on Windows) is left to it.
+    the platform cannot open (on Windows), or has nothing to do for (some network file systems), is
+    left to it.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -56,6 +58,9 @@ def settle(path: Path) -> None:
         raise
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in _NO_SYNC):
+            raise
     finally:
         os.close(descriptor)
 

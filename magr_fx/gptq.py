@@ -113,7 +113,7 @@ def gptq(weight: Tensor | Sequence[Tensor], grid: Grid, compensation: Compensati
 def _by_column(weights: Sequence[Tensor], order: Tensor) -> Tensor:
     """The weights' rows as columns ``[in, out]``, float32: a copy, made without another one."""
     rows = [len(weight) for weight in weights]
-    result = torch.empty(len(order), sum(rows), device=order.device)
+    result = torch.empty(len(order), sum(rows), dtype=torch.float32, device=order.device)
     for weight, columns in zip(weights, torch.split(result, rows, 1), strict=True):
         columns.copy_(weight.T[order])
     return result

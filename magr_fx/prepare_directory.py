@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib.util
+import os
 import secrets
 import shutil
 import socket
@@ -177,6 +178,7 @@ def alone(run: Path) -> Iterator[str]:
         lock.truncate(0)
         lock.write(mark)
         lock.flush()
+        os.fsync(lock.fileno())  # other machines see it only then, where they share by NFS
         yield mark
 
 

@@ -35,7 +35,7 @@ from magr_fx.report import MagRReport, Quantization, SiteReport
 _FINGERPRINT = "fingerprint.json"
 # How many values of each weight tell one model from another.
 _SAMPLE = 4096
-_DEVICE_NUMBER = re.compile(r"(?<=type='cuda'), index=\d+")
+_DEVICE_NUMBER = re.compile(r"(type='\w+'), index=\d+")
 _ARRAYS = ("channel_max_before", "channel_max_after")
 
 
@@ -250,8 +250,8 @@ def fingerprint(
         for node in trace.graph_module.graph.nodes:
             target = getattr(node.target, "__name__", node.target)
             what = f"{node.name} {target} {node.args} {node.kwargs}\n"
-            # Each rank has a device of its own, and another may go on.
-            graphs.update(_DEVICE_NUMBER.sub("", what).encode())
+            # Each rank has a device of its own; which, is in the configuration.
+            graphs.update(_DEVICE_NUMBER.sub(r"\1", what).encode())
     return {
         "model": model.hexdigest(),
         "calibration": calibration.hexdigest(),

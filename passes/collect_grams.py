@@ -54,7 +54,7 @@ from magr_fx.passes.trace import (
 )
 from magr_fx.passes.vmap import vmap_depth
 from magr_fx.passes.weight_uses import Call
-from magr_fx.passes.weight_views import WeightView
+from magr_fx.passes.weight_views import VIEWS, WeightView
 
 Take = Callable[[Taken], None]
 Weights = Mapping[WeightView, torch.Tensor]  # what to read in the place of parameters
@@ -92,6 +92,8 @@ class CalibrationRun:
         stored = [tensor for trace in traced for tensor in attributes(trace.graph_module)]
         given = (v for batch in self.batches for v in batch.values if isinstance(v, torch.Tensor))
         self._devices = {tensor.device for tensor in chain(stored, given)}
+        cpu = torch.device("cpu")  # the device whose memory is shown, if it is the only one
+        self._shown = next((device for device in self._devices if device != cpu), cpu)
         self._spill = None if spill is None else Spill(spill, stored)
         self.propagate, self.holdout = propagate, holdout
         self.grams = _share(sites)
@@ -102,6 +104,7 @@ class CalibrationRun:
         self._stored: dict[fx.Node, WeightView] = {}
         self._views: dict[nn.Parameter, WeightView] = {}  # as they are before they are resident
         self._taken_of: dict[fx.Node, set[WeightView]] = {}
+        self._views_of_weights: set[fx.Node] = set()
         self._replaced: dict[WeightView, torch.Tensor] = {}
         self._seen: dict[SharedGram, torch.Tensor | int] = dict.fromkeys(self.grams, 0)
         for trace in dict.fromkeys(batch.trace for batch in batches):
@@ -115,9 +118,10 @@ class CalibrationRun:
                     node: [n for t in taps for n in t.reads] for node, taps in self._taps.items()
                 },
             )
+            self._views_of_weights |= _views_of_weights(trace)
             if propagate:
                 self._find_weights(trace)
-            self._runners[trace] = _Runner(trace.graph_module, garbage_collect_values=False)
+            self._runners[trace] = _Runner(trace)
 
     def check(self, *, progress: bool | None = None) -> None:
         """Run every batch once and look at every activation, before anything is changed.
@@ -202,7 +206,6 @@ class CalibrationRun:
                 parameters = [site.parameter for shared in finished for site in shared.sites]
                 reads = [*read_by(step), *parameters]
                 with self._resident(reads, ahead=_read_after(steps, number)):
-                    device = self.grams[0].sites[0].parameter.device
                     runs = self._runs(step, streams)
                     decisions = [Decisions() for _ in runs]
                     for (block, batch, environments), decided in zip(runs, decisions, strict=True):
@@ -226,7 +229,7 @@ class CalibrationRun:
                 if save is not None:
                     written = [*buffers, *other]
                     save(number, boundary(streams, self.grams, written, stored, self._devices))
-                bar.set_postfix_str(f"peak {high_water_mark(device):.0f} MiB", refresh=False)
+                bar.set_postfix_str(f"peak {high_water_mark(self._shown):.0f} MiB", refresh=False)
 
     def replace(self, parameter: nn.Parameter, quantized: torch.Tensor) -> None:
         """Go on with ``quantized`` in the place of a parameter whose sites were just yielded."""
@@ -311,7 +314,8 @@ class CalibrationRun:
             for tap in self._taps.get(node, ()):
                 for source in tap.reads:
                     if source not in env:  # a stored tensor, which a block reads as it starts
-                        env[source] = original[source] = self._runners[block.trace].run_node(source)
+                        runner = self._runners[block.trace]
+                        env[source] = original[source] = self._stored_value(source, runner, {})
                 # Both send each token the same way: the quantized run follows the decisions.
                 both = zip(tap.take(env, batch), tap.take(original, batch), strict=True)
                 for taken, was in both:
@@ -366,6 +370,8 @@ class CalibrationRun:
             node for node in env if not self._taken_of.get(node, set()).isdisjoint(replaced)
         ]:
             env[node] = self._anew(node, env, runner, replaced)
+        for node in self._views_read(block):
+            env[node] = self._stored_value(node, runner, replaced)
         runner.env = env
         for node in block.nodes:
             if take is not None:
@@ -387,8 +393,6 @@ class CalibrationRun:
                 # Sizes cost nothing, and a weight's view may have to be taken anew with them.
                 if not (self.propagate and isinstance(env.get(dead), int)):
                     env.pop(dead, None)
-        for node in [node for node in env if node.op == "get_attr"]:
-            del env[node]
         self._keep(env)
 
     def _fetch(self, env: Environment) -> None:
@@ -396,8 +400,28 @@ class CalibrationRun:
             self._spill.fetch(env)
 
     def _keep(self, env: Environment) -> None:
+        # Views as well: they would hold the memory of weights that are somewhere else by then.
+        for node in [n for n in env if n.op == "get_attr" or n in self._views_of_weights]:
+            del env[node]
         if self._spill is not None:
             self._spill.keep(env)
+
+    def _views_read(self, block: Block) -> list[fx.Node]:
+        """The views of weights that a block reads and an earlier one has taken."""
+        taken = self._views_of_weights.difference(block.nodes)
+        reads = (v for n in block.nodes for v in (*n.all_input_nodes, *self._looked_at(n)))
+        return [value for value in dict.fromkeys(reads) if value in taken]
+
+    def _looked_at(self, node: fx.Node) -> list[fx.Node]:
+        return [value for tap in self._taps.get(node, ()) for value in tap.reads]
+
+    def _stored_value(self, node: fx.Node, runner: fx.Interpreter, replaced: Weights) -> Any:
+        """What a node reads of the model, or its view of that."""
+        stored = self._stored.get(node)
+        if stored is not None and stored in replaced:
+            return replaced[stored]
+        runner.env = {n: self._stored_value(n, runner, replaced) for n in node.all_input_nodes}
+        return runner.run_node(node)
 
     def _anew(
         self, node: fx.Node, env: Environment, runner: fx.Interpreter, replaced: Weights
@@ -415,11 +439,16 @@ class CalibrationRun:
 class _Runner(fx.Interpreter):
     """Runs nodes of a traced graph, also with torchao's tensors in the place of weights."""
 
+    def __init__(self, trace: Trace) -> None:
+        super().__init__(trace.graph_module, garbage_collect_values=False)
+        self._pure = not any(map(is_mutation, trace.graph_module.graph.nodes))
+
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is torch.ops.aten.linear.default:
             target = functional.linear  # torchao's tensors run in this, not in the op it calls
-        elif target is torch.ops.aten.view.default:
-            # On another device than it was traced on, what it views may have other strides.
+        elif target is torch.ops.aten.view.default and self._pure:
+            # On another device than it was traced on, what it views may have other strides; a copy
+            # is as good, where nothing is written to.
             target = torch.ops.aten.reshape.default
         return super().call_function(target, args, kwargs)
 
@@ -457,6 +486,18 @@ def _share(sites: list[Site]) -> list[SharedGram]:
         key = (frozenset(reads.items()), weight.dtype, weight.device)
         shared.setdefault(key, SharedGram([])).sites.append(site)
     return list(shared.values())
+
+
+def _views_of_weights(trace: Trace) -> set[fx.Node]:
+    """The nodes that are views of a stored tensor and depend on nothing else."""
+    found: set[fx.Node] = set()
+    for node in trace.graph_module.graph.nodes:
+        sources = node.all_input_nodes
+        if node.target not in VIEWS or len(sources) != 1:
+            continue
+        if sources[0] in found or isinstance(attribute(trace, sources[0]), nn.Parameter):
+            found.add(node)
+    return found
 
 
 def _read_after(steps: list[list[Block]], number: int) -> list[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -55,7 +56,10 @@ class FetchAhead:
         if self._stream is None:
             return load().to(self.device)
         with torch.cuda.stream(self._stream):
-            # Only a copy from pinned memory leaves the device's other work undisturbed.
-            values = load().pin_memory().to(self.device, non_blocking=True)
-        self._stream.synchronize()  # so that the pinned memory, too, is free
+            values = load()
+            with contextlib.suppress(RuntimeError):  # of a machine that has none to give
+                # Only a copy from pinned memory leaves the device's other work undisturbed.
+                values = values.pin_memory() if values.device.type == "cpu" else values
+            values = values.to(self.device, non_blocking=True)
+        self._stream.synchronize()  # so that the memory that it came from, too, is free
         return values

@@ -6,9 +6,9 @@ does here: the calibration, buffers and constants, and what nodes make on a devi
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -17,60 +17,58 @@ from torch.utils._pytree import tree_map_only
 
 from magr_fx.errors import ModelError
 from magr_fx.passes.inline import AUTOCAST
-from magr_fx.passes.trace import Trace, TracedBatch, all_nodes, attributes
+from magr_fx.passes.trace import TracedBatch, all_nodes
 
 
-@contextlib.contextmanager
-def on_device(
-    batches: list[TracedBatch], device: torch.device | None
-) -> Iterator[list[TracedBatch]]:
-    """The batches for a device; their traces are on it for as long as it is open.
+def on_device(batches: list[TracedBatch], device: torch.device) -> list[TracedBatch]:
+    """The batches on a device, where their traces run from now on; the model stays where it is.
 
     Args:
         batches: traced on the CPU.
-        device: where to run them; None is the CPU, on which they are.
+        device: where to run them.
 
     Raises:
         ModelError: a graph reads a weight's memory under another name than the weight's.
     """
-    if device is None:
-        yield batches
-        return
-    traces = list(dict.fromkeys(batch.trace for batch in batches))
-    held: dict[int, torch.Tensor] = {}
-    for trace in traces:
-        held.update((id(tensor), tensor) for tensor in _held(trace))
-    own = {id(tensor): tensor.detach() for tensor in held.values()}
-    try:
-        for trace in traces:
-            for node in all_nodes(trace.graph_module):
-                _move(node, device)
-        for tensor in held.values():
-            tensor.data = tensor.to(device)
-        moved = tree_map_only(torch.Tensor, lambda t: t.to(device), [b.values for b in batches])
-        yield [replace(b, values=values) for b, values in zip(batches, moved, strict=True)]
-    finally:
-        for key, tensor in held.items():
-            tensor.data = own[key]
+    copies: dict[int, torch.Tensor] = {}  # one for what several traces read, and may write to
+    for trace in dict.fromkeys(batch.trace for batch in batches):
+        _move_attributes(trace.graph_module, device, copies)
+        for node in all_nodes(trace.graph_module):
+            _move(node, device)
+    moved = tree_map_only(torch.Tensor, lambda t: t.to(device), [b.values for b in batches])
+    return [replace(b, values=values) for b, values in zip(batches, moved, strict=True)]
 
 
-def _held(trace: Trace) -> Iterator[torch.Tensor]:
-    """The buffers and constants of a trace."""
-    parameters: list[torch.Tensor] = []
-    others: list[torch.Tensor] = []
-    for module in trace.graph_module.modules():
-        if isinstance(module, fx.GraphModule):
-            for tensor in attributes(module):
-                (parameters if isinstance(tensor, nn.Parameter) else others).append(tensor)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    for tensor in others:
-        # Its values would not come with the weight's.
+def _move_attributes(
+    graph_module: fx.GraphModule, device: torch.device, copies: dict[int, torch.Tensor]
+) -> None:
+    """Have copies of buffers and constants there in their places."""
+    read = list(_attributes(graph_module))
+    weights = {t.untyped_storage().data_ptr() for *_, t in read if isinstance(t, nn.Parameter)}
+    for owner, key, tensor in read:
+        if isinstance(tensor, nn.Parameter):
+            continue
         if tensor.numel() and tensor.untyped_storage().data_ptr() in weights:
-            raise ModelError(
+            raise ModelError(  # its values would not come with the weight's
                 f"the model reads a weight of shape {tuple(tensor.shape)} through a tensor that is "
                 "no parameter; load it as a whole in place of offloading or sharding it"
             )
-    yield from others
+        setattr(owner, key, copies.setdefault(id(tensor), tensor.to(device)))
+
+
+def _attributes(graph_module: fx.GraphModule) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+    """What the graph and its sub-graphs read of modules: who has it, by what name, and itself."""
+    found: dict[tuple[nn.Module, str], torch.Tensor] = {}
+    for module in graph_module.modules():
+        if not isinstance(module, fx.GraphModule):
+            continue
+        for node in module.graph.find_nodes(op="get_attr"):
+            *path, key = str(node.target).split(".")
+            owner = reduce(getattr, path, module)
+            value = getattr(owner, key)
+            if isinstance(value, torch.Tensor):
+                found[owner, key] = value
+    yield from ((owner, key, value) for (owner, key), value in found.items())
 
 
 def _move(node: fx.Node, device: torch.device) -> None:

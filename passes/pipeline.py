@@ -23,7 +23,7 @@ from magr_fx.passes.few_tokens import fill_up
 from magr_fx.passes.find_linears import FilterFn, Found, Site
 from magr_fx.passes.quantized_weights import Target
 from magr_fx.passes.ranks import ALONE, Ranks
-from magr_fx.passes.resident import Resident, all_resident
+from magr_fx.passes.resident import NotStoredError, Resident, all_resident
 from magr_fx.passes.rewrite_weights import rewrite_weight
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.solve_sites import alike, quantize_and_rewrite, solve_and_rewrite
@@ -165,7 +165,11 @@ def rewrite_sites(
                 now = perf_counter()
                 log_block(*run.working_on, report.sites[known:], now - started, memory)
                 started = now
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, NotStoredError):
+            report.sites = [
+                row for row in report.sites if row.name.partition("[")[0] not in error.names
+            ]
         if handling.rounding == "gptq":  # the tensors take their places together, at the end
             report.sites = []
             logger.error("interrupted: nothing was changed")

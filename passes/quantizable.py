@@ -251,9 +251,8 @@ def quantized_copy(weight: torch.Tensor, target: AOBaseConfig) -> torch.Tensor:
         target = replace(target, set_inductor_config=False)
     quantize_(linear, target)
     quantized = linear.weight
-    del (
-        linear.weight
-    )  # torchao has the module refer to itself: it stays until Python looks for that
+    # torchao has the module refer to itself: the copy would live until Python looks for that.
+    del linear.weight
     return quantized
 
 

@@ -221,4 +221,6 @@ def _ranks_of(process_group: Group) -> Ranks:
 
 
 def _described(error: Exception) -> tuple[str, str]:
-    return type(error).__name__, str(error)
+    """The error's kind, for one of ours the public one, and what it says."""
+    names = [kind.__name__ for kind in type(error).__mro__]
+    return next((name for name in names if hasattr(errors, name)), names[0]), str(error)

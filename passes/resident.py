@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import fx, nn
 
-from magr_fx.errors import ModelError
+from magr_fx.errors import CheckpointError, ModelError
 from magr_fx.passes.blocks import Block
 from magr_fx.passes.trace import attribute
 from magr_fx.passes.weight_views import COPIES, VIEWS
@@ -88,12 +88,31 @@ class Outline:
         if device is None:
             self.parameter.copy_(values)
         else:
-            self.parameter.data = values.to(device, self._empty.dtype).contiguous()
+            there = values.to(device, self._empty.dtype).contiguous()
+            if there.untyped_storage().nbytes() != there.nbytes:
+                there = there.clone()  # where it lies in its memory is to be as in the outline
+            self.parameter.data = there
 
     def empty(self) -> None:
         """Let go of the values' memory."""
         self.parameter.data = self._empty
         self._pages.madvise(mmap.MADV_DONTNEED)
+
+
+class NotStoredError(CheckpointError):
+    """Weights that changed could not be written to where they are kept.
+
+    ``names`` are theirs; they are what they were.
+    """
+
+    def __init__(self, failed: dict[str, OSError]) -> None:
+        self.names = frozenset(failed)
+        first, error = next(iter(failed.items()))
+        super().__init__(
+            f"{len(failed)} rewritten weights, {first} for one, cannot be written to where they "
+            f"are kept, and are what they were: {error}. Free some space"
+        )
+        self.__cause__ = error
 
 
 class Kept(Protocol):
@@ -190,12 +209,18 @@ class Weights:
                     weight.announce()
             yield
         finally:
+            failed: dict[str, OSError] = {}
             for weight in weights:
                 parameter, version = weight.outline.parameter, self._versions.pop(weight, None)
-                if version is not None and parameter._version != version:
-                    weight.store(parameter.detach())
+                try:
+                    if version is not None and parameter._version != version:
+                        weight.store(parameter.detach())
+                except OSError as error:
+                    failed[weight.name] = error
                 weight.outline.empty()
             _TRIM(0)
+            if failed:
+                raise NotStoredError(failed)
 
     def _behind(self, tensors: Iterable[torch.Tensor]) -> list[Kept]:
         found = (
@@ -231,11 +256,12 @@ def outlined(
     with contextlib.ExitStack() as restored:
         if device is not None:
             places = [*places, *_in_memory(model, places)]
+            copies = {id(buffer): buffer.cpu() for buffer in model.buffers()}
             for module in model.modules():
                 for key, buffer in list(module._buffers.items()):
                     if buffer is not None:
                         restored.callback(module._buffers.__setitem__, key, buffer)
-                        module._buffers[key] = buffer.cpu()
+                        module._buffers[key] = copies[id(buffer)]
         for module, key, weight in places:
             restored.callback(module._parameters.__setitem__, key, module._parameters[key])
             module._parameters[key] = weight.outline.parameter
@@ -245,13 +271,29 @@ def outlined(
 
 
 def _in_memory(model: nn.Module, others: list[Place]) -> Iterator[Place]:
-    """All other weights of the model."""
+    """All other weights of the model.
+
+    Raises:
+        ModelError: two of them, or one and a buffer, share memory, which outlines would not.
+    """
     known = {(module, key) for module, key, _ in others}
     weights: dict[nn.Parameter, InMemory] = {}
+    owners: dict[int, str] = {}
+    for name, buffer in model.named_buffers():
+        if not buffer.is_meta:
+            owners.setdefault(buffer.untyped_storage().data_ptr(), name)
     for name, module in model.named_modules():
         for key, own in module._parameters.items():
             if own is None or (module, key) in known:
                 continue
             if own not in weights:
-                weights[own] = InMemory(f"{name}.{key}" if name else key, own)
+                full = f"{name}.{key}" if name else key
+                other = owners.setdefault(own.untyped_storage().data_ptr(), full)
+                if other != full and own.numel():
+                    raise ModelError(
+                        f"{full} and {other} are two tensors in one memory, in a model of which a "
+                        "part is offloaded or sharded; make them one Parameter, give each its own "
+                        "memory (clone), or load the model as a whole"
+                    )
+                weights[own] = InMemory(full, own)
             yield module, key, weights[own]
