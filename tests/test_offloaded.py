@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import functools
 import os
 import threading
@@ -14,13 +15,13 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from targets import ASYMMETRIC, intx
-from tiny_models import token_ids
+from tiny_models import tiny_mixtral, token_ids
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from magr_fx import ConfigError, ModelError, api, magr_quantize, magr_transform
+from magr_fx import CheckpointError, ConfigError, ModelError, api, magr_quantize, magr_transform
 from magr_fx.model_directory import read_header
-from magr_fx.passes import offloaded, resident
+from magr_fx.passes import offloaded, resident, spill
 from magr_fx.passes.checkpoint import Checkpoint
 from magr_fx.passes.offloaded import _Weight
 from magr_fx.passes.trace_batches import Tracing
@@ -311,6 +312,123 @@ def test_what_is_in_memory_comes_along(tmp_path: Path, moved_to: torch.device) -
     assert torch.allclose(
         logits(partly), logits(wanted), atol=0 if moved_to.type == "cpu" else 1e-3
     )
+
+
+class Flat(nn.Module):
+    """Two layers that are slices of one memory, and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        flat = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0))
+        self.a, self.b, self.c = (nn.Linear(8, 8, bias=False) for _ in range(3))
+        self.a.weight, self.b.weight = (nn.Parameter(part) for part in flat)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.c(self.b(self.a(x)))
+
+
+def test_memory_that_two_weights_share_is_refused(moved_to: torch.device) -> None:
+    model = Flat()
+    values = [parameter.detach().clone() for parameter in model.parameters()]
+    cpu_offload(model.c)
+    with pytest.raises(ModelError, match=r"b\.weight and a\.weight are two tensors in one memory"):
+        magr_transform(model, [torch.randn(9, 8)])
+    assert torch.equal(model.a.weight, values[0])
+    assert torch.equal(model.b.weight, values[1])
+    assert model.c.weight.is_meta
+
+
+def test_a_weight_lies_on_a_device_as_its_outline_does(moved_to: torch.device) -> None:
+    part = torch.randn(3, 4, 5)[1:, :, :4].transpose(0, 1)
+    outline = resident.Outline(torch.empty(4, 2, 4))
+    outline.fill(part, moved_to)
+    there = outline.parameter.detach()
+    assert there.storage_offset() == 0
+    assert there.as_strided((2, 4), (4, 1)).cpu().equal(part[0])
+    outline.empty()
+    assert not bool(outline.parameter.detach().any())
+
+
+def test_views_of_weights_are_not_activations(
+    tmp_path: Path, moved_to: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stack of experts that several blocks view: it would be written for each batch."""
+    sizes: list[int] = []
+    mapped = spill.Spill._mapped
+
+    def counted(self: Any, storage: torch.UntypedStorage) -> Any:
+        sizes.append(storage.nbytes())
+        return mapped(self, storage)
+
+    monkeypatch.setattr(spill, "LEAST", 0)
+    monkeypatch.setattr(spill.Spill, "_mapped", counted)
+    model = tiny_mixtral(num_hidden_layers=1).eval()
+    calib = [token_ids(2, 6, seed=1)]
+    magr_transform(
+        cpu_offload(copy.deepcopy(model), execution_device="cpu"),
+        calib,
+        target=INT3,
+        spill_dir=tmp_path,
+    )
+    stack = model.model.layers[0].mlp.experts.down_proj
+    assert sizes
+    assert stack.nbytes > max(sizes)
+
+
+def test_weights_that_cannot_be_stored_are_not_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama()
+    hooked = offload(model, "disk_offload", tmp_path)
+    store = _Weight.store
+
+    def full(self: _Weight, weight: torch.Tensor) -> None:
+        if "k_proj" in self.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        store(self, weight)
+
+    monkeypatch.setattr(_Weight, "store", full)
+    with pytest.raises(
+        CheckpointError, match=r"1 rewritten weights, .*0\.self_attn\.k_proj\.weight"
+    ):
+        magr_transform(hooked, CALIB)
+    done = {site.name for site in hooked.magr_report.rewritten}
+    assert "model.layers.0.self_attn.q_proj.weight" in done
+    original = dict(model.named_parameters())
+    changed = {
+        name
+        for name, parameter in original.items()
+        if not torch.equal(kept(hooked, name), parameter)
+    }
+    assert changed == done
+
+
+def kept(hooked: Any, name: str) -> torch.Tensor:
+    """The weight where accelerate keeps it."""
+    path, _, key = name.rpartition(".")
+    hook: Any = offloaded.offloading_hook(hooked.get_submodule(path))
+    values: torch.Tensor = hook.weights_map[key]
+    return values
+
+
+def test_the_target_is_tried_on_the_weights_themselves(
+    tmp_path: Path, moved_to: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[str, torch.Tensor]] = []
+    whole: Any = vars(api)["try_target"]
+
+    def seen(weights: Any, *given: Any, **more: Any) -> None:
+        weights = list(weights)
+        tried.extend((name, weight.clone()) for name, weight in weights)
+        whole(weights, *given, **more)
+
+    monkeypatch.setattr(api, "try_target", seen)
+    model = llama()
+    magr_transform(offload(model, "disk_offload", tmp_path), CALIB, target=INT3)
+    assert len(tried) == 5  # shapes
+    for name, weight in tried:
+        assert torch.equal(weight.cpu(), model.get_parameter(name)), name
+        assert weight.device.type == moved_to.type
 
 
 def test_a_run_that_was_cut_short_goes_on_on_another_device(
