@@ -21,9 +21,9 @@ from crash_helpers import recorded_syncs
 from targets import ASYMMETRIC, intx
 from tiny_models import tiny_llama, tiny_mixtral, token_ids
 from torch import fx, nn
-from toys import report_of
+from toys import mlp, report_of, vectors
 
-from magr_fx import CheckpointError, MagRConfig, magr_quantize, magr_transform
+from magr_fx import CheckpointError, MagRConfig, api, magr_quantize, magr_transform
 from magr_fx.passes import solve_sites
 from magr_fx.passes.checkpoint import Checkpoint, checkpoint_report, fingerprint
 from magr_fx.passes.resident import all_resident
@@ -357,3 +357,11 @@ def test_graphs_are_the_same_on_every_ranks_own_device() -> None:
 
     assert graphs("cuda:0") == graphs("cuda:1") == graphs("cuda")
     assert graphs("cuda:0") != graphs("cpu")
+
+
+def test_another_device_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved lies on the device; its random numbers are drawn there as well."""
+    magr_transform(mlp(), vectors(), checkpoint_dir=tmp_path)
+    monkeypatch.setattr(api, "_devices", lambda model, device: "cuda:1")
+    with pytest.raises(CheckpointError, match=r"devices was cpu, now cuda:1"):
+        magr_transform(mlp(), vectors(), checkpoint_dir=tmp_path)

@@ -11,7 +11,7 @@ from solver_helpers import problem
 from torch import Tensor
 
 from magr_fx.errors import CalibrationError
-from magr_fx.gptq import BLOCK, Compensation, compensation, gptq
+from magr_fx.gptq import BLOCK, Compensation, _by_column, compensation, gptq
 from magr_fx.grid import Grid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -272,3 +272,20 @@ def test_nothing_is_changed() -> None:
     after = (weight, *found, grid.scale, grid.zero_point)
     assert all(map(torch.equal, kept, after))
     assert torch.equal(gptq(weight.T.contiguous().T, grid, found), first)
+
+
+def test_the_default_dtype_does_not_matter() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(6, 16, generator=generator), torch.randn(40, 16, generator=generator)
+    spread = compensation(x.T @ x + torch.eye(16))
+    wanted = spread.factor.clone(), _by_column([weight], spread.order)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        again = compensation(x.T @ x + torch.eye(16, dtype=torch.float32))
+        columns = _by_column([weight], again.order)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(again.factor, wanted[0])
+    assert columns.dtype == torch.float32
+    assert torch.equal(columns, wanted[1])
