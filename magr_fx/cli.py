@@ -271,7 +271,7 @@ def _told(
 
 
 def _how_to_go_on(out: Path | None) -> str:
-    from magr_fx.prepare_directory import is_resumable
+    from magr_fx.run_folder import is_resumable
 
     if out is None or not is_resumable(out):
         return ""

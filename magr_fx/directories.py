@@ -31,17 +31,10 @@ from magr_fx.passes.offloaded import keep_in, offloaded_weights, run_on
 from magr_fx.passes.quantizable import quantized_copy
 from magr_fx.passes.ranks import together
 from magr_fx.passes.to_torchao import describe
-from magr_fx.prepare_directory import (
-    CHECKPOINT,
-    UNFINISHED,
-    Job,
-    Prepared,
-    brief,
-    is_resumable,
-    prepared,
-)
+from magr_fx.prepare_directory import Job, Prepared, brief, prepared
 from magr_fx.report import MagRReport
 from magr_fx.report_files import has_report, read_report, write_report
+from magr_fx.run_folder import CHECKPOINT, is_resumable, run_of
 from magr_fx.tensor_files import LetGo, TensorFiles
 from magr_fx.write_directory import (
     RewrittenWeights,
@@ -218,7 +211,7 @@ def report_of(folder: Path) -> MagRReport:
         MagRError: there is no report there, or it cannot be read.
     """
     if folder.name and is_resumable(folder) and not has_report(folder):
-        folder = folder.with_name(folder.name + UNFINISHED)
+        folder = run_of(folder)
     if any((folder / CHECKPOINT).glob("state-*.pt")):
         return checkpoint_report(folder / CHECKPOINT)
     return read_report(folder)

@@ -1,16 +1,12 @@
 """A job → its model found and checked, its calibration read, and a directory to work in.
 
-All that can be checked is checked here, before anything is read or written at length. Of several
-ranks the first one has the directories, which all of them have to see.
+All that can be checked is checked here, before anything is read or written at length.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.util
-import os
-import secrets
 import shutil
 import socket
 from collections.abc import Iterator
@@ -35,10 +31,8 @@ from magr_fx.model_directory import (
     read_directory,
 )
 from magr_fx.passes.ranks import Ranks, together
+from magr_fx.run_folder import run_folder, run_of
 
-UNFINISHED = ".unfinished"
-CHECKPOINT = "checkpoint"
-_LOCK = "lock"
 _CPU = torch.device("cpu")
 
 
@@ -76,7 +70,7 @@ class Job:
     @property
     def run(self) -> Path:
         """Where the job keeps what is not finished: ``OUT.unfinished``."""
-        return self.out.with_name(self.out.name + UNFINISHED)
+        return run_of(self.out)
 
 
 @dataclass(frozen=True)
@@ -93,11 +87,6 @@ class Prepared:
     def writes(self) -> bool:
         """Whether this rank is the one that writes what is made; the others only read."""
         return self.ranks.rank == 0
-
-
-def is_resumable(out: Path) -> bool:
-    """Whether a run for ``out`` was cut short that can be taken up again."""
-    return any((out.with_name(out.name + UNFINISHED) / CHECKPOINT).glob("state-*.pt"))
 
 
 @contextlib.contextmanager
@@ -117,7 +106,9 @@ def prepared(job: Job, ranks: Ranks, *, quantized: bool) -> Iterator[Prepared]:
     if importlib.util.find_spec("accelerate") is None:
         raise ConfigError("models are read with accelerate: pip install 'magr-fx[cli]'")
     # Inside, they end together: when the directory is removed, nobody works there any more.
-    with _run_folder(job, ranks), together(ranks.group or False), _disk_errors_told(job):
+    if ranks.rank == 0:
+        _check_out(job)
+    with run_folder(job.out, ranks), together(ranks.group or False), _disk_errors_told(job):
         ranks.agree_on({"kind of device": job.device.type})
         source = _found(job.model, ranks)
         config = read_config(source)
@@ -130,56 +121,6 @@ def prepared(job: Job, ranks: Ranks, *, quantized: bool) -> Iterator[Prepared]:
         tokenizer = _tokenizer(source)
         calib = text_batches(tokenizer, job.text, tokens=job.tokens, length=job.length)
         yield Prepared(job, ranks, source, tensors, calib)
-
-
-@contextlib.contextmanager
-def _run_folder(job: Job, ranks: Ranks) -> Iterator[None]:
-    """``OUT.unfinished``, which the first rank makes and removes, and the others see."""
-    if ranks.rank > 0:
-        mark, lock = ranks.gather("")[0], job.run / _LOCK
-        if not lock.is_file() or lock.read_text(encoding="ascii") != mark:
-            raise ConfigError(
-                f"rank {ranks.rank}, on {socket.gethostname()}, does not see the {job.run} of "
-                "rank 0; name an OUT on a file system that all ranks share"
-            )
-        yield
-        return
-    _check_out(job)
-    with alone(job.run) as mark:
-        try:
-            ranks.gather(mark)
-            yield
-        finally:
-            if not is_resumable(job.out):
-                shutil.rmtree(job.run, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def alone(run: Path) -> Iterator[str]:
-    """Have the run's directory to oneself; the lock goes with the process, however that ends.
-
-    Yields what is written in the lock, which no other run has written.
-    """
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        lock = (run / _LOCK).open("a", encoding="ascii")
-    except OSError as error:
-        raise ConfigError(
-            f"{run} cannot be made: {error.strerror or error}; name an OUT where you may write"
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"another process works on {run}; wait for it, or name another OUT"
-            ) from error
-        mark = secrets.token_hex(8)
-        lock.truncate(0)
-        lock.write(mark)
-        lock.flush()
-        os.fsync(lock.fileno())  # other machines see it only then, where they share by NFS
-        yield mark
 
 
 @contextlib.contextmanager

@@ -22,8 +22,8 @@ from tiny_models import tiny_llama
 
 from magr_fx.directories import report_of
 from magr_fx.passes.checkpoint import Checkpoint
-from magr_fx.prepare_directory import is_resumable
 from magr_fx.report_files import read_report
+from magr_fx.run_folder import is_resumable
 from magr_fx.write_directory import publish
 
 

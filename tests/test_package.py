@@ -24,7 +24,7 @@ SOURCES = [*NUMBERS, *GRAPHS]
 # command line, which calls them.
 VERBS = {"__init__.py", "public.py", "api.py"}
 COMMANDS = {"cli.py", "directories.py", "named_targets.py", "plan_directory.py"}
-COMMANDS |= {"prepare_directory.py", "write_quantized.py"}
+COMMANDS |= {"prepare_directory.py", "run_folder.py", "write_quantized.py"}
 NUMERICS = [path for path in NUMBERS if path.name not in {*VERBS, *COMMANDS}]
 
 each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
