@@ -308,6 +308,11 @@ def quantize_apart(
     return [place.name for weight in weights for place in weight.places]
 
 
+def _each_once(names: list[str]) -> list[str]:
+    """All of them, in order; one where they are the same."""
+    return names if len(set(names)) > 1 else names[:1]
+
+
 def _devices(model: nn.Module, device: torch.device | None) -> str:
     """Where this rank works: the saved values of a run are of these devices."""
     places = {str(p.device) for p in model.parameters()} if device is None else {str(device)}
@@ -412,7 +417,7 @@ def _run(
                 "handling": None if target is None else asdict(target.handling),
                 "sites": [site.name for site in found.sites],
                 "strict": strict,
-                "devices": "; ".join(ranks.gather(_devices(inner, device))),
+                "devices": "; ".join(_each_once(ranks.gather(_devices(inner, device)))),
             }
             owned = [*inner.named_parameters(), *inner.named_buffers()]
             known = fingerprint(traced, owned, options, resident)

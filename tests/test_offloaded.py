@@ -74,8 +74,11 @@ def in_memory(tied: bool, for_a_target: bool) -> Any:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("options", [{}, {"target": INT3}], ids=["alone", "for a target"])
+@pytest.mark.parametrize(
+    ("tied", "options"),
+    [(False, {"target": INT3}), (True, {})],
+    ids=["for a target", "tied"],
+)
 def test_the_same_weights_as_in_memory(
     way: str, tied: bool, options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -227,8 +230,11 @@ def moved_to(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return device
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("options", [{}, {"target": INT3}], ids=["alone", "for a target"])
+@pytest.mark.parametrize(
+    ("way", "options"),
+    [("from_pretrained", {"target": INT3}), ("cpu_offload", {}), ("disk_offload", {})],
+    ids=WAYS,
+)
 def test_the_same_weights_on_another_device(
     way: str,
     options: dict[str, Any],
