@@ -62,6 +62,16 @@ def offload(model: nn.Module, way: str, folder: Path, **options: Any) -> Any:
     )
 
 
+def offload_a_part(model: Any, folder: Path) -> Any:
+    """A copy of the model of which the second layer and what follows are on the disk."""
+    model.save_pretrained(folder / "saved")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.rotary_emb": "cpu"}
+    rest = dict.fromkeys(("model.layers.1", "model.norm", "lm_head"), "disk")
+    return AutoModelForCausalLM.from_pretrained(
+        folder / "saved", device_map={**places, **rest}, offload_folder=str(folder / "offload")
+    )
+
+
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model(CALIB[0]).logits
@@ -179,12 +189,7 @@ def test_buffers_can_be_offloaded_too(way: str, tmp_path: Path) -> None:
 
 def test_a_part_that_is_in_memory_stays_there(tmp_path: Path) -> None:
     model = llama()
-    model.save_pretrained(tmp_path / "saved")
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.rotary_emb": "cpu"}
-    rest = dict.fromkeys(("model.layers.1", "model.norm", "lm_head"), "disk")
-    partly = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "saved", device_map={**places, **rest}, offload_folder=str(tmp_path / "offload")
-    )
+    partly = offload_a_part(model, tmp_path)
     magr_transform(partly, CALIB)
     assert not partly.model.layers[0].mlp.up_proj.weight.is_meta
     assert partly.model.layers[1].mlp.up_proj.weight.is_meta
@@ -302,12 +307,7 @@ def test_what_fails_on_its_way_fails_where_it_is_needed(
 def test_what_is_in_memory_comes_along(tmp_path: Path, moved_to: torch.device) -> None:
     """Also buffers; all of it is where it was, the same objects, at the end."""
     model = llama()
-    model.save_pretrained(tmp_path / "saved")
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.rotary_emb": "cpu"}
-    rest = dict.fromkeys(("model.layers.1", "model.norm", "lm_head"), "disk")
-    partly = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "saved", device_map={**places, **rest}, offload_folder=str(tmp_path / "offload")
-    )
+    partly = offload_a_part(model, tmp_path)
     owned = [*partly.parameters(), *partly.buffers()]
     magr_transform(partly, CALIB, target=INT3)
     assert all(
