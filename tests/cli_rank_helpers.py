@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rank_helpers import forked
+from rank_helpers import forked, wait_for
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 # All that a command imports is there when a rank is forked.
@@ -68,12 +67,7 @@ def start_ranks(
 
 def end_of(processes: list[Any], folder: Path, deadline: float = 60.0) -> list[Ended]:
     """How each rank ended; one that lasts longer than this many seconds is killed."""
-    until = time.monotonic() + deadline
-    for process in processes:
-        process.join(max(0.0, until - time.monotonic()))
-        if process.is_alive():
-            process.kill()
-            process.join()
+    wait_for(processes, deadline)
     return [
         Ended(process.exitcode, *((folder / f"{n}-{rank}").read_text() for n in ("out", "err")))
         for rank, process in enumerate(processes)

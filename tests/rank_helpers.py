@@ -40,6 +40,16 @@ def forked(*modules: str) -> Any:
     return _CONTEXT.Process
 
 
+def wait_for(processes: list[Any], deadline: float) -> None:
+    """Wait until all have ended; one that lasts longer than this many seconds is killed."""
+    until = time.monotonic() + deadline
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
 def on_ranks(
     world: int,
     function: Callable[..., Any],
@@ -68,12 +78,7 @@ def on_ranks(
     ]
     for process in processes:
         process.start()
-    until = time.monotonic() + deadline
-    for process in processes:
-        process.join(max(0.0, until - time.monotonic()))
-        if process.is_alive():
-            process.kill()
-            process.join()
+    wait_for(processes, deadline)
     ended = []
     for rank, process in enumerate(processes):
         path = folder / f"rank-{rank}.pt"
