@@ -142,7 +142,7 @@ def main() -> None:
         token_batches(tokenizer, DATA / f"{name}.txt", tokens=4096, length=512, device="cpu")
         for name in ("sotu_heldout", "moby_dick")
     ]
-    alpha = MagRConfig().penalty
+    alpha = MagRConfig.published().penalty
     default = LEAST_DAMPING
     runs: list[tuple[str, float, dict[str, Any]]] = [
         ("admm, tol 1e-2", default, {"tol": 1e-2}),

@@ -25,6 +25,7 @@ from magr_fx.gptq import compensation
 from magr_fx.gram import LEAST_DAMPING, damped
 from magr_fx.passes.torchao_rounding import TorchaoRounding
 from magr_fx.rounding import Candidate, Nearest, OnGrid, Rounded, Rounding
+from magr_fx.row_scale import row_scale
 from magr_fx.search import choose
 
 LAYERS = (60, 61, 62, 63)  # of the middle block: q, k, v; o; gate, up; down
@@ -79,7 +80,8 @@ def cost(layer: Layer, group: int | None, gptq: bool) -> Cost:
     start = Rounded(torchao.values(layer.weight), (layer.weight,))
 
     once = time.process_time()
-    solve_magr(layer.weight, gram, alpha=single.penalty, group_size=group)
+    scale = row_scale(layer.weight)
+    solve_magr(layer.weight, gram, alpha=single.penalty, group_size=group, row_scale=scale)
     once = time.process_time() - once
 
     total = time.process_time()

@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from torchao.quantization import quantize_
 
 from magr_fx import magr_quantize, solve_magr_path
+from magr_fx.row_scale import row_scale
 
 LAYERS = (
     "model.layers.3.self_attn.q_proj",
     "model.layers.12.self_attn.o_proj",
     "model.layers.20.mlp.down_proj",
 )
-ALPHAS = [10 ** (-k / 3) for k in range(3, 16)]  # 0.1 to 1e-5
+ALPHAS = [10 ** (-k / 3) for k in range(13)]  # 1 to 1e-4
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -97,7 +98,7 @@ def main() -> None:
     for at, (name, layer) in enumerate(layers.items()):
         color = f"C{at}"
         gram, weight = inputs[name].gram(), layer.weight.detach().clone()
-        path = solve_magr_path(weight, gram, ALPHAS)
+        path = solve_magr_path(weight, gram, ALPHAS, row_scale=row_scale(weight))
         curve = [error(quantized(s.weight, args.bits) - weight, weight, gram) for s in path]
         alone = error(quantized(weight, args.bits) - weight, weight, gram)
         # The layer by itself is a model too: its calibration is what it reads.

@@ -66,8 +66,9 @@ def magr_transform(
     """Shrink every weight's largest magnitudes in place, leaving its outputs on ``calib`` alone.
 
     For each weight W ``[out, in]`` that meets an input X ``[tokens, in]`` in a matmul, each row
-    w becomes the ŵ that minimises ½(ŵ-w)ᵀG(ŵ-w) + alpha·λmax(G)·‖ŵ‖∞ with G = XᵀX (Zhang et
-    al., "MagR", NeurIPS 2024, arXiv 2406.00800, section 3), per group where there are groups.
+    w becomes the ŵ that minimises ½(ŵ-w)ᵀG(ŵ-w) + alpha·λmax(G)·r·‖ŵ‖∞ with G = XᵀX (Zhang et
+    al., "MagR", NeurIPS 2024, arXiv 2406.00800, section 3), per group where there are groups. The
+    paper has r = 1; here r is the root mean square of w, so that c·W and d·X give c·Ŵ.
 
     Args:
         model: any module that runs, compiled or not, or its exported graph; also one that

@@ -32,12 +32,17 @@ class Certificate(NamedTuple):
 
 
 def certify(
-    problem: Problem, weight: Tensor, candidate: Tensor, dtype: torch.dtype = torch.float64
+    problem: Problem,
+    weight: Tensor,
+    candidate: Tensor,
+    dtype: torch.dtype = torch.float64,
+    row_scale: Tensor | None = None,
 ) -> Certificate:
     """Objective of each row of ``candidate`` in the place of ``weight``'s, and a lower bound.
 
     Both are ``[..., out, in]``, of any floating dtype. The bound is :func:`dual_value` in the
-    direction ŵ - w; at the optimum it equals the objective.
+    direction ŵ - w; at the optimum it equals the objective. With a ``row_scale`` r, ``[..., out]``,
+    they are those of the rows divided by r.
     """
     # ŵ - w is long exactly where G is almost singular: that is how MagR works. There dᵀGd is a
     # small remainder of products of size λmax‖d‖², and float32 would lose it, so what is to be
@@ -46,6 +51,9 @@ def certify(
     for rows in _blocks(weight.shape[-2]):
         original = weight[..., rows, :].to(dtype)
         chosen = candidate[..., rows, :].to(dtype)
+        if row_scale is not None:
+            scale = row_scale[..., rows].to(dtype).unsqueeze(-1)
+            original, chosen = original / scale, chosen / scale
         moved = chosen - original
         slope = _slope(problem, moved)
         objective = 0.5 * (moved * slope).sum(-1) + penalty(problem, chosen)

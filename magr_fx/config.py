@@ -23,6 +23,10 @@ STEPS = ("prepare", "convert")
 # Section 4.1 of the paper and its code: penalty relative to the gram's largest eigenvalue.
 PUBLISHED_ALPHA_PER_CHANNEL = 1e-3
 PUBLISHED_ALPHA_PER_GROUP = 1e-4
+# What there is without a target, relative to each row's root mean square as well: the published one
+# for rows of 0.1, which lies between those of language models (0.02 to 0.2).
+ALPHA_PER_CHANNEL = 1e-2
+ALPHA_PER_GROUP = 1e-3
 # The paper says 150; the authors' code runs 200, and the code is what produced its tables.
 PUBLISHED_STEPS = 200
 
@@ -101,11 +105,13 @@ class MagRConfig(AOBaseConfig):  # type: ignore[misc]
     :func:`magr_fx.passes.torchao_flow.prepare_or_convert`; everything else takes it without.
 
     Args:
-        alpha: penalty weight, relative to λmax of the gram (dimensionless). ``"published"`` is
-            1e-3 for whole rows and 1e-4 for groups; ``"auto"`` lets every row choose its own, and
+        alpha: penalty weight, relative to λmax of the gram and to each row's root mean square
+            (dimensionless): c·W and d·X then give c·Ŵ. ``"published"`` is the paper's, 1e-3 for
+            whole rows and 1e-4 for groups, relative to λmax alone, which takes much of a weight
+            with small entries; ``"auto"`` lets every row choose its own, and
             a clip with it, by what torchao makes of it, and so needs a ``target``; 0 shrinks
             nothing, and is of use with ``rounding="gptq"`` only. None is ``"auto"`` where there
-            is a target, ``"published"`` otherwise.
+            is a target, otherwise 1e-2 for whole rows and 1e-3 for groups.
         group_size: inputs per quantization group; None takes whole rows, or the groups of the
             ``target`` where one is given. It must divide ``in``.
         solver: ``"admm"``, which goes to the optimum, or ``"pgd"``, the paper's projected
@@ -188,10 +194,19 @@ class MagRConfig(AOBaseConfig):  # type: ignore[misc]
 
     @property
     def penalty(self) -> float:
-        """``alpha``, or the published value for ``group_size`` where that is no number."""
+        """``alpha``, or what it stands for with this ``group_size`` where that is no number."""
         if self.alpha is not None and not isinstance(self.alpha, str):
             return self.alpha
-        return PUBLISHED_ALPHA_PER_CHANNEL if self.group_size is None else PUBLISHED_ALPHA_PER_GROUP
+        if self.is_published:
+            whole, grouped = PUBLISHED_ALPHA_PER_CHANNEL, PUBLISHED_ALPHA_PER_GROUP
+        else:
+            whole, grouped = ALPHA_PER_CHANNEL, ALPHA_PER_GROUP
+        return whole if self.group_size is None else grouped
+
+    @property
+    def is_published(self) -> bool:
+        """Whether alpha is the paper's, which knows nothing of the size of a row."""
+        return self.alpha == "published"
 
     def regularisation(self, tokens: int, inputs: int) -> float:
         """``damping``, or the solver's own value for a gram of so many tokens, ``[in, in]``.
@@ -213,7 +228,7 @@ class MagRConfig(AOBaseConfig):  # type: ignore[misc]
         loose = searching and self.tol is None and self.solver == "admm"
         return replace(
             self,
-            alpha="auto" if searching else self.penalty,
+            alpha=self.alpha if isinstance(self.alpha, str) else self.penalty,
             max_steps=options.max_steps,
             tol=SEARCH_TOL if loose else options.tol,
             damping=0.0 if self.damping is None and self.solver == "pgd" else self.damping,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from magr_fx.gram import unit_of, within_range
 from magr_fx.matmul_precision import full_float32
 
 # The share of the gram's mean diagonal that holds the weight where the inputs hardly reach: less
@@ -33,6 +34,9 @@ def made_up_for(weight: Tensor, gram: Tensor, drift: Tensor, *, damping: float =
         A, ``[out, in]`` float32; W itself where nothing was lost, or nothing reaches the weight.
     """
     weight = weight.to(torch.float32)
+    unit = unit_of(within_range(gram)) / unit_of(gram)  # 1, or what brings it into float32's range
+    if unit != 1:
+        gram, drift = gram * unit, drift * unit
     mean = gram.diagonal().mean()
     if not bool(drift.any() & (mean > 0)):
         return weight

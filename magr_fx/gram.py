@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from magr_fx.matmul_precision import full_float32
 
@@ -15,6 +16,8 @@ EXACT_UP_TO = 1024
 # How far the result may lie below λmax, relatively, for it to be accepted.
 SLACK = 1e-3
 _ITERATIONS = 40
+# From here on, up or down, the products of a gram and two weights may leave float32.
+_FAR = 2.0**40
 LEAST_DAMPING, MOST_DAMPING = 0.1, 0.3
 
 
@@ -27,7 +30,11 @@ def largest_eigenvalue(gram: Tensor) -> Tensor:
     is not too low; where it is, the gram is diagonalised after all. The step 1/λ of projected
     gradient descent, which must stay below 2/λmax, is thus at most 1.001/λmax. A gram of zeros
     has λmax = 0, and rounding never makes the result negative. Float64 stays float64, everything
-    else is computed in float32. The same gram gives the same bits.
+    else is computed in float32. The same gram gives the same bits, and one that is a power of two
+    times as large that times them.
+
+    Raises:
+        LinAlgError: the eigenvalues of a gram do not converge, in float64 neither.
 
     Example:
         >>> largest_eigenvalue(torch.diag(torch.tensor([1.0, 4.0])))
@@ -37,10 +44,33 @@ def largest_eigenvalue(gram: Tensor) -> Tensor:
     if gram.dim() > 2:
         flat = [largest_eigenvalue(one) for one in gram.flatten(0, -3)]
         return torch.stack(flat).view(gram.shape[:-2])
-    found = _bounded_estimate(gram) if len(gram) > EXACT_UP_TO else None
+    unit = unit_of(gram)
+    scaled = gram / unit  # iterations have limits of their own for what is small
+    found = _bounded_estimate(scaled) if len(gram) > EXACT_UP_TO else None
     if found is None:
-        found = torch.linalg.eigvalsh(gram)[-1]  # ascending
-    return found.clamp(min=0)
+        try:
+            found = torch.linalg.eigvalsh(scaled)[-1]  # ascending
+        except LinAlgError:
+            found = torch.linalg.eigvalsh(scaled.to(torch.float64))[-1].to(gram.dtype)
+    return (found * unit).clamp(min=0)
+
+
+def unit_of(gram: Tensor) -> float:
+    """The power of two below the largest diagonal entry; 1 where that is 0 or not finite."""
+    return _power_of_two(float(gram.diagonal().amax()))
+
+
+def _power_of_two(value: float) -> float:
+    return 2.0 ** (math.frexp(value)[1] - 1) if 0 < value < math.inf else 1.0
+
+
+def within_range(gram: Tensor) -> Tensor:
+    """The gram, ``[in, in]``, divided by a power of two where its products could leave float32.
+
+    What is chosen with it is the same, since all it decides is relative.
+    """
+    unit = unit_of(gram)
+    return gram if 1 / _FAR < unit < _FAR else gram / unit
 
 
 def _bounded_estimate(gram: Tensor) -> Tensor | None:
@@ -50,8 +80,13 @@ def _bounded_estimate(gram: Tensor) -> Tensor | None:
     # A generator of its own, and on the CPU: the same start on every device and in every run.
     start = torch.randn(len(gram), 1, generator=torch.Generator().manual_seed(0))
     start = gram @ start.to(gram)  # a first power step: most of the way where one input dominates
-    with full_float32():
-        values, _ = torch.lobpcg(gram, X=start, niter=_ITERATIONS, largest=True)
+    try:
+        with full_float32():
+            values, _ = torch.lobpcg(gram, X=start, niter=_ITERATIONS, largest=True)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ArithmeticError):  # it divides by the norms of what it has found
+        return None
     estimate: Tensor = values[0]
     shifted = -gram
     shifted.diagonal().add_((1 + SLACK) * estimate)
@@ -180,9 +215,15 @@ def output_error(change: Tensor, weight: Tensor, gram: Tensor) -> float:
 
 
 def output_energy(matrix: Tensor, gram: Tensor) -> float:
-    """‖XMᵀ‖²_F = tr(MGMᵀ) of a matrix ``[out, in]``."""
+    """‖XMᵀ‖²_F = tr(MGMᵀ) of a matrix ``[out, in]``, also where float32 would not hold it."""
     rows = matrix.to(gram.device, torch.float32)
-    return float((rows @ gram).mul_(rows).sum(dtype=torch.float64).clamp(min=0))
+    scaled = within_range(gram)
+    product = rows @ scaled
+    units = [_power_of_two(float(factor.abs().amax())) for factor in (rows, product)]
+    for unit in units:
+        product.div_(unit)
+    energy = float(product.mul_(rows).sum(dtype=torch.float64).clamp(min=0))
+    return energy * units[0] * units[1] * (unit_of(gram) / unit_of(scaled))
 
 
 def relative_error(error: float, energy: float) -> float:

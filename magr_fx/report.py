@@ -40,7 +40,7 @@ class Quantization:
     lose, and X what reaches the site behind them.
 
     Attributes:
-        alphas: how many rows chose which alpha; "0" is no shrinking.
+        alphas: how many rows, or groups, chose which alpha; "0" is no shrinking.
         clip: the mean share of the largest magnitude, per row or group, that was kept.
         error_alone: of torchao alone, which quantizes the original weight, on the calibration.
         error: of what was made here.

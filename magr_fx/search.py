@@ -14,13 +14,15 @@ from magr_fx.config import MagRConfig
 from magr_fx.gram import row_errors
 from magr_fx.matmul_precision import full_float32
 from magr_fx.rounding import Rounded, Rounding
+from magr_fx.row_scale import row_scale
 from magr_fx.solution import Solution, Status
 from magr_fx.solver import solve_magr_path
 
 # Penalties a factor 4 apart, from where 2 bits want them to where 4 bits do, for whole rows and for
-# groups (benchmarks/README.md). 0, the row as it is, is always among them.
-ALPHAS = (2e-2, 5e-3, 1.2e-3, 3e-4)
-ALPHAS_GROUPS = (3e-3, 8e-4, 2e-4, 5e-5)
+# groups (benchmarks/README.md), relative to the rows' size. 0, the row as it is, is always among
+# them.
+ALPHAS = (1.2e-1, 3e-2, 8e-3, 2e-3)
+ALPHAS_GROUPS = (2.4e-2, 6e-3, 1.5e-3, 4e-4)
 # Shares of each row's, or group's, largest magnitude that are tried with every alpha; then what is
 # tried around each row's best, once up and once down.
 CLIPS = (1.0, 0.8, 0.6)
@@ -34,13 +36,13 @@ RELATIVE_ROUNDING = 1e-5
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """What each row chose."""
+    """What each row chose, or each of its groups."""
 
     rounded: Rounded
-    alpha: Tensor  # [out], float32: 0 where the row was not shrunk
+    alpha: Tensor  # [out, groups], float32: 0 where it was not shrunk
     clip: Tensor  # [out, groups], float32: share of the largest magnitude that was kept
-    status: Tensor  # [out], int8: values of Status, of the solve with that alpha
-    steps: Tensor  # [out], int32
+    status: Tensor  # [out], int8: values of Status, the worst of the solves with those alphas
+    steps: Tensor  # [out], int32: the most of them
     error: Tensor  # [out], float32: (v - a)ᵀG(v - a), summed over what has to choose together
 
     def rows(self, part: slice) -> Choice:
@@ -85,7 +87,8 @@ def choose(
         gram: G, ``[in, in]`` float32, regularised.
         rounding: how rows are rounded.
         start: what the quantizer alone makes of the weight. With ``alpha="auto"`` no row ends
-            with a larger output error (v - a)ᵀG(v - a) than this has.
+            with a larger output error (v - a)ᵀG(v - a) than this has, but for float32 rounding.
+            That G is the regularised one: by the gram itself a row may end slightly above.
         config: its alpha, group size and solver.
         dtype: of the weight that the quantizer is given.
         units: as for :class:`Search`.
@@ -96,18 +99,19 @@ def choose(
         MagRError: as :func:`magr_fx.solve_magr`.
     """
     group_size = config.group_size or aim.shape[1]
+    scale = None if config.is_published else row_scale(aim, units)
     search = Search(aim, gram, rounding, dtype=dtype, group_size=group_size, units=units)
     if config.alpha != "auto":
         solution = None
         if config.penalty:
-            (solution,) = _path(aim, gram, [config.penalty], config, everywhere)
+            (solution,) = _path(aim, gram, [config.penalty], config, scale, everywhere)
         search.add(config.penalty, solution)
         search.take_only()
         return search.choice()
     search.start(start)
     search.add(0.0)
     alphas = ALPHAS if config.group_size is None else ALPHAS_GROUPS
-    path = _path(aim, gram, alphas, config, everywhere)
+    path = _path(aim, gram, alphas, config, scale, everywhere)
     for alpha, solution in zip(alphas, path, strict=True):
         search.add(alpha, solution)
     search.try_each(CLIPS)
@@ -128,6 +132,7 @@ def _path(
     gram: Tensor,
     alphas: Sequence[float],
     config: MagRConfig,
+    scale: Tensor | None,
     everywhere: Everywhere | None,
 ) -> list[Solution]:
     options = config.resolved()
@@ -140,6 +145,7 @@ def _path(
         max_steps=options.max_steps,
         tol=options.tol,
         precision=options.precision,
+        row_scale=scale,
         everywhere=everywhere,
         exact=False,  # rows are judged by what is left of them after rounding
     )
@@ -177,7 +183,8 @@ class Search:
         rows, groups = len(aim), aim.shape[1] // group_size
         self.sources: list[_Source] = []
         self.best = torch.full((rows,), torch.inf, device=aim.device)
-        self.source = torch.full((rows,), -1, device=aim.device)  # -1: the weight as it was
+        # -1: the weight as it was
+        self.source = torch.full((rows, groups), -1, device=aim.device)
         self.clip = torch.ones(rows, groups, device=aim.device)
         self.values = torch.empty(0)
         self.parts: tuple[Tensor, ...] = ()
@@ -249,13 +256,14 @@ class Search:
         Gauss-Seidel sweep), so that no sweep raises the error of a row.
         """
         slope = (self.values - self.aim) @ self.gram
-        rows = self._of_source(self.source.clamp(min=0))
+        chosen = self.source.clamp(min=0)
+        rows = self._of_source(chosen)
         for step in steps:
             clip = self.clip.clone()
             for change in (step, -step):
-                self._sweep(rows, (clip + change).clamp_(LEAST_CLIP, 1.0), slope)
-        for source in self.sources:
-            self._sweep(source.rows, self.clip.clone(), slope)
+                self._sweep(rows, chosen, (clip + change).clamp_(LEAST_CLIP, 1.0), slope)
+        for at, source in enumerate(self.sources):
+            self._sweep(source.rows, torch.full_like(chosen, at), self.clip.clone(), slope)
         self.best = self._errors(self.values)
 
     @full_float32()
@@ -270,7 +278,7 @@ class Search:
         while True:
             rounded = self.rounding(self.parts[0].to(torch.float32), self.parts[0])
             self.values, self.best = rounded.values, self._errors(rounded.values)
-            worse, changed = self.best > limit, self.source >= 0
+            worse, changed = self.best > limit, (self.source >= 0).any(-1)
             if not bool(worse.any() & changed.any()):
                 return
             if bool((worse & ~changed).any()):  # at the start, and worse: the others disturb it
@@ -280,16 +288,17 @@ class Search:
     def choice(self) -> Choice:
         """What each row has chosen."""
         source, touched = self.source.clamp(min=0), self.source >= 0
-        rows = torch.arange(len(source), device=source.device)
+        rows = torch.arange(len(source), device=source.device).unsqueeze(-1)
         status = torch.stack([s.status for s in self.sources])[source, rows]
         steps = torch.stack([s.steps for s in self.sources])[source, rows]
         alphas = torch.tensor([s.alpha for s in self.sources], device=source.device)[source]
+        alphas = torch.where(touched, alphas, 0)
         return Choice(
             Rounded(self.values, self.parts),
-            torch.where(touched, alphas, 0),
+            alphas,
             self.clip,
-            torch.where(touched, status, int(Status.TRIVIAL)).to(torch.int8),
-            torch.where(touched, steps, 0),
+            _worst(torch.where(alphas > 0, status, int(Status.TRIVIAL))),
+            torch.where(alphas > 0, steps, 0).amax(-1),
             self.best,
         )
 
@@ -309,11 +318,14 @@ class Search:
             torch.where(column, new, old)
             for new, old in zip(rounded.parts, self.parts, strict=True)
         )
-        self.source = torch.where(chosen, source, self.source)
+        self.source = torch.where(column, source, self.source)
         self.clip = torch.where(column, clip, self.clip)
 
-    def _sweep(self, rows: Tensor, clip: Tensor, slope: Tensor) -> None:
-        """Take single groups of these rows; ``slope`` is (v - a)G, kept up to date."""
+    def _sweep(self, rows: Tensor, source: Tensor, clip: Tensor, slope: Tensor) -> None:
+        """Take single groups of these rows, which are of ``source`` ``[out, groups]``.
+
+        ``slope`` is (v - a)G, kept up to date.
+        """
         rounded = self.rounding(rows, self._clipped(rows, clip))
         (weight,) = self.parts
         for group in range(clip.shape[1]):
@@ -328,7 +340,7 @@ class Search:
             self.values[:, inputs] += change * better
             better = better.squeeze(-1)
             self.clip[:, group] = torch.where(better, clip[:, group], self.clip[:, group])
-            self.source = torch.where(better & (self.source < 0), 0, self.source)
+            self.source[:, group] = torch.where(better, source[:, group], self.source[:, group])
 
     def _clipped(self, rows: Tensor, clip: Tensor) -> Tensor:
         """The rows clamped to shares ``[out, groups]`` of what their step is made from."""
@@ -347,11 +359,22 @@ class Search:
         return torch.cat([e.sum().expand_as(e) for e in torch.split(errors, list(self.units))])
 
     def _of_source(self, source: Tensor) -> Tensor:
-        """Each row from its own source."""
-        rows = self.sources[0].rows
+        """Each group of each row from its own source, ``[out, groups]``."""
+        shape = (*source.shape, self.group_size)
+        rows = self.sources[0].rows.view(shape)
         for at, candidate in enumerate(self.sources[1:], start=1):
-            rows = torch.where((source == at).unsqueeze(-1), candidate.rows, rows)
-        return rows
+            rows = torch.where((source == at).unsqueeze(-1), candidate.rows.view(shape), rows)
+        return rows.view_as(self.aim)
+
+
+def _worst(status: Tensor) -> Tensor:
+    """Of each row's groups ``[out, groups]``, the status that says most of what went wrong."""
+    order = (Status.TRIVIAL, Status.CONVERGED, Status.STEP_LIMIT, Status.FAILED)
+    rank = torch.full_like(status, 0)
+    for at, kind in enumerate(order):
+        rank = torch.where(status == int(kind), at, rank)
+    values = torch.tensor([int(kind) for kind in order], dtype=torch.int8, device=status.device)
+    return values[rank.amax(-1).long()]
 
 
 class _Source(NamedTuple):

@@ -20,7 +20,7 @@ from magr_fx.errors import ConfigError
 from magr_fx.gram import largest_eigenvalue
 from magr_fx.pgd import FIXED_PASSES, pgd
 from magr_fx.solution import Iterate, Solution, Status
-from magr_fx.solver_input import check_divides, check_gram, check_weight
+from magr_fx.solver_input import check_divides, check_gram, check_row_scale, check_weight
 
 
 @torch.no_grad()
@@ -34,6 +34,7 @@ def solve_magr(
     max_steps: int | None = None,
     tol: float | None = None,
     precision: str = "float32",
+    row_scale: Tensor | None = None,
     everywhere: Everywhere | None = None,
 ) -> Solution:
     """Reduce the largest magnitude of each row of a weight without changing its outputs much.
@@ -65,6 +66,10 @@ def solve_magr(
             Products in float32 follow ``torch.set_float32_matmul_precision``: with TF32 a row
             takes a few more steps. Rounding keeps the relative gap of a float32 row above
             roughly 3e-8·‖w‖₁/alpha.
+        row_scale: r, ``[out]`` or ``[problems, out]``, positive: the penalty of a row is then
+            alpha λmax(G) r Σ‖ŵ_group‖∞. With r = :func:`magr_fx.row_scale.row_scale` of the weight
+            the rows c·w have the solution c·ŵ, which is what magr_transform does. None is 1, as
+            in the paper.
         everywhere: as for :func:`solve_magr_path`.
 
     Returns:
@@ -94,6 +99,7 @@ def solve_magr(
         max_steps=max_steps,
         tol=tol,
         precision=precision,
+        row_scale=row_scale,
         everywhere=everywhere,
     )[0]
 
@@ -109,6 +115,7 @@ def solve_magr_path(
     max_steps: int | None = None,
     tol: float | None = None,
     precision: str = "float32",
+    row_scale: Tensor | None = None,
     exact: bool = True,
     everywhere: Everywhere | None = None,
 ) -> list[Solution]:
@@ -119,7 +126,8 @@ def solve_magr_path(
     the fewer steps it takes (benchmarks/solver.md).
 
     Args:
-        weight, gram, group_size, solver, max_steps, tol, precision: as for :func:`solve_magr`.
+        weight, gram, group_size, solver, max_steps, tol, precision, row_scale: as for
+            :func:`solve_magr`.
         alphas: penalty weights, relative to λmax(G), in any order.
         exact: whether objectives and gaps are computed in float64; False takes ``precision``, a
             fifth of the time less, for those who judge the rows by something else.
@@ -148,16 +156,20 @@ def solve_magr_path(
     check_weight(weight)
     group_size = check_divides(group_size, weight.shape[-1])
     check_gram(gram, weight)
+    if row_scale is not None:
+        check_row_scale(row_scale, weight)
+        row_scale = row_scale.to(weight.device, options.dtype)
     weight = weight.contiguous()
     gram = gram.to(weight.device, options.dtype)
     # The caller's autocast is for the model; and the device to launch on is the weight's.
     with torch.autocast(weight.device.type, enabled=False), torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
-        return _solve_each(weight, gram, alphas, group_size, options, exact, everywhere)
+        return _solve_each(weight, gram, row_scale, alphas, group_size, options, exact, everywhere)
 
 
 def _solve_each(
     weight: Tensor,
     gram: Tensor,
+    row_scale: Tensor | None,
     alphas: Sequence[float],
     group_size: int,
     options: SolverOptions,
@@ -167,13 +179,14 @@ def _solve_each(
     """Solve a weight, or each problem of a batch that data reached, a tile of them at a time."""
     peak = largest_eigenvalue(gram)
     if weight.dim() == 2:
-        return _solve(weight, gram, peak, alphas, group_size, options, exact, everywhere)
+        return _solve(weight, gram, peak, row_scale, alphas, group_size, options, exact, everywhere)
     found = [_untouched(weight) for _ in alphas]
     together = problems_at_once(weight.shape[-2:], weight.device)
     if not bool((peak > 0).any()):
         return found
     for problems in torch.split((peak > 0).nonzero().squeeze(-1), together):
-        own = weight[problems], gram[problems], peak[problems]
+        scale = None if row_scale is None else row_scale[problems]
+        own = weight[problems], gram[problems], peak[problems], scale
         part = _solve(*own, alphas, group_size, options, exact)
         for whole, solution in zip(found, part, strict=True):
             for field in fields(Solution):
@@ -191,6 +204,7 @@ def _solve(
     weight: Tensor,
     gram: Tensor,
     peak: Tensor,
+    row_scale: Tensor | None,
     alphas: Sequence[float],
     group_size: int,
     options: SolverOptions,
@@ -201,10 +215,13 @@ def _solve(
     if weight.dim() == 2 and not bool(peak > 0):
         return [_untouched(weight) for _ in alphas]
     if len(weight) == 1 and weight.dim() == 3:  # a batch of one: its rows can be told apart
-        path = _solve(weight[0], gram[0], peak[0], alphas, group_size, options, exact)
+        scale = None if row_scale is None else row_scale[0]
+        path = _solve(weight[0], gram[0], peak[0], scale, alphas, group_size, options, exact)
         return [Solution(*(getattr(s, f.name)[None] for f in fields(Solution))) for s in path]
     found: dict[int, Solution] = {}
     warm: Warm | None = None
+    # The penalty of a row of scale r is that of the row w/r, whose solution is ŵ/r.
+    rows = weight if row_scale is None else weight.to(options.dtype) / row_scale.unsqueeze(-1)
     # Downwards: what is clamped at one alpha mostly is so at a smaller one.
     order = sorted(range(len(alphas)), key=lambda i: -alphas[i])
     for i in order:
@@ -212,7 +229,7 @@ def _solve(
         if options.solver == "admm":
             iterate, warm = admm(
                 problem,
-                weight,
+                rows,
                 max_steps=options.max_steps,
                 tol=options.tol,
                 warm=warm,
@@ -221,8 +238,9 @@ def _solve(
                 everywhere=everywhere,
             )
         else:
-            iterate = _pgd(problem, weight, options)
-        found[i] = _assess(problem, weight, iterate, torch.float64 if exact else options.dtype)
+            iterate = _pgd(problem, rows, options)
+        dtype = torch.float64 if exact else options.dtype
+        found[i] = _assess(problem, weight, iterate, dtype, row_scale)
     return [found[i] for i in range(len(alphas))]
 
 
@@ -238,12 +256,29 @@ def _pgd(problem: Problem, weight: Tensor, options: SolverOptions) -> Iterate:
     return Iterate(*(torch.stack(column) for column in zip(*parts, strict=True)))
 
 
-def _assess(problem: Problem, weight: Tensor, iterate: Iterate, dtype: torch.dtype) -> Solution:
-    """Judge the iterate as it will be returned, and put back every row that is no improvement."""
-    result = iterate.weight.to(weight.dtype)
+def _assess(
+    problem: Problem,
+    weight: Tensor,
+    iterate: Iterate,
+    dtype: torch.dtype,
+    row_scale: Tensor | None = None,
+) -> Solution:
+    """Judge the iterate as it will be returned, and put back every row that is no improvement.
+
+    With a ``row_scale`` r the iterate is ŵ/r.
+    """
+    chosen = iterate.weight
+    if row_scale is not None:
+        chosen = chosen * row_scale.unsqueeze(-1)
+    result = chosen.to(weight.dtype)
+    del chosen
     finite = result.isfinite().all(-1)
     result = torch.where(finite.unsqueeze(-1), result, weight)
-    found = certify(problem, weight, result, dtype)
+    found = certify(problem, weight, result, dtype, row_scale)
+    known = iterate.bound
+    if row_scale is not None:
+        # Of w/r as it is rounded, which changes a dual value by at most that much of the penalty.
+        known = known - torch.finfo(row_scale.dtype).eps * found.before
     worse = found.objective > found.before
     result = torch.where(worse.unsqueeze(-1), weight, result)
     trivial = (result == weight).all(-1) | (result == 0).all(-1)
@@ -254,9 +289,11 @@ def _assess(problem: Problem, weight: Tensor, iterate: Iterate, dtype: torch.dty
     status.masked_fill_(~finite, Status.FAILED)
     objective = torch.where(worse, found.before, found.objective)
     # An original row has d = 0 and no bound of its own but 0; what the iteration found holds.
-    bound = torch.maximum(torch.where(worse, 0, found.bound), iterate.bound)
+    bound = torch.maximum(torch.where(worse, 0, found.bound), known)
     gap = (objective - bound).clamp(min=0)
-    unit = problem.peak.unsqueeze(-1)
+    unit = problem.peak.unsqueeze(-1).to(torch.float64)
+    if row_scale is not None:
+        unit = unit * row_scale.to(torch.float64).square()
     return Solution(
         result,
         status,

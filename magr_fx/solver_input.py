@@ -59,6 +59,19 @@ def check_gram(gram: Tensor, weight: Tensor) -> None:
         )
 
 
+def check_row_scale(row_scale: Tensor, weight: Tensor) -> None:
+    """Raise :class:`ConfigError` unless this is one positive number for each row of the weight."""
+    if not isinstance(row_scale, Tensor) or row_scale.shape != weight.shape[:-1]:
+        raise ConfigError(
+            f"row_scale must be a tensor {list(weight.shape[:-1])}, a number for each row of the "
+            f"weight, got {_kind(row_scale)}"
+        )
+    if not bool((row_scale.isfinite() & (row_scale > 0)).all()):
+        raise ConfigError(
+            "row_scale must be finite and above 0; rows of zeros may have any, such as 1"
+        )
+
+
 def _kind(value: object) -> str:
     if not isinstance(value, Tensor):
         return type(value).__name__

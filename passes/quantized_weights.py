@@ -13,7 +13,7 @@ from magr_fx.config import Handling, MagRConfig
 from magr_fx.coordinate_descent import descend
 from magr_fx.drift import made_up_for
 from magr_fx.gptq import Compensation, compensation
-from magr_fx.gram import damped, output_energy, relative_error
+from magr_fx.gram import damped, output_energy, relative_error, within_range
 from magr_fx.grid import stacked
 from magr_fx.passes.find_linears import Site
 from magr_fx.passes.ranks import ALONE, Ranks
@@ -69,7 +69,7 @@ def quantized_weights(
     rows, columns = [site.shape[0] for site in sites], sites[0].shape[1]
     whole = torch.cat([site.weight for site in sites])
     gptq = target.handling.rounding == "gptq"
-    gram = damped(shared.collected, shared.damping(config))
+    gram = within_range(damped(shared.collected, shared.damping(config)))
     spread = compensation(gram, by_activation=target.handling.act_order) if gptq else None
     own = ranks.part_of(len(whole))
     weight = whole[own]

@@ -21,6 +21,8 @@ from magr_fx.errors import CalibrationError, ConfigError, DistributedError, MagR
 Group: TypeAlias = "dist.ProcessGroup | Literal[False] | None"
 Item = TypeVar("Item")
 _AGREED = "_magr_fx_agreed"  # set on an error that every rank knows of
+# What says that a site cannot be solved, and not that anything is wrong with the run.
+UNSOLVABLE = (MagRError, LinAlgError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Ranks:
         """What cannot be solved on one rank, cannot on any: all raise, and may go on from there."""
         try:
             yield
-        except (MagRError, LinAlgError) as error:
+        except UNSOLVABLE as error:
             if not getattr(error, _AGREED, False):
                 self.meet(error if isinstance(error, MagRError) else CalibrationError(str(error)))
             raise

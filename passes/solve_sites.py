@@ -10,25 +10,28 @@ from dataclasses import fields, replace
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from magr_fx.config import MagRConfig
-from magr_fx.errors import DistributedError, MagRError
-from magr_fx.gram import damped, output_error
+from magr_fx.errors import DistributedError
+from magr_fx.gram import damped, output_error, within_range
 from magr_fx.memory import high_water_mark
 from magr_fx.passes.collect_grams import CalibrationRun
 from magr_fx.passes.find_linears import Site
 from magr_fx.passes.quantizable import quantized_copy
 from magr_fx.passes.quantized_weights import Target, quantized_weights
-from magr_fx.passes.ranks import ALONE, Ranks
+from magr_fx.passes.ranks import ALONE, UNSOLVABLE, Ranks
 from magr_fx.passes.rewrite_weights import laid_out, refusal, rewrite_weight
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.torchao_rounding import dequantized
 from magr_fx.report import MagRReport, Outcome, SiteReport
+from magr_fx.row_scale import row_scale
 from magr_fx.solution import Solution, summary
 from magr_fx.solver import problems_at_once, solve_magr
 
 logger = logging.getLogger("magr_fx")
+# The output error of one alpha for all rows, before any quantization, from which on it is told: as
+# much as quantizing to 3 bits costs.
+MOST_LOST = 0.2
 
 
 def alike(finished: list[SharedGram]) -> list[list[SharedGram]]:
@@ -64,7 +67,7 @@ def solve_and_rewrite(
             solutions = _solve(fed, config, ranks)
     except DistributedError:
         raise
-    except (MagRError, LinAlgError) as error:
+    except UNSOLVABLE as error:
         if len(fed) > 1:  # one of them is to blame: the others are solved all the same
             for shared in fed:
                 solve_and_rewrite([shared], config, report)
@@ -103,7 +106,7 @@ def quantize_and_rewrite(
             quantized = quantized_weights(shared, config, target, ranks)
     except DistributedError:
         raise
-    except (MagRError, LinAlgError) as error:
+    except UNSOLVABLE as error:
         _failed(shared, error, report)
         for site in shared.sites:
             go_on_with_torchao_alone(site, target, run)
@@ -171,10 +174,11 @@ def _solve(together: list[SharedGram], config: MagRConfig, ranks: Ranks) -> list
     weights = [_stacked(shared.sites) for shared in together]
     if ranks.world > 1:
         weights = [weight[ranks.part_of(len(weight))] for weight in weights]
-    grams = [damped(shared.collected, shared.damping(config)) for shared in together]
+    grams = [within_range(damped(s.collected, s.damping(config))) for s in together]
     single = len(together) == 1
+    stacked = weights[0] if single else torch.stack(weights)
     solution = solve_magr(
-        weights[0] if single else torch.stack(weights),
+        stacked,
         grams[0] if single else torch.stack(grams),
         alpha=config.penalty,
         group_size=config.group_size,
@@ -182,6 +186,7 @@ def _solve(together: list[SharedGram], config: MagRConfig, ranks: Ranks) -> list
         max_steps=config.max_steps,
         tol=config.tol,
         precision=config.precision,
+        row_scale=None if config.is_published else row_scale(stacked),
         everywhere=ranks.concat if ranks.world > 1 else None,
     )
     if grams[0].device.type != "cpu":  # or the report would have the seconds of a launch
@@ -219,6 +224,13 @@ def _write(
         logger.warning("%s failed and keeps its weight: %s", site.name, reason)
         return _untouched(site, "failed", reason, tokens, damping)
     result = _rewritten(site, solution.weight, shared, solution.summary, int(solution.steps.max()))
+    if result.output_error > MOST_LOST:
+        logger.warning(
+            "%s loses %.0f%% of its output to alpha: give a smaller one, or a target, for which "
+            "each row chooses its own; alpha='published' knows nothing of the weight's size",
+            site.name,
+            100 * result.output_error,
+        )
     rewrite_weight(site, solution.weight)
     return replace(result, damping=damping, seconds=seconds)
 

@@ -15,7 +15,7 @@ from magr_fx.solver import solve_magr
 
 
 def test_defaults() -> None:
-    assert MagRConfig().penalty == 1e-3
+    assert MagRConfig().penalty == 1e-2
     assert dataclasses.asdict(MagRConfig()) == {
         "alpha": None,
         "group_size": None,
@@ -75,10 +75,10 @@ def test_fewer_tokens_are_damped_more() -> None:
 
 def test_resolved_says_what_none_stands_for() -> None:
     assert MagRConfig().resolved() == MagRConfig(
-        alpha=1e-3, max_steps=100, tol=1e-3, damping=None, precision="float32"
+        alpha=1e-2, max_steps=100, tol=1e-3, damping=None, precision="float32"
     )
     assert MagRConfig.published(64).resolved() == MagRConfig(
-        alpha=1e-4, group_size=64, solver="pgd", max_steps=200, tol=0.0, damping=0.0
+        alpha="published", group_size=64, solver="pgd", max_steps=200, tol=0.0, damping=0.0
     )
     given = MagRConfig(0.02, 8, "pgd", 7, 0.5, 0.25, "float64")
     assert given.resolved() == given
@@ -95,7 +95,7 @@ def test_groups_follow_the_target_and_alpha_follows_the_groups() -> None:
     assert config.for_groups_of(None) == config
     grouped = config.for_groups_of(64)
     assert grouped == MagRConfig(group_size=64, max_steps=7, damping=0.1)
-    assert grouped.penalty == 1e-4
+    assert grouped.penalty == 1e-3
     assert grouped.for_groups_of(64) == grouped
 
 
@@ -193,7 +193,11 @@ def test_numpy_numbers_are_numbers_and_bools_are_not() -> None:
 def test_words_for_alpha() -> None:
     assert MagRConfig(alpha="auto").alpha == "auto"
     assert MagRConfig(alpha="auto").resolved().alpha == "auto"
-    assert MagRConfig(alpha="published").resolved().alpha == 1e-3
+    assert MagRConfig(alpha="published").resolved().alpha == "published"
+    assert MagRConfig(alpha="published").penalty == 1e-3
+    assert MagRConfig(alpha="published").is_published
+    assert not MagRConfig(alpha=1e-3).is_published
+    assert not MagRConfig().is_published
     assert MagRConfig(alpha="published", group_size=16).penalty == 1e-4
     assert MagRConfig(alpha=0).resolved().alpha == MagRConfig(alpha=0).penalty == 0
 

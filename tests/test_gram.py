@@ -11,6 +11,7 @@ import torch
 from graph_helpers import gram_of
 from tiny_models import activations
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from magr_fx import gram as module
 from magr_fx.gram import (
@@ -21,6 +22,8 @@ from magr_fx.gram import (
     largest_eigenvalue,
     output_error,
     row_errors,
+    unit_of,
+    within_range,
 )
 
 
@@ -323,3 +326,55 @@ def test_row_errors() -> None:
     torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=0)
     assert float(found[2]) == 0
     assert torch.equal(change, kept)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, RuntimeError])
+def test_an_iteration_that_fails_has_another_way(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error("of torch.lobpcg")
+
+    monkeypatch.setattr("torch.lobpcg", fail)
+    x = torch.randn(64, 1100, generator=torch.Generator().manual_seed(0))
+    want = float(torch.linalg.eigvalsh((x.T @ x).double())[-1])
+    assert float(largest_eigenvalue(x.T @ x)) == pytest.approx(want, rel=1e-4)
+
+
+def test_no_memory_is_no_failure_of_the_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("of the device")
+
+    monkeypatch.setattr("torch.lobpcg", fail)
+    x = torch.randn(64, 1100, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(torch.OutOfMemoryError):
+        largest_eigenvalue(x.T @ x)
+
+
+def test_eigenvalues_that_do_not_converge_are_tried_in_float64(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole: Any = torch.linalg.eigvalsh
+
+    def only_float64(gram: torch.Tensor) -> torch.Tensor:
+        if gram.dtype != torch.float64:
+            raise LinAlgError("did not converge")
+        values: torch.Tensor = whole(gram)
+        return values
+
+    gram = torch.diag(torch.tensor([1.0, 5.0, 2.0]))
+    monkeypatch.setattr("torch.linalg.eigvalsh", only_float64)
+    found = largest_eigenvalue(gram)
+    assert found.dtype == torch.float32
+    assert float(found) == pytest.approx(5)
+
+
+@pytest.mark.parametrize("power", [-66, -30, 0, 30])
+def test_a_gram_within_range_is_the_gram_but_for_a_power_of_two(power: int) -> None:
+    x = torch.randn(20, 6, generator=torch.Generator().manual_seed(1)) * 2.0**power
+    gram = x.T @ x
+    inside = within_range(gram)
+    ratio = unit_of(gram) / unit_of(inside)
+    assert torch.equal(inside.double() * ratio, gram.double())
+    assert 2.0**-41 < float(inside.diagonal().amax()) < 2.0**42
+    assert (ratio == 1) == (abs(power) < 20)

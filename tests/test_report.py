@@ -214,7 +214,7 @@ def test_json_holds_every_figure(mixed: MagRReport, tmp_path: Path) -> None:
     assert record.keys() == {*general, "sites"}
     assert (record["tracer"], record["refusal"]) == ("export", "")
     assert record["config"] == {
-        "alpha": 1e-3,
+        "alpha": 1e-2,
         "group_size": None,
         "solver": "admm",
         "max_steps": 100,

@@ -17,6 +17,7 @@ from magr_fx.config import SEARCH_TOL, MagRConfig
 from magr_fx.gptq import compensation, gptq
 from magr_fx.grid import Grid
 from magr_fx.rounding import Nearest, OnGrid, Rounded
+from magr_fx.row_scale import row_scale
 from magr_fx.search import (
     ALPHAS,
     ALPHAS_GROUPS,
@@ -25,6 +26,7 @@ from magr_fx.search import (
     FINER_GROUPS,
     Choice,
     Search,
+    _worst,
     choose,
 )
 from magr_fx.solution import Solution, Status
@@ -160,15 +162,15 @@ def test_no_row_is_worse_than_at_the_start(
 
 
 def check_fields(choice: Choice, rows: int, groups: int, *, grouped: bool) -> None:
-    assert choice.alpha.shape == choice.status.shape == choice.steps.shape == (rows,)
-    assert choice.clip.shape == (rows, groups)
+    assert choice.status.shape == choice.steps.shape == (rows,)
+    assert choice.alpha.shape == choice.clip.shape == (rows, groups)
     assert choice.status.dtype == torch.int8
     assert choice.steps.dtype == torch.int32
     assert choice.error.dtype == choice.alpha.dtype == choice.clip.dtype == torch.float32
     known = torch.tensor([0.0, *(ALPHAS_GROUPS if grouped else ALPHAS)])
     assert torch.isin(choice.alpha, known).all()
     assert ((choice.clip > 0) & (choice.clip <= 1)).all()
-    unshrunk = choice.alpha == 0
+    unshrunk = (choice.alpha == 0).all(-1)
     assert (choice.status[unshrunk] == Status.TRIVIAL).all()
     assert (choice.steps[unshrunk] == 0).all()
 
@@ -184,8 +186,9 @@ def test_the_choice_helps(bits: int, group_size: int | None) -> None:
     assert (choice.alpha > 0).any()
     assert (choice.clip < 1).any()
     assert group_size is None or (choice.clip != choice.clip[:, :1]).any()
-    assert (choice.status[choice.alpha > 0] != Status.TRIVIAL).any()
-    assert (choice.steps[choice.alpha > 0] > 0).any()
+    shrunk = (choice.alpha > 0).any(-1)
+    assert (choice.status[shrunk] != Status.TRIVIAL).any()
+    assert (choice.steps[shrunk] > 0).any()
 
 
 @repeatable
@@ -204,7 +207,7 @@ def test_alpha_and_clip_reproduce_the_row(
     weight = weight.to(dtype)
     aim = other_aim(weight, seed) if drifted else weight.float()
     choice, _ = pursue(weight, aim, gram, quantizer(bits, None, symmetric=True))
-    path = solve_magr_path(aim, gram, ALPHAS, tol=SEARCH_TOL)
+    path = solve_magr_path(aim, gram, ALPHAS, tol=SEARCH_TOL, row_scale=row_scale(aim))
     for row in range(rows):
         alpha, share = float(choice.alpha[row]), choice.clip[row]
         solved, status = aim[row], int(Status.TRIVIAL)
@@ -395,8 +398,43 @@ def test_one_group_takes_the_best_of_the_alphas() -> None:
     moved = (search.parts[0] != weight).any(-1)
     assert moved.any()
     assert not moved.all()
-    assert torch.equal(search.source >= 0, moved)  # these can be put back
+    assert torch.equal((search.source >= 0).squeeze(-1), moved)  # these can be put back
     assert torch.equal(weight, kept)
+
+
+def test_a_group_that_took_a_shrunken_one_says_so() -> None:
+    """Each group is what its own alpha and clip make of it, and the row tells of its solves."""
+    weight, gram = problem(rows=16, columns=24, tokens=80)
+    choice, _ = pursue(weight, weight, gram, quantizer(3, 6, symmetric=True), 6)
+    scale = row_scale(weight)
+    path = solve_magr_path(
+        weight, gram, ALPHAS_GROUPS, group_size=6, tol=SEARCH_TOL, row_scale=scale, exact=False
+    )
+    solutions = {float(torch.tensor(a)): s for a, s in zip(ALPHAS_GROUPS, path, strict=True)}
+    old, chosen = weight.view(16, 4, 6), choice.rounded.parts[0].view(16, 4, 6)
+    mixed = 0
+    for row in range(16):
+        used = [solutions[alpha] for alpha in choice.alpha[row].tolist() if alpha]
+        mixed += len({*choice.alpha[row].tolist()}) > 1
+        for group in range(4):
+            alpha = float(choice.alpha[row, group])
+            own = solutions[alpha].weight.view(16, 4, 6)[row, group] if alpha else old[row, group]
+            limit = own.abs().amax() * choice.clip[row, group]
+            as_it_was = not alpha and torch.equal(chosen[row, group], old[row, group])
+            assert as_it_was or torch.equal(chosen[row, group], own.clamp(-limit, limit))
+        assert int(choice.steps[row]) == max((int(s.steps[row]) for s in used), default=0)
+        trivial = all(int(s.status[row]) == Status.TRIVIAL for s in used)
+        assert (int(choice.status[row]) == Status.TRIVIAL) == trivial
+    assert mixed
+
+
+def test_of_several_solves_the_worst_is_told() -> None:
+    kinds = [Status.TRIVIAL, Status.CONVERGED, Status.STEP_LIMIT, Status.FAILED]
+    for at, worst in enumerate(kinds):
+        for other in kinds[: at + 1]:
+            told = _worst(torch.tensor([[int(other), int(worst)], [int(worst), int(other)]]))
+            assert told.tolist() == [int(worst)] * 2
+            assert told.dtype == torch.int8
 
 
 def test_groups_that_choose_by_themselves_help() -> None:
@@ -571,7 +609,10 @@ def test_a_fixed_alpha_is_a_solve_and_a_rounding(
     config = MagRConfig(alpha=0.05, group_size=group_size, solver=solver)
     start = Rounded(torch.full_like(aim, torch.nan), (weight,))  # it plays no part
     choice = choose(aim, gram, Nearest(quantize), start, config, dtype=dtype, one_weight=True)
-    solution = solve_magr(aim, gram, alpha=0.05, group_size=group_size, solver=solver)
+    scale = row_scale(aim)
+    solution = solve_magr(
+        aim, gram, alpha=0.05, group_size=group_size, solver=solver, row_scale=scale
+    )
     assert torch.equal(choice.rounded.parts[0], solution.weight.to(dtype))
     assert torch.equal(choice.rounded.values, quantize(solution.weight.to(dtype)))
     assert torch.equal(choice.status, solution.status)
