@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from targets import ASYMMETRIC, intx
-from tiny_models import mlp, vectors
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+from toys import mlp, vectors
 
 from magr_fx import CalibrationError, magr_transform
 from magr_fx.passes import quantized_weights, solve_sites
