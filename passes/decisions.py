@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves
 from magr_fx.passes.vmap import is_batched
 
 aten = torch.ops.aten
+# What arguments are called that keep an op from drawing: by False, and by a share of 0.
+_TRAINS, _SHARES = ("train", "training"), ("dropout", "dropout_p")
 State = dict[str, torch.Tensor]  # of torch's generators, by the names of their devices
 
 
@@ -45,10 +47,23 @@ def is_decision(value: Any) -> bool:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether the node may draw random numbers."""
-    if node.target is aten.dropout.default and len(node.args) > 2 and node.args[2] is False:
+    """Whether the node may draw random numbers.
+
+    Many an op that can does not: dropout when not training, attention without dropout.
+    """
+    op = node.target
+    if torch.Tag.nondeterministic_seeded not in getattr(op, "tags", ()):
         return False
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    for at, argument in enumerate(op._schema.arguments):  # type: ignore[union-attr]
+        default = argument.default_value if argument.has_default_value() else None
+        given = node.args[at] if at < len(node.args) else node.kwargs.get(argument.name, default)
+        if argument.name in _TRAINS and given is False:
+            return False
+        if argument.name in _SHARES and isinstance(given, (int, float)) and given == 0:
+            return False
+        if argument.name == "p" and "dropout" in str(op) and given in (0, 1):
+            return False
+    return True
 
 
 def torch_state(devices: Iterable[torch.device]) -> State:

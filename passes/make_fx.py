@@ -21,7 +21,7 @@ from torch.utils._pytree import TreeSpec, tree_leaves
 
 from magr_fx.errors import TraceError
 from magr_fx.passes.tensors_only import TensorsOnly, registrations_kept
-from magr_fx.passes.vmap import in_transform, is_batched, unwrapped
+from magr_fx.passes.vmap import in_transform, is_batched, run_inside, unwrapped
 
 # What reads values without an op that says so.
 _READERS = frozenset(
@@ -256,6 +256,9 @@ class _FunctionsSeen(TorchFunctionMode):
         if in_transform():
             self.seen.reads_values = True  # what comes out of it is a constant of the graph
             self._refuse_weights((args, kwargs))
+            result = run_inside(func, args)
+            if result is not NotImplemented:
+                return result
         return func(*args, **(kwargs or {}))
 
     def _refuse_weights(self, arguments: Any) -> None:

@@ -43,10 +43,15 @@ class TracedBatch:
 
 def attribute(trace: Trace, node: Any) -> torch.Tensor | None:
     """The parameter or buffer that a ``get_attr`` node reads; None for any other node."""
+    value = stored(trace, node)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def stored(trace: Trace, node: Any) -> Any:
+    """What a ``get_attr`` node reads: a tensor, a sub-graph, any other object; None for others."""
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None
-    value = reduce(getattr, str(node.target).split("."), trace.graph_module)
-    return value if isinstance(value, torch.Tensor) else None
+    return reduce(getattr, str(node.target).split("."), trace.graph_module)
 
 
 def all_nodes(graph_module: fx.GraphModule) -> Iterator[fx.Node]:

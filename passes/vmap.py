@@ -27,6 +27,19 @@ def in_transform() -> bool:
     return _functorch.peek_interpreter_stack() is not None
 
 
+def run_inside(func: Any, args: Any) -> Any:
+    """What ``func`` returns in such code, for an autograd.Function; NotImplemented for any other.
+
+    torch has no rule for these under a tracer. Calibration needs no gradient, and a Function that
+    has its rule of torch.vmap generated is what its forward computes.
+    """
+    if getattr(func, "__name__", "") != "custom_function_call" or not args:
+        return NotImplemented
+    if not getattr(args[0], "generate_vmap_rule", False):
+        return NotImplemented
+    return args[0].forward(*args[1:])
+
+
 def is_batched(value: object) -> bool:
     """Whether this is a tensor of such code, of no use outside of it."""
     return isinstance(value, torch.Tensor) and bool(_functorch.is_functorch_wrapped_tensor(value))

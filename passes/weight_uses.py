@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from magr_fx.passes.operands import Route, Rows
 from magr_fx.passes.products import Product, is_product, product_of
-from magr_fx.passes.trace import Trace, attribute, attributes, is_mutation
+from magr_fx.passes.trace import Trace, attribute, attributes, is_mutation, stored
 from magr_fx.passes.vmap import vmap_depth
 from magr_fx.passes.weight_views import COPIES, VIEWS, WeightView, gathered, matrices, replay
 
@@ -101,6 +101,7 @@ class Reader:
         # What weights and such values together make, or what a weight is after an in-place op: no
         # weight that can be rewritten, but still one that an input may meet.
         self._mixed: dict[fx.Node, _Derived] = {}
+        self._objects: set[fx.Node] = set()  # constants that are no tensors: a TreeSpec, a Generator
         self._epoch = 0
         self._vmaps = 0  # how many regions of torch.vmap the node is in
 
@@ -110,9 +111,9 @@ class Reader:
                 value = attribute(self._trace, node)
                 if isinstance(value, nn.Parameter):
                     self._derived[node] = _Derived((value,))
-                elif value is None:
-                    self._read_inside(node)
-                else:
+                elif value is None and not self._read_inside(node):
+                    self._objects.add(node)
+                elif value is not None:
                     self._fixed.add(node)
             elif node.target not in _VALUE_FREE:
                 weights = [n for n in node.all_input_nodes if n in self._derived]
@@ -125,7 +126,7 @@ class Reader:
 
     def _read_mixed(self, node: fx.Node, weights: list[fx.Node]) -> None:
         """Follow what is made with values that no input has a part in, up to an input."""
-        tensors = [n for n in node.all_input_nodes if _is_tensor(n)]
+        tensors = [n for n in node.all_input_nodes if _is_tensor(n) and n not in self._objects]
         mixed = [n for n in tensors if n in self._mixed]
         inputs = [n for n in tensors if not (n in self._mixed or n in self._fixed or n in weights)]
         if mixed and inputs and is_product(node):
@@ -144,15 +145,24 @@ class Reader:
         else:
             self._fixed.add(node)
 
-    def _read_inside(self, node: fx.Node) -> None:
-        """A sub-graph, of a loop: whatever it reads by itself, it may do anything with."""
-        inside = self._trace.graph_module.get_submodule(str(node.target))
-        (reader, *_) = node.users
+    def _read_inside(self, node: fx.Node) -> bool:
+        """A sub-graph, of a loop: whatever it reads by itself, it may do anything with.
+
+        Returns:
+            Whether the node is one.
+        """
+        inside = stored(self._trace, node)
+        if not isinstance(inside, nn.Module):
+            return False
+        reader = next(iter(node.users), None)
+        if reader is None:  # nobody runs it
+            return True
         for module in inside.modules():
             for tensor in attributes(module) if isinstance(module, fx.GraphModule) else ():
                 if isinstance(tensor, nn.Parameter):
                     self._uses[id(tensor)].matmul = True
                     self._uses[id(tensor)].others[_name(reader)] = None
+        return True
 
     def _read(self, node: fx.Node, weights: list[fx.Node]) -> None:
         """One node that reads weight-derived values: a longer chain, a call, or another use."""
@@ -192,7 +202,10 @@ class Reader:
         return (
             node.op != "output"
             and not is_mutation(node)
-            and all(n in self._derived or not _is_tensor(n) for n in node.all_input_nodes)
+            and all(
+                n in self._derived or n in self._objects or not _is_tensor(n)
+                for n in node.all_input_nodes
+            )
         )
 
     def _of_learned_input(self, node: fx.Node) -> bool:
