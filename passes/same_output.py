@@ -33,10 +33,10 @@ def check_same_output(
 ) -> None:
     """Run both once on the input that the graph was traced with, and compare what they return.
 
-    Both draw the same random numbers, and nothing keeps what the two runs write. The model's own hooks
-    run, as they are a part of what it computes. A graph that draws random numbers may draw them in
-    another order than the model: one that returns something else is not refused for it. Nor is an
-    input that one of the two fails on: to say so is up to the check of the calibration.
+    Both draw the same random numbers, and nothing keeps what the two runs write. The model's own
+    hooks run, as they are a part of what it computes. A graph that draws random numbers may draw
+    them in another order than the model: one that returns something else is not refused for it.
+    Nor is an input that one of the two fails on: to say so is up to the check of the calibration.
 
     Args:
         graph_module: by torch.export.
@@ -117,14 +117,12 @@ def _sizes(graph: torch.Tensor, own: torch.Tensor) -> tuple[float, float]:
     """‖graph - own‖ and ‖own‖ of what is finite in both, a part at a time: logits are large."""
     error = norm = 0.0
     pairs = zip(graph.reshape(-1).split(PART), own.reshape(-1).split(PART), strict=True)
-    for one, other in pairs:
-        if other.is_complex():
-            one, other = torch.view_as_real(one), torch.view_as_real(other)
-        one = one.to(other.device)
-        known = one.isfinite() & other.isfinite()
-        one, other = (t.double().where(known, 0) for t in (one, other))
-        error += float((one - other).square().sum())
-        norm += float(other.square().sum())
+    for part, wanted in pairs:
+        wide = torch.complex128 if wanted.is_complex() else torch.float64
+        known = part.to(wanted.device).isfinite() & wanted.isfinite()
+        one, other = (t.to(known.device, wide).where(known, 0) for t in (part, wanted))
+        error += float((one - other).abs().square().sum())
+        norm += float(other.abs().square().sum())
     return math.sqrt(error), math.sqrt(norm)
 
 

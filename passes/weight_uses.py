@@ -101,7 +101,9 @@ class Reader:
         # What weights and such values together make, or what a weight is after an in-place op: no
         # weight that can be rewritten, but still one that an input may meet.
         self._mixed: dict[fx.Node, _Derived] = {}
-        self._objects: set[fx.Node] = set()  # constants that are no tensors: a TreeSpec, a Generator
+        self._objects: set[fx.Node] = (
+            set()
+        )  # constants that are no tensors: a TreeSpec, a Generator
         self._epoch = 0
         self._vmaps = 0  # how many regions of torch.vmap the node is in
 

@@ -9,9 +9,18 @@ import torch
 from graph_helpers import Formula
 from tiny_models import activations
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from toys import WIDTH, changed, report_of, state, vectors
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+)
 
 from magr_fx import MagRConfig, TraceError, magr_transform
+from magr_fx.passes.decisions import is_random
+from magr_fx.passes.same_output import _sizes as sizes
 
 QUICK = MagRConfig(alpha=1e-3)
 
@@ -111,3 +120,153 @@ def test_rounding_in_half_precision_is_no_difference() -> None:
     calib = vectors(dtype=torch.bfloat16)
     assert report_of(magr_transform(half, calib, QUICK)).tracer == "export"
     assert report_of(magr_transform(Formula(function, **linears()), vectors(), QUICK)).refusal
+
+
+# --- what carries the tag of random numbers, and draws none
+
+
+def attends(m: Any, x: Tensor) -> Any:
+    """Attention, causal only while it is exported."""
+    q = m.a(x).view(len(x), 4, 1, -1).transpose(1, 2)
+    causal = torch.compiler.is_exporting()
+    y = nn.functional.scaled_dot_product_attention(q, q, q, is_causal=causal)
+    return m.b(y.transpose(1, 2).flatten(1))
+
+
+def test_attention_without_dropout_is_compared() -> None:
+    report = report_of(magr_transform(Formula(attends, **linears()), vectors(), QUICK))
+    assert report.tracer == "make_fx"
+    assert "computes something else" in report.refusal
+
+
+@pytest.mark.parametrize("kind", ["forward", "pre", "child", "with_kwargs"])
+def test_a_model_with_hooks_is_compared(kind: str) -> None:
+    model = Formula(otherwise, **linears())
+    seen: list[int] = []
+    if kind == "forward":
+        model.register_forward_hook(lambda *_: seen.append(1))
+    elif kind == "pre":
+        model.register_forward_pre_hook(lambda *_: seen.append(1))
+    elif kind == "child":
+        model.get_submodule("a").register_forward_hook(lambda *_: seen.append(1))
+    else:
+        model.register_forward_hook(lambda *_: seen.append(1), with_kwargs=True)
+    assert report_of(magr_transform(model, vectors(), QUICK)).tracer == "make_fx"
+    assert seen
+
+
+def test_hooks_that_change_what_is_computed_are_a_part_of_the_model() -> None:
+    model = Formula(lambda m, x: m.b(m.a(x)), **linears())
+    model.get_submodule("a").register_forward_hook(lambda m, args, output: output.relu())
+    assert report_of(magr_transform(model, vectors(), QUICK)).tracer == "export"
+
+
+@pytest.mark.parametrize(("drawn", "tracer"), [(0.0, "make_fx"), (0.5, "export")])
+def test_what_really_draws_random_numbers_is_not_refused_for_them(
+    drawn: float, tracer: str
+) -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        x = nn.functional.dropout(m.a(x), drawn, training=True)
+        return m.b(x.tril() if torch.compiler.is_exporting() else x)
+
+    model, calib = Formula(forward, **linears()), vectors()
+    state = torch.get_rng_state()
+    report = report_of(magr_transform(model, calib, QUICK))
+    assert report.tracer == tracer
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+DRAWS: list[tuple[Any, bool]] = [
+    (lambda x: nn.functional.dropout(x, 0.5, training=False), False),
+    (lambda x: nn.functional.dropout(x, 0.0, training=True), False),
+    (lambda x: nn.functional.dropout(x, 0.5, training=True), True),
+    (lambda x: torch.dropout(x, p=0.5, train=False), False),
+    (lambda x: torch.native_dropout(x, 0.5, False)[0], False),
+    (lambda x: nn.functional.alpha_dropout(x, 0.5, training=False), False),
+    (lambda x: nn.functional.feature_alpha_dropout(x, 0.5, training=True), True),
+    (lambda x: nn.functional.rrelu(x, training=False), False),
+    (lambda x: nn.functional.rrelu(x, training=True), True),
+    (lambda x: x + torch.randn_like(x), True),
+    (lambda x: torch.bernoulli(x.sigmoid()), True),
+    (lambda x: nn.functional.scaled_dot_product_attention(x, x, x), False),
+    (lambda x: nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.0), False),
+    (lambda x: nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.1), True),
+]
+
+
+@pytest.mark.parametrize(("function", "draws"), DRAWS)
+def test_which_ops_draw_random_numbers(function: Any, draws: bool) -> None:
+    traced = make_fx(function, pre_dispatch=True)(torch.randn(1, 2, 3, 4))
+    assert any(is_random(node) for node in traced.graph.nodes) == draws
+    # By drawing: the generator's state tells.
+    state = torch.get_rng_state()
+    function(-torch.ones(1, 2, 3, 4))
+    assert (not torch.equal(torch.get_rng_state(), state)) == draws
+
+
+def test_outputs_are_compared_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = activations(7, 11, seed=1), activations(7, 11, seed=2)
+    one[0, 0], other[3, 4], other[5, 5] = torch.inf, torch.nan, 1e30
+    known = one.isfinite() & other.isfinite()
+    wanted = (one.double() - other.double())[known].norm(), other.double()[known].norm()
+    for part in (1, 5, 100):
+        monkeypatch.setattr("magr_fx.passes.same_output.PART", part)
+        assert sizes(one, other) == pytest.approx([float(size) for size in wanted])
+
+
+TEXT = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 99,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 28, "patch_size": 7,
+}  # fmt: skip
+
+
+def with_image(images: slice) -> dict[str, Tensor]:
+    torch.manual_seed(3)
+    ids = torch.randint(5, 80, (2, 24))
+    ids[:, images] = 90
+    return {"input_ids": ids, "pixel_values": torch.randn(2, 3, 28, 28)}
+
+
+def test_paligemma_without_token_type_ids_is_taken_as_it_runs() -> None:
+    """Its attention is causal only while it is exported: the grams tell which one was seen."""
+    vision = {**VISION, "model_type": "siglip_vision_model", "projection_dim": 32}
+    config = PaliGemmaConfig(
+        text_config={**TEXT, "model_type": "gemma"}, vision_config=vision, image_token_index=90,
+        projection_dim=32, hidden_size=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = PaliGemmaForConditionalGeneration(config).eval()
+    batch = with_image(slice(0, 16))
+    last = model.model.language_model.layers[-1].mlp.down_proj
+    inputs: list[Tensor] = []
+    hook = last.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    with torch.no_grad():
+        model(**batch)
+    hook.remove()
+    before = last.weight.detach().clone()
+    magr_transform(model, [batch], MagRConfig(alpha=1e-2))
+    assert report_of(model).tracer == "make_fx"
+    x, moved = inputs[0].flatten(0, -2).double(), (last.weight - before).detach().double()
+    error = float((x @ moved.T).norm() / (x @ before.double().T).norm())
+    site = next(s for s in report_of(model).rewritten if s.name.endswith("1.mlp.down_proj.weight"))
+    assert site.output_error == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.parametrize("trace", ["auto", "export", "make_fx"])
+def test_gemma_with_images_and_token_types_is_traced(trace: str) -> None:
+    """Its graph has constants that are no tensors, and masks that torch.vmap makes."""
+    config = Gemma3Config(
+        text_config={**TEXT, "sliding_window": 8}, vision_config=VISION, mm_tokens_per_image=4,
+        image_token_index=90, boi_token_index=91, eoi_token_index=92,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = Gemma3ForConditionalGeneration(config).eval()
+    batch = with_image(slice(2, 6))
+    batch["token_type_ids"] = (batch["input_ids"] == 90).long()
+    report = report_of(magr_transform(model, [batch], MagRConfig(alpha=1e-2), trace=trace))
+    assert len(report.rewritten) >= 2 * 7
+    assert not report.failed
