@@ -14,7 +14,8 @@ from torch import fx, nn
 from torch.utils._pytree import TreeSpec
 
 from magr_fx.errors import TraceError
-from magr_fx.passes.tensors_only import TensorsOnly, registrations_kept
+from magr_fx.passes.module_state import attributes_kept
+from magr_fx.passes.tensors_only import TensorsOnly
 from magr_fx.passes.trace import all_nodes
 
 
@@ -37,7 +38,7 @@ def export(model: nn.Module, index: int, leaves: list[Any], spec: TreeSpec) -> f
     )
     try:
         with (
-            registrations_kept(model),
+            attributes_kept(model),
             warnings.catch_warnings(),
             contextlib.redirect_stderr(io.StringIO()),  # it prints the graph, if it fails
             _unlogged("torch.fx.experimental.symbolic_shapes"),

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_leaves
 
 from magr_fx.errors import TraceError
-from magr_fx.passes.tensors_only import TensorsOnly, registrations_kept
+from magr_fx.passes.module_state import attributes_kept
+from magr_fx.passes.tensors_only import TensorsOnly
 from magr_fx.passes.vmap import in_transform, is_batched, run_inside, unwrapped
 
 # What reads values without an op that says so.
@@ -73,14 +74,13 @@ def run_and_trace(
     # One copy of each, since self-attention, for one, asks which are the same.
     copies = {id(leaf): leaf.clone() for leaf in leaves if isinstance(leaf, torch.Tensor)}
     inputs = [copies[id(leaf)] for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    seen = _OpsSeen(stored.values())
     try:
         with (
             torch.compiler.set_stance("force_eager"),
-            registrations_kept(model),
+            attributes_kept(model) as held,
             traceback.preserve_node_meta(),
             _module_paths(model),
-            seen.values_kept(),
+            (seen := _OpsSeen([*stored.values(), *held])).values_kept(),
             _FunctionsSeen(seen),
             seen,
         ):
@@ -96,11 +96,12 @@ def run_and_trace(
 
 
 @contextlib.contextmanager
-def writes_undone(model: nn.Module) -> Iterator[None]:
-    """Restore, at the end, those of the model's parameters and buffers that were written to."""
-    seen = _OpsSeen([*model.parameters(), *model.buffers()])
-    with seen.values_kept(), seen:
-        yield
+def nothing_kept(model: nn.Module) -> Iterator[None]:
+    """Run the model without a trace: its attributes and its tensors' values are as they were."""
+    with attributes_kept(model) as held:
+        seen = _OpsSeen([*model.parameters(), *model.buffers(), *held])
+        with seen.values_kept(), seen:
+            yield
 
 
 def _make_fx(
@@ -204,7 +205,7 @@ class _OpsSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, stored: Iterable[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.reads_values = False
-        stored = list(stored)
+        stored = [tensor for tensor in stored if tensor.layout is torch.strided]
         self.parameters = {
             t.untyped_storage().data_ptr() for t in stored if isinstance(t, nn.Parameter)
         }

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.utils._pytree import tree_map_only
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig, quantize_
 from torchao.quantization.transform_module import _QUANTIZE_CONFIG_HANDLER
@@ -24,6 +23,8 @@ from magr_fx.errors import ConfigError
 from magr_fx.passes.as_linears import Rebuilt, rebuildable
 from magr_fx.passes.calibration import Batch
 from magr_fx.passes.find_linears import UNREACHED, FilterFn, Found, Site
+from magr_fx.passes.make_fx import nothing_kept
+from magr_fx.passes.tensors_only import own_arguments
 from magr_fx.passes.trace import TracedBatch
 from magr_fx.passes.weight_views import WeightView
 
@@ -297,12 +298,12 @@ def _error_when_quantized(
     """What the model raises with quantized copies in the place of these weights."""
     # Copies of buffers and inputs too: the model may work on them in place.
     stand_ins = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    args, kwargs = tree_map_only(torch.Tensor, torch.clone, (batch.args, batch.kwargs))
+    args, kwargs = own_arguments((batch.args, batch.kwargs))
     try:
         for weight in weights:
             copy = quantized_copy(weight.weight, target)
             stand_ins.update((place.name, copy) for place in weight.places)
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), nothing_kept(model):
             torch.func.functional_call(model, stand_ins, args, kwargs, tie_weights=False)
     except Exception as error:  # whatever torchao, or the model itself, raises
         return textwrap.shorten(f"{type(error).__name__}: {error}", 120, placeholder=" ...")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from torch.utils._pytree import TreeSpec
 
 from magr_fx.errors import TraceError
 from magr_fx.passes.decisions import is_random, random_state, torch_state
-from magr_fx.passes.make_fx import writes_undone
-from magr_fx.passes.tensors_only import TensorsOnly, registrations_kept
+from magr_fx.passes.make_fx import nothing_kept
+from magr_fx.passes.tensors_only import TensorsOnly
 from magr_fx.passes.trace import Trace, all_nodes, attributes, buffers_kept
 
 logger = logging.getLogger("magr_fx")
@@ -55,9 +54,7 @@ def check_same_output(
         with (
             torch.compiler.set_stance("force_eager"),
             random_state(state),
-            _attributes_kept(model),
-            registrations_kept(model),
-            writes_undone(model),
+            nothing_kept(model),
         ):
             wrapper = TensorsOnly(model, leaves, spec)
             wrapper.training = False  # as the model is already
@@ -84,18 +81,6 @@ def check_same_output(
             f"itself with calibration batch {index}: {difference} — code that asks whether it is "
             'being exported, or counts its calls, needs trace="make_fx"'
         )
-
-
-@contextlib.contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Restore what forward assigns to attributes of its modules, as torch.export does."""
-    saved = [(vars(module), dict(vars(module))) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for attributes, before in saved:
-            attributes.clear()
-            attributes.update(before)
 
 
 def _difference(graphs: list[torch.Tensor], models: list[torch.Tensor], tolerance: float) -> str:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import enum
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 # Constants that cannot change, and that print all that they are (a NumPy array does neither).
 PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
+
+
+def own_arguments(arguments: Any) -> Any:
+    """Copies of a call's arguments, of whatever forward could change: tensors, caches, lists.
+
+    What is one object stays one: self-attention, for one, asks which arguments are the same.
+    """
+    leaves, spec = tree_flatten(arguments)
+    copies: dict[int, Any] = {}
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            copies.setdefault(id(leaf), leaf.detach().clone())
+        elif not isinstance(leaf, PLAIN):
+            copies.setdefault(id(leaf), copy.deepcopy(leaf))
+    return tree_unflatten([copies.get(id(leaf), leaf) for leaf in leaves], spec)
 
 
 class TensorsOnly(nn.Module):
@@ -45,27 +58,3 @@ class TensorsOnly(nn.Module):
         bound = inspect.BoundArguments(self.signature, tree_unflatten(leaves, self.spec))
         output = self.model(*bound.args, **bound.kwargs)
         return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-
-
-@contextlib.contextmanager
-def registrations_kept(model: nn.Module) -> Iterator[None]:
-    """Take away what forward registers while it is traced, which may be fake tensors.
-
-    Raises:
-        RuntimeError: forward made parameters, which the trace would then have instead of them.
-    """
-    registries: list[dict[str, Any]] = [
-        registry
-        for module in model.modules()
-        for registry in (module._parameters, module._buffers, module._modules)
-    ]
-    saved = [dict(registry) for registry in registries]
-    parameters = [id(parameter) for parameter in model.parameters()]
-    try:
-        yield
-        if [id(parameter) for parameter in model.parameters()] != parameters:
-            raise RuntimeError("forward creates parameters; run the model on one input first")
-    finally:
-        for registry, before in zip(registries, saved, strict=True):
-            registry.clear()
-            registry.update(before)

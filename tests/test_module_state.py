@@ -1,0 +1,192 @@
+"""Whatever forward assigns, anywhere in the model, is as it was; so are caches in a batch."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections import deque
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from targets import SYMMETRIC, intx
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from toys import WIDTH, report_of, vectors
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+from magr_fx import MagRConfig, TraceError, magr_quantize, magr_transform
+
+QUICK = MagRConfig(alpha=1e-2)
+
+
+class Slotted:
+    __slots__ = ("kept",)
+
+
+class Assigning(nn.Module):
+    """Keeps what it computes in every kind of place that a forward can write to."""
+
+    calls = 0
+
+    def __init__(self, refuses: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 8)
+        self.refuses = refuses
+        self.cache: dict[Any, Any] = {}
+        self.seen: list[Tensor] = []
+        self.last: deque[Tensor] = deque(maxlen=2)
+        self.nested = SimpleNamespace(maps=[{"a": []}])
+        self.slotted = Slotted()
+        self.shapes: set[int] = set()
+        self.plain = torch.zeros(3)  # no buffer
+        self.pair: tuple[list[Tensor], int] = ([], 1)
+        self.gone = "to be deleted"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "mask"):
+            self.mask = torch.ones(WIDTH)
+        type(self).calls += 1
+        hidden = self.first(x * self.mask)
+        self.attn_map = hidden
+        self.first.told_by_parent = hidden
+        self.cache[x.shape[-1]] = hidden
+        self.cache["inner"] = {"x": [hidden]}
+        self.seen.append(hidden)
+        self.last.append(hidden)
+        self.nested.maps[0]["a"].append(hidden)
+        self.nested.other = hidden
+        self.slotted.kept = hidden
+        self.shapes.add(7)
+        self.pair[0].append(hidden)
+        self.register_buffer("late", hidden)
+        self.drop = nn.Dropout(0.1).eval()
+        if hasattr(self, "gone"):
+            del self.gone
+        if self.refuses and bool(hidden.sum() > 1e9):
+            return hidden
+        return self.second(self.drop(hidden).relu())
+
+
+def state_of(model: Assigning) -> Any:
+    """What it holds, by identity, apart from weights."""
+    held = {name: value for name, value in vars(model).items() if not name.startswith("_")}
+    return {
+        "attributes": {name: id(value) for name, value in held.items()},
+        "registries": [
+            list(r) for m in model.modules() for r in (m._parameters, m._buffers, m._modules)
+        ],
+        "child": sorted(vars(model.first)),
+        "contents": repr(
+            (model.cache, model.seen, model.last, model.nested, model.shapes, model.pair)
+        ),
+        "slot": hasattr(model.slotted, "kept"),
+        "class": Assigning.calls,
+        "plain": model.plain.tolist(),
+    }
+
+
+def fakes(value: Any, known: set[int]) -> bool:
+    """Whether a tensor of a tracer can be reached."""
+    if id(value) in known:
+        return False
+    known.add(id(value))
+    if isinstance(value, Tensor):
+        return isinstance(value, FakeTensor)
+    inside = list(vars(value).values()) if hasattr(value, "__dict__") else []
+    if isinstance(value, dict):
+        inside += value.values()
+    elif isinstance(value, (list, tuple, set, deque)):
+        inside += value
+    return any(fakes(one, known) for one in inside)
+
+
+def works(model: nn.Module) -> None:
+    x = vectors()[0]
+    assert type(model(x)) is Tensor
+    assert not fakes(model, set())
+    copy.deepcopy(model)
+    torch.save(model.state_dict(), io.BytesIO())
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("trace", ["export", "make_fx", "auto"])
+def test_what_forward_assigns_is_taken_back(trace: str, quantize: bool) -> None:
+    model = Assigning(refuses=trace == "auto")
+    before = state_of(model)
+    if quantize:
+        magr_quantize(model, vectors(), intx(3, SYMMETRIC, None), trace=trace)
+    else:
+        magr_transform(model, vectors(), QUICK, trace=trace)
+    assert report_of(model).tracer == ("make_fx" if trace == "auto" else trace)
+    del model.magr_report
+    after = state_of(model)
+    if quantize:  # torchao gives a linear another extra_repr
+        before.pop("child"), after.pop("child")
+    assert after == before
+    assert not fakes(model, set())
+    pickle.dumps(model)
+    with torch.no_grad():
+        works(model)
+
+
+def test_it_is_also_after_an_error() -> None:
+    model = Assigning(refuses=True)
+    before = state_of(model)
+    with pytest.raises(TraceError, match=r"data-dependent"):
+        magr_transform(model, vectors(), QUICK, trace="export")
+    assert state_of(model) == before
+    works(model)
+
+
+class Counting(nn.Module):
+    """Counts in a tensor that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.count = nn.Linear(WIDTH, 8), torch.zeros(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("trace", ["export", "make_fx"])
+def test_values_of_tensors_that_are_not_registered_stay(trace: str) -> None:
+    model = Counting()
+    held = model.count
+    magr_transform(model, vectors(), QUICK, trace=trace)
+    assert model.count is held
+    assert held.item() == 0
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=50,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("trace", ["auto", "make_fx"])
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_a_cache_in_a_batch_does_not_grow(kind: Any, trace: str, quantize: bool) -> None:
+    model, ids = llama(), torch.arange(1, 25).view(2, 12)
+    options = {"max_cache_len": 32} if kind is StaticCache else {}
+    cache = kind(config=model.config, **options)
+    with torch.no_grad():
+        model(ids, past_key_values=cache, use_cache=True)
+    length = int(cache.get_seq_length())
+    values = [layer.keys.clone() for layer in cache.layers]
+    batch = {"input_ids": ids[:, :5], "past_key_values": cache, "use_cache": True}
+    if quantize:
+        magr_quantize(model, [batch], intx(4, SYMMETRIC, None), trace=trace)
+    else:
+        magr_transform(model, [batch], QUICK, trace=trace)
+    assert int(cache.get_seq_length()) == length
+    assert all(torch.equal(a.keys, b) for a, b in zip(cache.layers, values, strict=True))
