@@ -102,7 +102,7 @@ SPLIT_FROM, _PARTS = 256, 4
 
 
 @torch.no_grad()
-def add_to_gram(gram: Tensor, tokens: Tensor, keep: Tensor | None = None) -> None:
+def add_to_gram(gram: Tensor, tokens: Tensor, rows: Tensor | None = None) -> None:
     """Add XᵀX to ``gram`` in place, in float32 whatever the activation's dtype.
 
     On CUDA float16 and bfloat16 are multiplied as they are, which tensor cores do: a product of two
@@ -111,12 +111,13 @@ def add_to_gram(gram: Tensor, tokens: Tensor, keep: Tensor | None = None) -> Non
     Args:
         gram: ``[in, in]`` float32.
         tokens: X, ``[tokens, in]``, any floating dtype, any device.
-        keep: ``[tokens]`` bool; False leaves a row out, whatever it holds (NaN included).
+        rows: ``[rows]`` int64, the indices of the rows that belong to it; only those are read and
+            multiplied. None takes all.
     """
-    for part in _chunks(tokens):
-        rows = _kept(tokens[part], keep, part, gram)
+    for part in _chunks(tokens, rows):
+        taken = tokens[part].to(gram.device)
         with full_float32():
-            _add_square(gram, rows if _multiplies_into_float32(rows) else rows.float())
+            _add_square(gram, taken if _multiplies_into_float32(taken) else taken.float())
 
 
 def _add_square(gram: Tensor, rows: Tensor) -> None:
@@ -139,7 +140,7 @@ def _multiplies_into_float32(rows: Tensor) -> bool:
 
 @torch.no_grad()
 def add_to_drift(
-    drift: Tensor, tokens: Tensor, original: Tensor, keep: Tensor | None = None
+    drift: Tensor, tokens: Tensor, original: Tensor, rows: Tensor | None = None
 ) -> None:
     """Add X̂ᵀ(X - X̂) to ``drift`` in place: how the inputs X̂ of a quantized model miss X.
 
@@ -147,26 +148,20 @@ def add_to_drift(
         drift: ``[in, in]`` float32.
         tokens: X̂, ``[tokens, in]``, any floating dtype, any device.
         original: X, the same tokens in the original model.
-        keep: as for :func:`add_to_gram`.
+        rows: as for :func:`add_to_gram`.
     """
-    for part in _chunks(tokens):
-        rows = _kept(tokens[part], keep, part, drift).float()
-        missing = _kept(original[part], keep, part, drift).float().sub(rows)
+    for part in _chunks(tokens, rows):
+        taken = tokens[part].to(drift.device).float()
+        missing = original[part].to(drift.device).float().sub(taken)
         with full_float32():
-            drift.addmm_(rows.T, missing)
+            drift.addmm_(taken.T, missing)
 
 
-def _chunks(tokens: Tensor) -> list[slice]:
+def _chunks(tokens: Tensor, rows: Tensor | None) -> list[slice] | list[Tensor]:
+    """Of ``tokens``, or of those in ``rows``, what is multiplied at a time."""
+    if rows is not None:
+        return list(torch.split(rows, _CHUNK)) if len(rows) else []
     return [slice(i, i + _CHUNK) for i in range(0, tokens.shape[0], _CHUNK)]
-
-
-def _kept(rows: Tensor, keep: Tensor | None, part: slice, like: Tensor) -> Tensor:
-    """The rows, with zeros for those that do not count."""
-    rows = rows.to(like.device)
-    if keep is None:
-        return rows
-    # A select, not a product: 0 · NaN is NaN. And no boolean index: its size is a sync.
-    return torch.where(keep[part].to(like.device)[:, None], rows, 0)
 
 
 def damping_for(tokens: int, inputs: int) -> float:

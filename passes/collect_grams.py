@@ -37,6 +37,7 @@ from magr_fx.passes.decisions import (
 )
 from magr_fx.passes.find_linears import Site
 from magr_fx.passes.inline import autocast_of
+from magr_fx.passes.mask_inputs import MaskInputs
 from magr_fx.passes.padding import token_masks
 from magr_fx.passes.ranks import ALONE, Ranks
 from magr_fx.passes.resident import Resident, all_resident, read_by
@@ -106,7 +107,8 @@ class CalibrationRun:
         self._taken_of: dict[fx.Node, set[WeightView]] = {}
         self._views_of_weights: set[fx.Node] = set()
         self._replaced: dict[WeightView, torch.Tensor] = {}
-        self._seen: dict[SharedGram, torch.Tensor | int] = dict.fromkeys(self.grams, 0)
+        self._seen: dict[SharedGram, int] = dict.fromkeys(self.grams, 0)
+        self._masks = MaskInputs(batches)
         for trace in dict.fromkeys(batch.trace for batch in batches):
             calls = [call for site in sites for call in site.calls if call.trace is trace]
             self._place_taps(trace, calls)
@@ -155,10 +157,15 @@ class CalibrationRun:
 
     def unfed(self) -> list[Site]:
         """After :meth:`check`: the sites that no counted token reaches, on any rank."""
-        seen = torch.tensor([int(self._seen[shared]) for shared in self.grams])
+        seen = torch.tensor([self._seen[shared] for shared in self.grams])
         self._ranks.sum(seen)
         pairs = zip(self.grams, seen.tolist(), strict=True)
         return [site for shared, tokens in pairs if not tokens for site in shared.sites]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the report should say of the inputs: those that may be masks, and are not read."""
+        return self._masks.notes
 
     def collect(
         self,
@@ -284,7 +291,7 @@ class CalibrationRun:
         gram_of = {id(call): gram for gram in self.grams for s in gram.sites for call in s.calls}
         # Sites of one gram read the same as often: the calls of one of them tell how often.
         counted = {id(call) for gram in self.grams for call in gram.sites[0].calls}
-        masks = token_masks(trace, calls)
+        masks = token_masks(trace, calls, self._masks)
         order = {node: at for at, node in enumerate(trace.graph_module.graph.nodes)}
         taps: dict[tuple[object, ...], Tap] = {}
         for call in sorted(calls, key=lambda call: order[call.node]):
@@ -321,7 +328,7 @@ class CalibrationRun:
                 for taken, was in both:
                     for shared in taken.grams:
                         shared.add(
-                            taken.tokens, taken.keep, original=was.tokens, holdout=self.holdout
+                            taken.tokens, taken.counted, original=was.tokens, holdout=self.holdout
                         )
         self._keep(env)  # its turn comes when all batches have been taken
 
@@ -335,10 +342,10 @@ class CalibrationRun:
         # One pass: a sum is finite only if all that it sums is.
         good = taken.tokens.sum(-1, dtype=torch.float32).isfinite()
         seen.append((taken.grams[0].sites[0].name, batch.index))
-        finite.append((good if taken.keep is None else good | ~taken.keep).all())
+        counted = good if taken.counted is None else good[taken.counted]
+        finite.append(counted.all())
         for shared in taken.grams:
-            counted = len(good) if taken.keep is None else taken.keep.sum()
-            self._seen[shared] = self._seen[shared] + counted
+            self._seen[shared] += len(counted)
 
     def _take(self, node: fx.Node, batch: TracedBatch, env: Environment, take: Take) -> None:
         for tap in self._taps.get(node, ()):
@@ -347,7 +354,7 @@ class CalibrationRun:
 
     def _add(self, taken: Taken) -> None:
         for shared in taken.grams:
-            shared.add(taken.tokens, taken.keep, holdout=self.holdout)
+            shared.add(taken.tokens, taken.counted, holdout=self.holdout)
 
     def _run(
         self,

@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.utils._pytree import TreeSpec
 
 from magr_fx.errors import TraceError
+from magr_fx.passes.module_calls import CALLS
 from magr_fx.passes.module_state import attributes_kept
 from magr_fx.passes.tensors_only import TensorsOnly
 from magr_fx.passes.trace import all_nodes
@@ -51,6 +52,7 @@ def export(model: nn.Module, index: int, leaves: list[Any], spec: TreeSpec) -> f
                 wrapper, tensors, strict=False, dynamic_shapes=(shapes,) if tensors else None
             )
         graph_module = exported.module()
+        graph_module.meta[CALLS] = tuple(wrapper.calls)
     except Exception as error:  # export lets through whatever the model's own code raises
         message = next((line for line in str(error).splitlines() if line.strip()), "no message")
         remedy = "check that the model itself runs on this batch"

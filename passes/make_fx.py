@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_leaves
 
 from magr_fx.errors import TraceError
+from magr_fx.passes.module_calls import CALLS
 from magr_fx.passes.module_state import attributes_kept
 from magr_fx.passes.tensors_only import TensorsOnly
 from magr_fx.passes.vmap import in_transform, is_batched, run_inside, unwrapped
@@ -92,7 +93,9 @@ def run_and_trace(
             f"{type(error).__name__}: {message.strip()} — check that the model itself runs on "
             "this batch"
         ) from error
-    return _with_attributes(graph_module, stored), not seen.reads_values
+    graph_module = _with_attributes(graph_module, stored)
+    graph_module.meta[CALLS] = tuple(function.calls)
+    return graph_module, not seen.reads_values
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
-"""Which rows of an activation are tokens: what ``attention_mask`` marks as padding does not count.
+"""Which rows of an activation are tokens: what a mask marks as padding does not count.
 
-A mask ``[batch, tokens]`` belongs to the values that descend from its own inputs: in an
+A mask belongs to the values that descend from the inputs whose tokens it is of: in an
 encoder-decoder model the decoder's tokens have ``decoder_attention_mask`` (or none), and the
 tokens of another modality have none at all, even where the shapes happen to agree.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -17,14 +17,13 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from magr_fx.passes.mask_inputs import Mask, MaskInputs
 from magr_fx.passes.products import product_of
-from magr_fx.passes.trace import Trace
+from magr_fx.passes.trace import Trace, TracedBatch
 from magr_fx.passes.weight_uses import Call
 
 aten = torch.ops.aten
 
-_TEXT = frozenset({"input_ids", "inputs_embeds"})
-_DECODER = frozenset({"decoder_input_ids", "decoder_inputs_embeds", "labels"})
 # Ops that keep the order of the rows [batch * tokens] of their first argument.
 _ROW_WISE = frozenset(
     {
@@ -53,18 +52,19 @@ _PARTS = frozenset(
 Steps = tuple["fx.Node | int", ...]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class TokenMask:
-    """The mask ``[batch, tokens]`` of what one call reads, as a position among the batch's values.
+    """Which rows of what some calls read are tokens that count.
 
-    ``tokens`` is the position of the input whose tokens the call's rows are made of, or None where
+    ``tokens`` is the position of the input whose tokens the calls' rows are made of, or None where
     there is no telling. The rows are in the tokens' order but for what ``steps`` do to it, one
     after the other: a node picks rows by the indices that are its value, a number repeats each.
     """
 
-    mask: int
+    masks: tuple[Mask, ...]
     tokens: int | None
     steps: Steps = ()
+    _kept: dict[Any, torch.Tensor | None] = field(default_factory=dict, repr=False)
 
     @property
     def gathers(self) -> tuple[fx.Node, ...]:
@@ -72,13 +72,27 @@ class TokenMask:
         return tuple(step for step in self.steps if isinstance(step, fx.Node))
 
     def keep(
-        self, values: tuple[Any, ...], env: Mapping[fx.Node, Any] = MappingProxyType({})
+        self,
+        batch: TracedBatch,
+        device: torch.device,
+        env: Mapping[fx.Node, Any] = MappingProxyType({}),
     ) -> torch.Tensor | None:
         """True for each row that counts; None where the call's rows do not match the mask."""
-        mask: torch.Tensor = values[self.mask]
-        if self.tokens is None or values[self.tokens].shape[:2] != mask.shape:
+        if self.tokens is None:
             return None
-        keep = mask != 0
+        tokens: torch.Tensor = batch.values[self.tokens]
+        key = (batch.index, device)
+        if key not in self._kept:
+            read = [mask.counted(batch, tokens) for mask in self.masks]
+            keep = None
+            for one in read:
+                keep = one if keep is None or one is None else keep & one.to(keep.device)
+                if keep is None:
+                    break
+            self._kept[key] = None if keep is None else keep.to(device).contiguous()
+        keep = self._kept[key]
+        if keep is None:
+            return None
         for step in self.steps:
             flat = keep.flatten()
             if isinstance(step, int):
@@ -87,48 +101,65 @@ class TokenMask:
                 keep = flat[env[step].to(flat.device)]
         return keep
 
-    def misses_padding(self, values: tuple[Any, ...], rows: int) -> bool:
+    def rows(self, batch: TracedBatch, keep: torch.Tensor) -> torch.Tensor | None:
+        """The indices of the rows that count, of a view of :meth:`keep`; None where all do.
+
+        How many they are is a sync: one for a batch, whatever reads its tokens, but where rows are
+        picked anew in each layer.
+        """
+        # Views of one tensor, so that these tell what they hold.
+        key = (batch.index, keep.device, keep.shape, keep.stride(), keep.storage_offset())
+        if self.gathers or key not in self._kept:
+            found = rows_that_count(keep)
+            if self.gathers:
+                return found
+            self._kept[key] = found
+        return self._kept[key]
+
+    def misses_padding(self, batch: TracedBatch, rows: int) -> bool:
         """Whether there is padding among so many rows, where ``keep`` does not tell.
 
         One row per sequence, such as a pooled one, has no padding left.
         """
-        mask: torch.Tensor = values[self.mask]
-        return rows > mask.shape[0] and bool((mask == 0).any())
+        return any(rows > mask.sequences(batch) and mask.excludes(batch) for mask in self.masks)
 
 
-def token_masks(trace: Trace, calls: Iterable[Call]) -> dict[Call, TokenMask]:
+def rows_that_count(keep: torch.Tensor) -> torch.Tensor | None:
+    """The indices of what is True; None where all is."""
+    found = keep.flatten().nonzero().squeeze(1)
+    return None if len(found) == keep.numel() else found
+
+
+def token_masks(trace: Trace, calls: Iterable[Call], inputs: MaskInputs) -> dict[Call, TokenMask]:
     """The mask of each call whose activation has one."""
-    names = trace.input_names
+    streams = inputs.streams(trace)
+    if not any(stream.masks for stream in streams):
+        return {}
     placeholders = trace.graph_module.graph.find_nodes(op="placeholder")
     shapes = [_shape(node) for node in placeholders]
-    # A mask of more dimensions says which token sees which, not which one is padding.
-    present = {
-        name: at
-        for at, name in enumerate(names)
-        if name in ("attention_mask", "decoder_attention_mask") and len(shapes[at]) == 2
-    }
-    sources = _sources(trace) if present else {}
-    text = _TEXT if _TEXT.intersection(names) else frozenset(names)
+    sources = _sources(trace)
+    known: dict[Any, TokenMask] = {}  # one for all calls that it serves: it is read once
     masks = {}
-    for call in calls if present else ():
-        in_decoder = bool(sources[call.input] & _DECODER)
-        mask = "decoder_attention_mask" if in_decoder else "attention_mask"
-        inputs = sources[call.input] & (_DECODER if in_decoder else text)
-        if mask in present and inputs:
-            own = (at for at, name in enumerate(names) if name in inputs)
-            found = ((at, _steps_from(call, shapes[at][:2])) for at in own)
-            known = next(((at, steps) for at, steps in found if steps is not None), (None, ()))
-            masks[call] = TokenMask(present[mask], *known)
+    for call in calls:
+        from_inputs = sources[call.input]
+        stream = next((s for s in streams if s.has(from_inputs)), None)
+        if stream is None or not stream.masks:
+            continue
+        own = sorted(stream.tokens & from_inputs)
+        found = ((at, _steps_from(call, shapes[at][:2])) for at in own)
+        place, steps = next(((at, s) for at, s in found if s is not None), (None, ()))
+        key = (stream.masks, place, steps)
+        masks[call] = known.setdefault(key, TokenMask(stream.masks, place, steps))
     return masks
 
 
-def _sources(trace: Trace) -> dict[fx.Node, frozenset[str]]:
-    """The names of the inputs that each node's values descend from, a mere size aside."""
-    names = iter(trace.input_names)
-    sources: dict[fx.Node, frozenset[str]] = {}
+def _sources(trace: Trace) -> dict[fx.Node, frozenset[int]]:
+    """The positions of the inputs that each node's values descend from, a mere size aside."""
+    places = iter(range(len(trace.input_names)))
+    sources: dict[fx.Node, frozenset[int]] = {}
     for node in trace.graph_module.graph.nodes:
         if node.op == "placeholder":
-            sources[node] = frozenset({next(names)})
+            sources[node] = frozenset({next(places)})
         elif isinstance(node.meta.get("val"), torch.SymInt):
             sources[node] = frozenset()
         else:

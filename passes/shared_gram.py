@@ -35,8 +35,8 @@ class SharedGram:
     gram: torch.Tensor | None = None
     drift: torch.Tensor | None = None
     held: torch.Tensor | None = None
-    tokens: torch.Tensor | int = 0
-    held_tokens: torch.Tensor | int = 0
+    tokens: int = 0
+    held_tokens: int = 0
     padding_counted: bool = False
     note: str = ""
 
@@ -50,7 +50,7 @@ class SharedGram:
     def add(
         self,
         tokens: torch.Tensor,
-        keep: torch.Tensor | None,
+        counted: torch.Tensor | None,
         *,
         original: torch.Tensor | None = None,
         holdout: float = 0.0,
@@ -59,36 +59,31 @@ class SharedGram:
 
         Args:
             tokens: X, or X̂ of a model that is partly quantized.
-            keep: ``[tokens]`` bool: which of them count; None where all do.
+            counted: the indices of the rows that count, ascending; None where all do.
             original: X of the original model, for ``drift``.
-            holdout: the share of the tokens that goes into ``held`` instead: the last ones, since
-                single tokens here and there would be too much like their neighbours.
+            holdout: the share of the tokens that count which goes into ``held`` instead: the last
+                ones, since single tokens here and there would be too much like their neighbours.
         """
-        first, last, kept, held = slice(None), slice(0), keep, keep
-        if keep is None:
-            end = len(tokens) - int(holdout * len(tokens))
-            first, last = slice(end), slice(end, None)
-        elif holdout:  # of the tokens that count
-            place = keep.cumsum(0)
-            used = place[-1:] - (holdout * place[-1:]).floor()
-            last, kept, held = slice(None), keep & (place <= used), keep & (place > used)
+        count = len(tokens) if counted is None else len(counted)
+        fitted = count - held_out(count, holdout)
+        used, rows = _part(tokens, counted, slice(fitted))
         if self.gram is None:
             self.gram = self.zeros(tokens.device)
-        add_to_gram(self.gram, tokens[first], kept)
-        self.tokens = self.tokens + _count(tokens[first], kept)
+        add_to_gram(self.gram, used, rows)
+        self.tokens += fitted
         if original is not None:
             if self.drift is None:
                 self.drift = self.zeros(tokens.device)
-            add_to_drift(self.drift, tokens[first], original[first], kept)
-        if len(tokens[last]):
+            add_to_drift(self.drift, used, original[: len(used)], rows)
+        if fitted < count:
             if self.held is None:
                 self.held = self.zeros(tokens.device)
-            add_to_gram(self.held, tokens[last], held)
-            self.held_tokens = self.held_tokens + _count(tokens[last], held)
+            add_to_gram(self.held, *_part(tokens, counted, slice(fitted, None)))
+            self.held_tokens += count - fitted
 
     def damping(self, config: MagRConfig) -> float:
         """The share of mean(diag G) that is added to G to solve with, by the number of tokens."""
-        return config.regularisation(int(self.tokens), self.sites[0].shape[1])
+        return config.regularisation(self.tokens, self.sites[0].shape[1])
 
     @property
     def notes(self) -> str:
@@ -138,5 +133,13 @@ def add_up(grams: Sequence[SharedGram], ranks: Ranks) -> None:
         shared.padding_counted = padding > 0
 
 
-def _count(tokens: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor | int:
-    return len(tokens) if keep is None else keep.sum()
+def held_out(count: int, holdout: float) -> int:
+    """How many of so many tokens of one activation are kept aside: never all of them."""
+    return min(int(holdout * count), max(count - 1, 0))
+
+
+def _part(
+    tokens: torch.Tensor, counted: torch.Tensor | None, part: slice
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Of the tokens that count, those in ``part``: an activation, and which of its rows."""
+    return (tokens[part], None) if counted is None else (tokens, counted[part])

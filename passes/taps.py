@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from magr_fx.passes.padding import TokenMask
+from magr_fx.passes.padding import TokenMask, rows_that_count
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.trace import TracedBatch
 from magr_fx.passes.weight_uses import Call
 
 
 class Taken(NamedTuple):
-    """Tokens ``[tokens, in]``, which of them count, and whose they are."""
+    """Tokens ``[tokens, in]``, the indices of those that count (None: all), and whose they are."""
 
     grams: list[SharedGram]
     tokens: torch.Tensor
-    keep: torch.Tensor | None
+    counted: torch.Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ class Tap:
         route = self.call.route
         if route is None:
             (grams,) = self.grams.values()
-            yield self._of_matrix(grams, rows, keep)
+            yield self._of_matrix(grams, rows, keep, batch)
             return
         places = env[route.node]
         if route.ends:  # rows [tokens, in]
@@ -67,11 +67,11 @@ class Tap:
             rows = rows.expand(*places.shape, *last).flatten(0, -3)
             if keep is not None:
                 keep = keep.expand(*places.shape, last[0]).flatten(0, -2)
-        for place, index in route.split(places):
+        split = list(route.split(places))
+        for (place, index), counted in zip(split, _counted(keep, split), strict=True):
             if place in self.grams:
-                at = index.to(rows.device)
-                own = None if keep is None else keep[at].reshape(-1)
-                yield Taken(self.grams[place], rows[at].reshape(-1, rows.shape[-1]), own)
+                own = rows[index.to(rows.device)].reshape(-1, rows.shape[-1])
+                yield Taken(self.grams[place], own, counted)
 
     def _keep(
         self, rows: torch.Tensor, env: Mapping[fx.Node, Any], batch: TracedBatch
@@ -79,19 +79,23 @@ class Tap:
         """``[..., tokens]``: which of the rows count; None where all do."""
         if self.mask is None:
             return None
-        keep = self.mask.keep(batch.values, env)
+        keep = self.mask.keep(batch, rows.device, env)
         if keep is not None:
             every, single = rows.shape[:-1], rows.shape[self.call.rows.stacked : -1]
             if keep.numel() in (every.numel(), single.numel()):  # of all, or of each in the stack
                 shape = every if keep.numel() == every.numel() else single
-                return keep.to(rows.device).reshape(shape).expand(every)
-        if self.mask.misses_padding(batch.values, rows[..., 0].numel()):
+                return keep.reshape(shape).expand(every)
+        if self.mask.misses_padding(batch, rows[..., 0].numel()):
             for shared in (gram for grams in self.grams.values() for gram in grams):
                 shared.padding_counted = True
         return None
 
     def _of_matrix(
-        self, grams: list[SharedGram], rows: torch.Tensor, keep: torch.Tensor | None
+        self,
+        grams: list[SharedGram],
+        rows: torch.Tensor,
+        keep: torch.Tensor | None,
+        batch: TracedBatch,
     ) -> Taken:
         """What meets one matrix of a stack, which the call's batch picks."""
         for axis, index in enumerate(reversed(self.call.batch)):  # from the innermost dimension
@@ -101,11 +105,39 @@ class Tap:
                 rows = rows.narrow(dim, place, 1)
                 keep = None if keep is None else keep.narrow(dim, place, 1)
         tokens = rows.reshape(-1, rows.shape[-1])
-        keep = None if keep is None else keep.reshape(-1)
         if self.call.stacked:  # a stack that all tokens run through is given zeros for the others'
             own = tokens.any(-1)
-            keep = own if keep is None else keep & own
-        return Taken(grams, tokens, keep)
+            return Taken(
+                grams, tokens, rows_that_count(own if keep is None else keep.reshape(-1) & own)
+            )
+        if keep is None or self.mask is None:
+            return Taken(grams, tokens, None)
+        return Taken(grams, tokens, self.mask.rows(batch, keep))
+
+
+def _counted(
+    keep: torch.Tensor | None, split: list[tuple[int, torch.Tensor]]
+) -> list[torch.Tensor | None]:
+    """For each matrix that rows are sent to: which of those count; None where all do.
+
+    Args:
+        keep: ``[rows, tokens]``: whether each token of each row counts.
+        split: the matrices, and the indices of the rows that are sent to each.
+    """
+    if keep is None or not split:
+        return [None] * len(split)
+    kept = keep[torch.cat([index for _, index in split]).to(keep.device)]  # in the matrices' order
+    counts = [0, *kept.flatten(1).sum(1).cumsum(0).tolist()]  # one sync for all of them
+    places, tokens = kept.flatten().nonzero().squeeze(1), kept.shape[1:].numel()
+    result: list[torch.Tensor | None] = []
+    start = 0
+    for _, index in split:
+        end = start + len(index)
+        first, last = counts[start], counts[end]
+        every = last - first == len(index) * tokens
+        result.append(None if every else places[first:last] - start * tokens)
+        start = end
+    return result
 
 
 def _place(call: Call) -> int:

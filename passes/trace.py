@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from magr_fx.passes.decisions import random_state, torch_state
+from magr_fx.passes.module_calls import ModuleCall
 from magr_fx.passes.weight_views import VIEWS
 
 GUARDS = "_guards_fn"  # where torch.export keeps its input check in a graph module
@@ -23,13 +24,15 @@ class Trace:
     """A traced graph whose parameters are the model's own objects.
 
     ``input_names`` are the forward arguments that the placeholders come from, in order;
-    ``tracer`` is what made the graph, and ``refusal`` why torch.export did not.
+    ``tracer`` is what made the graph, and ``refusal`` why torch.export did not. ``calls`` are the
+    calls of modules that were given inputs as they are.
     """
 
     graph_module: fx.GraphModule
     input_names: tuple[str, ...]
     tracer: str = "export"
     refusal: str = ""
+    calls: tuple[ModuleCall, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

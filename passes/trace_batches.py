@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._pytree import MappingKey, TreeSpec, tree_flatten, tree_flatten_with_path
+from torch.utils._pytree import TreeSpec, tree_flatten
 
 from magr_fx.errors import CalibrationError, ConfigError, TraceError
 from magr_fx.passes.calibration import Batch
 from magr_fx.passes.experts import all_experts
 from magr_fx.passes.export import export
 from magr_fx.passes.make_fx import run_and_trace
+from magr_fx.passes.module_calls import CALLS, named_leaves
 from magr_fx.passes.same_output import check_same_output
 from magr_fx.passes.tensors_only import PLAIN
 from magr_fx.passes.trace import GUARDS, Trace, TracedBatch
@@ -144,7 +145,8 @@ def _traced(
             graph_module, reusable = make(batch.index, leaves, spec)
             names = zip(input_names(arguments), leaves, strict=True)
             tensors = tuple(name for name, x in names if isinstance(x, torch.Tensor))
-            trace = Trace(graph_module, tensors, tracer, refusal)
+            calls = graph_module.meta.pop(CALLS)
+            trace = Trace(graph_module, tensors, tracer, refusal, calls)
             if reusable:
                 traces.append(trace)
             logger.debug("traced %s for calibration batch %d", type(model).__name__, batch.index)
@@ -210,14 +212,10 @@ def bind(model: nn.Module, batch: Batch) -> dict[str, Any]:
 def input_names(arguments: dict[str, Any]) -> tuple[str, ...]:
     """The forward argument that each leaf of the bound arguments belongs to, in order.
 
-    What lies in a mapping, that of ``**kwargs`` included, goes by its own key there.
+    What lies in a mapping, that of ``**kwargs`` included, goes by its own key there, and what lies
+    in a named tuple by its field.
     """
-    names: list[str] = []
-    for argument, value in arguments.items():
-        for path, _ in tree_flatten_with_path(value)[0]:
-            keys = [str(key.key) for key in path if isinstance(key, MappingKey)]
-            names.append(keys[-1] if keys else argument)
-    return tuple(names)
+    return tuple(name for name, _ in named_leaves(arguments))
 
 
 def _signature(leaves: list[Any], spec: TreeSpec) -> Any:

@@ -22,6 +22,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import BatchEncoding, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from magr_fx.passes.mask_inputs import MaskInputs
 from magr_fx.passes.padding import token_masks
 from magr_fx.passes.trace import calibration_mode
 
@@ -379,7 +380,7 @@ def test_masks_of_other_dimensions_say_nothing_about_padding(mask: Tensor) -> No
 def test_no_mask() -> None:
     analysis = analyse(tiny_llama(num_hidden_layers=1), [token_ids(2, 5)])
     calls = [call for site in analysis.found.sites for call in site.calls]
-    assert token_masks(analysis.traces[0], calls) == {}
+    assert token_masks(analysis.traces[0], calls, MaskInputs(analysis.traced)) == {}
 
 
 def test_what_descends_from_a_size_alone_has_no_padding() -> None:

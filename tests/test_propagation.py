@@ -386,7 +386,7 @@ def test_padding_counts_neither_here_nor_there() -> None:
     x = activations(20, WIDTH)
     keep = torch.arange(20) % 3 > 0
     x[~keep] = torch.nan
-    shared.add(x, keep, original=x + 1, holdout=0.3)
+    shared.add(x, keep.nonzero().squeeze(1), original=x + 1, holdout=0.3)
     used, held = torch.split(x[keep].double(), [10, 3])  # 3 is three tenths of the 13, rounded down
     assert_gram(shared.gram, used.T @ used)
     assert_gram(shared.held, held.T @ held)

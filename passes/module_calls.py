@@ -1,0 +1,71 @@
+"""Which of the traced inputs reach the modules inside a model as they are, and by what names.
+
+A wrapper may take its inputs as ``*args``, or under names of its own. The modules that it hands
+them to say what they are: ``attention_mask``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._pytree import GetAttrKey, MappingKey, tree_flatten_with_path
+
+CALLS = "module_calls"  # where a traced graph module keeps them, in its ``meta``
+
+
+class ModuleCall(NamedTuple):
+    """One call: its arguments that are inputs of the trace, by their positions among those.
+
+    ``batch_first`` is what the module says of the order of its dimensions; None: it does not.
+    """
+
+    arguments: tuple[tuple[str, int], ...]
+    batch_first: bool | None = None
+
+
+@contextlib.contextmanager
+def noted_calls(
+    model: nn.Module, inputs: Sequence[torch.Tensor], calls: list[ModuleCall]
+) -> Iterator[None]:
+    """Add the calls of the modules inside ``model`` that are given any of ``inputs``, outer first.
+
+    The hooks that this takes are there only inside of the context.
+    """
+    places: dict[int, int] = {}
+    for place, tensor in enumerate(inputs):
+        places.setdefault(id(tensor), place)
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with contextlib.suppress(TypeError, ValueError):  # no signature, or another one
+            bound = inspect.signature(module.forward).bind(*args, **kwargs)
+            named = named_leaves(dict(bound.arguments))
+            found = tuple((name, places[id(leaf)]) for name, leaf in named if id(leaf) in places)
+            if found:
+                calls.append(ModuleCall(found, getattr(module, "batch_first", None)))
+
+    with contextlib.ExitStack() as hooks:
+        for module in model.modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                handle = module.register_forward_pre_hook(note, with_kwargs=True)
+                hooks.callback(handle.remove)
+        yield
+
+
+def named_leaves(arguments: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The leaves of bound arguments, in order, each with its name.
+
+    What lies in a mapping, that of ``**kwargs`` included, goes by its own key there, and what lies
+    in a named tuple by its field; anything else by its argument.
+    """
+    named: list[tuple[str, Any]] = []
+    for argument, value in arguments.items():
+        for path, leaf in tree_flatten_with_path(value)[0]:
+            keys = [str(k.key) for k in path if isinstance(k, MappingKey)]
+            keys += [k.name for k in path if isinstance(k, GetAttrKey)]
+            named.append((keys[-1] if keys else argument, leaf))
+    return named
