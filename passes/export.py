@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 import torch
@@ -20,13 +20,17 @@ from magr_fx.passes.tensors_only import TensorsOnly
 from magr_fx.passes.trace import all_nodes
 
 
-def export(model: nn.Module, index: int, leaves: list[Any], spec: TreeSpec) -> fx.GraphModule:
+def export(
+    model: nn.Module, index: int, leaves: list[Any], spec: TreeSpec, dynamic: Sequence[Set[int]]
+) -> fx.GraphModule:
     """The graph of ``model`` as a function of the tensors among ``leaves``, all else frozen.
 
     Args:
         model: its Parameter objects become the graph's own.
         index: the place of the batch in the calibration, for the error message.
         leaves, spec: the bound arguments of ``forward``, flattened.
+        dynamic: for each leaf, the dimensions whose sizes the graph is to leave open. Each costs
+            time: a graph with all of them open can take a hundred times as long to trace.
 
     Raises:
         TraceError: torch.export refused the model.
@@ -34,8 +38,9 @@ def export(model: nn.Module, index: int, leaves: list[Any], spec: TreeSpec) -> f
     tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
     # A dimension of 1 (or 0) is always specialised by export: asking for it only logs a warning.
     shapes = tuple(
-        {dim: torch.export.Dim.AUTO for dim, size in enumerate(t.shape) if size > 1}
-        for t in tensors
+        {dim: torch.export.Dim.AUTO for dim in dims if leaf.shape[dim] > 1}
+        for leaf, dims in zip(leaves, dynamic, strict=True)
+        if isinstance(leaf, torch.Tensor)
     )
     try:
         with (

@@ -101,7 +101,7 @@ def _difference(graphs: list[torch.Tensor], models: list[torch.Tensor], toleranc
 def _sizes(graph: torch.Tensor, own: torch.Tensor) -> tuple[float, float]:
     """‖graph - own‖ and ‖own‖ of what is finite in both, a part at a time: logits are large."""
     error = norm = 0.0
-    pairs = zip(graph.reshape(-1).split(PART), own.reshape(-1).split(PART), strict=True)
+    pairs = zip(*(torch.split(t.reshape(-1), PART) for t in (graph, own)), strict=True)
     for part, wanted in pairs:
         wide = torch.complex128 if wanted.is_complex() else torch.float64
         known = part.to(wanted.device).isfinite() & wanted.isfinite()

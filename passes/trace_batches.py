@@ -68,9 +68,10 @@ def trace_batches(
 ) -> list[TracedBatch]:
     """Trace ``model`` for every batch, and again only for a batch that no earlier trace fits.
 
-    By torch.export dimensions are dynamic where it can make them so. What it specialises (a batch
-    of 1, a length that the code computes with) is in the trace's guards and placeholder shapes,
-    which every batch is checked against: an input is never run on a graph made for another.
+    By torch.export dimensions are dynamic where the batches differ in them, and it can make them
+    so. What it specialises (a batch of 1, a length that the code computes with) is in the trace's
+    guards and placeholder shapes, which every batch is checked against: an input is never run on
+    a graph made for another.
 
     By make_fx shapes are fixed, and the graph is the batch's own, unless the model provably looked
     at no value on its way: then batches of the same shapes share it.
@@ -104,8 +105,11 @@ def trace_batches(
 
 
 def _exported(model: nn.Module, batches: list[Batch], *, compare: bool) -> list[TracedBatch]:
+    open_sizes = _open_sizes(model, batches)
+
     def make(index: int, leaves: list[Any], spec: TreeSpec) -> tuple[fx.GraphModule, bool]:
-        graph_module = export(model, index, leaves, spec)
+        dynamic = open_sizes[_signature(leaves, spec)]
+        graph_module = export(model, index, leaves, spec, dynamic)
         if not fits(graph_module, _tensors(leaves)):
             raise TraceError(
                 f"torch.export's graph of {type(model).__name__} refuses the very input that "
@@ -142,6 +146,7 @@ def _traced(
         traces = known.setdefault(_signature(leaves, spec), [])
         trace = next((trace for trace in traces if fits(trace.graph_module, values)), None)
         if trace is None:
+            logger.info("tracing %s for calibration batch %d", type(model).__name__, batch.index)
             graph_module, reusable = make(batch.index, leaves, spec)
             names = zip(input_names(arguments), leaves, strict=True)
             tensors = tuple(name for name, x in names if isinstance(x, torch.Tensor))
@@ -149,9 +154,49 @@ def _traced(
             trace = Trace(graph_module, tensors, tracer, refusal, calls)
             if reusable:
                 traces.append(trace)
-            logger.debug("traced %s for calibration batch %d", type(model).__name__, batch.index)
         traced.append(TracedBatch(batch.index, trace, values))
     return traced
+
+
+def _open_sizes(model: nn.Module, batches: list[Batch]) -> dict[Hashable, list[set[int]]]:
+    """For each form of input, and each of its leaves, the dimensions that a graph is to leave open.
+
+    Those in which the batches differ. Where there is a mask its sequences and tokens as well, in
+    all that has them: by their symbols a graph tells its tokens from what is as long by chance.
+    """
+    first: dict[Hashable, list[Any]] = {}
+    dynamic: dict[Hashable, list[set[int]]] = {}
+    for batch in batches:
+        arguments = bind(model, batch)
+        leaves, spec = tree_flatten(arguments)
+        key = _signature(leaves, spec)
+        if key not in first:
+            first[key], dynamic[key] = leaves, _of_masked_tokens(input_names(arguments), leaves)
+        for known, leaf, dims in zip(first[key], leaves, dynamic[key], strict=True):
+            if isinstance(leaf, torch.Tensor):
+                sizes = zip(known.shape, leaf.shape, strict=True)
+                dims.update(dim for dim, (one, other) in enumerate(sizes) if one != other)
+    return dynamic
+
+
+def _of_masked_tokens(names: tuple[str, ...], leaves: list[Any]) -> list[set[int]]:
+    """The dimensions of each leaf that are as large as the last ones of a mask, or its first."""
+    masks = [
+        leaf
+        for name, leaf in zip(names, leaves, strict=True)
+        if isinstance(leaf, torch.Tensor) and leaf.dim() >= 2 and "mask" in name
+    ]
+    sizes = {size for mask in masks for size in (mask.shape[0], *mask.shape[-2:])}
+    return [
+        {
+            dim
+            for dim, size in enumerate(leaf.shape)
+            if size in sizes and (dim < 2 or "mask" in name)
+        }
+        if isinstance(leaf, torch.Tensor)
+        else set()
+        for name, leaf in zip(names, leaves, strict=True)
+    ]
 
 
 def _tensors(leaves: list[Any]) -> tuple[torch.Tensor, ...]:

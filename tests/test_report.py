@@ -145,7 +145,7 @@ def test_each_site_has_the_damping_of_its_gram(mixed: MagRReport) -> None:
 def test_damping_that_was_given_and_the_published_solvers_none() -> None:
     for config, line in (
         (MagRConfig(damping=0.2), "damping: 0.2 of each gram's mean diagonal"),
-        (MagRConfig(solver="pgd"), "damping: 0 of each gram's mean diagonal"),
+        (MagRConfig.published(), "damping: 0 of each gram's mean diagonal"),
     ):
         report = report_of(transform(mlp(), vectors(), config))
         assert {site.damping for site in report.sites} == {config.damping or 0.0}

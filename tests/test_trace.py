@@ -223,7 +223,7 @@ def test_self_attention_is_not_run_on_three_inputs() -> None:
 
 def test_fits_looks_at_number_kind_and_shape() -> None:
     model = Formula(lambda m, x, y: m.a(x) + m.a(y), a=linear())
-    _, (traced,) = trace(model, [(x(3, 5), x(3, 5, seed=1))])
+    _, (traced, _) = trace(model, [(x(3, 5), x(3, 5, seed=1)), (x(4, 6), x(4, 6))])
     graph_module = traced.trace.graph_module
     assert fits(graph_module, (x(2, 7), x(2, 7)))
     assert not fits(graph_module, (x(2, 7),))

@@ -34,7 +34,7 @@ from magr_fx.passes.as_linears import as_linears
 from magr_fx.passes.experts import all_experts
 
 INT4 = intx(4, ASYMMETRIC, None)
-PGD = MagRConfig(solver="pgd")  # whose iterates depend smoothly on rounding
+PGD = MagRConfig.published()  # whose iterates depend smoothly on rounding
 QUICK = MagRConfig(alpha=1e-3)
 IDS = [token_ids(5, 10, seed=1)]
 TOKENS = 50
