@@ -178,6 +178,133 @@ def leave_a_run(place: Place) -> None:
     (folder / "state-000000.pt").write_bytes(b"")
 
 
+def rewrite_shard(place: Place, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Change the tensors of the shard that has LAYER, and the index with them."""
+    path = shard_with(place.model, LAYER)
+    held = load_file(path)
+    before = set(held)
+    change(held)
+    save_file(held, path, metadata={"format": "pt"})
+
+    def new_index(index: dict[str, Any]) -> None:
+        for name in before - held.keys():
+            del index["weight_map"][name]
+        index["weight_map"] |= dict.fromkeys(held.keys() - before, path.name)
+
+    edit(place.model / "model.safetensors.index.json", new_index)
+
+
+def lose_a_tensor(place: Place) -> None:
+    rewrite_shard(place, lambda held: held.__delitem__(LAYER))
+
+
+def add_a_tensor(place: Place) -> None:
+    rewrite_shard(place, lambda held: held.update({"model.extra.weight": torch.zeros(3, 4)}))
+
+
+def shape_a_tensor_otherwise(place: Place) -> None:
+    rewrite_shard(place, lambda held: held.update({LAYER: held[LAYER].T.contiguous()}))
+
+
+def store_whole_numbers(place: Place) -> None:
+    rewrite_shard(place, lambda held: held.update({LAYER: held[LAYER].to(torch.int8)}))
+
+
+def store_a_norm_in_whole_numbers(place: Place) -> None:
+    name = "model.norm.weight"
+    path = shard_with(place.model, name)
+    held = load_file(path)
+    save_file({**held, name: held[name].to(torch.int32)}, path, metadata={"format": "pt"})
+
+
+def name_a_shard_that_is_not_there(place: Place) -> None:
+    def change(index: dict[str, Any]) -> None:
+        index["weight_map"][LAYER] = "model-00009-of-00009.safetensors"
+
+    edit(place.model / "model.safetensors.index.json", change)
+
+
+def say_another_width(place: Place) -> None:
+    edit(place.model / "config.json", lambda config: config.update(intermediate_size=72))
+
+
+def say_more_layers(place: Place) -> None:
+    edit(place.model / "config.json", lambda config: config.update(num_hidden_layers=2))
+
+
+def say_no_kind(place: Place) -> None:
+    edit(place.model / "config.json", lambda config: config.pop("model_type"))
+
+
+def say_a_list(place: Place) -> None:
+    (place.model / "config.json").write_text("[1, 2]")
+
+
+def take_another_tokenizer(place: Place) -> None:
+    def renumber(tokenizer: dict[str, Any]) -> None:
+        vocabulary = tokenizer["model"]["vocab"]
+        tokenizer["model"]["vocab"] = {word: 3 * at + 5 for word, at in vocabulary.items()}
+        tokenizer["added_tokens"] = []
+
+    edit(place.model / "tokenizer.json", renumber)
+
+
+NOT_THE_MODEL: list[tuple[Callable[[Place], None], str]] = [
+    (lose_a_tensor, rf"model lacks {LAYER} which LlamaForCausalLM has; config.json and"),
+    (add_a_tensor, r"model holds model.extra.weight which LlamaForCausalLM does not know"),
+    (shape_a_tensor_otherwise, rf"{LAYER} is \(\d+, \d+\) in .*, and by config.json it is"),
+    (store_whole_numbers, rf"{LAYER} in .* is stored as I8: MagR works on F64, F32, F16, BF16"),
+    (store_a_norm_in_whole_numbers, "model.norm.weight in .* is stored as I32"),
+    (name_a_shard_that_is_not_there, "lacks 1 of the .* files .*model-00009-of-00009"),
+    (say_another_width, r"model.layers.0.mlp.\w+.weight is .*, and by config.json it is"),
+    (say_more_layers, r"lacks 9 tensors, model.layers.1.input_layernorm.weight for one, which"),
+    (say_no_kind, "says no model_type"),
+    (say_a_list, "says no model_type"),
+    (take_another_tokenizer, "the tokenizer makes the token .*, and the model has .* embeddings"),
+]
+
+
+@pytest.mark.parametrize("command", ["transform", "quantize"])
+@pytest.mark.parametrize(
+    ("damage", "message"), NOT_THE_MODEL, ids=[case[0].__name__ for case in NOT_THE_MODEL]
+)
+def test_what_is_not_the_model_that_it_says_is_refused(
+    damage: Callable[[Place], None], message: str, command: str, place: Place
+) -> None:
+    damage(place)
+    refused(place, message=message, command=command)
+
+
+@pytest.mark.parametrize("damage", [say_another_width, say_no_kind, say_a_list])
+def test_a_plan_of_it_is_refused(damage: Callable[[Place], None], place: Place) -> None:
+    damage(place)
+    result = run("plan", place.model)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+
+
+SKIPS = [
+    ("*.donw_proj", r"--skip '\*.donw_proj' matches no module .*the closest .*\*.down_proj"),
+    ("model.layers.0.mlp.donw_proj", "the closest .*model.layers.0.mlp.down_proj"),
+    ("model.layers.0", r"it names what holds them: model.layers.0.\* leaves out model.layers.0"),
+    ("lm_head", "lm_head, which it names, is left alone without it"),
+    ("*norm", "which it names, is left alone without it"),
+    ("*.Down_Proj", r"matches no module .*\*.down_proj"),
+    ("", "--skip '' matches no module"),
+]
+
+
+@pytest.mark.parametrize("command", ["transform", "quantize"])
+@pytest.mark.parametrize(("pattern", "message"), SKIPS)
+def test_a_pattern_that_leaves_nothing_out_is_refused(
+    pattern: str, message: str, command: str, place: Place
+) -> None:
+    refused(place, "--skip", "*.up_proj", "--skip", pattern, message=message, command=command)
+    if command == "quantize":
+        result = run("plan", place.model, "--skip", pattern)
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"magr-fx: error: --skip {pattern!r} matches no module")
+
+
 CASES: list[tuple[Callable[[Place], None], str]] = [
     (store_twice, r"is stored twice, in model-0.* and model-0.*save_pretrained it anew"),
     (drop_a_shard, r"lacks 1 of the \d+ files .*model-0.*finish the download"),
