@@ -13,7 +13,7 @@ from torch import nn
 
 from magr_fx.config import Handling, MagRConfig
 from magr_fx.errors import ConfigError, ModelError
-from magr_fx.passes.calibration import Batch, read_calib
+from magr_fx.passes.calibration import Batch, notes_of, read_calib
 from magr_fx.passes.check_model import check_group_size, check_model, check_not_frozen
 from magr_fx.passes.checkpoint import Checkpoint, fingerprint
 from magr_fx.passes.find_linears import FilterFn, Site, check_filter, find_linears
@@ -77,8 +77,8 @@ def magr_transform(
             device that it would run on.
         calib: an iterable of model inputs, a DataLoader for instance, read once: a tensor is the
             first argument, a tuple or list the arguments, a mapping the keyword arguments.
-            Batch sizes and lengths may differ. What ``attention_mask`` marks as padding does
-            not count.
+            Batch sizes and lengths may differ. What ``attention_mask`` (or nn.Transformer's
+            ``key_padding_mask``) marks as padding does not count, in whatever form it comes.
         config: how to solve; None is ``MagRConfig()``, at the target's group size.
         target: the torchao config that will quantize the model: an int weight-only or
             dynamic-activation int weight config. Then every row chooses its own alpha, and a
@@ -114,7 +114,8 @@ def magr_transform(
     Raises:
         ConfigError: an option, the target or the filter is wrong, a group size does not divide
             a layer's inputs, or torchao cannot quantize a layer on this machine.
-        CalibrationError: ``calib`` is empty, of the wrong type, or leads to NaN or Inf.
+        CalibrationError: ``calib`` is empty, has no end, is of the wrong type, has no token
+            that counts, or leads to NaN or Inf.
         ModelError: no weight matmul, or weights on the meta device, quantized, NaN or Inf.
         TraceError: the model cannot be traced.
         CoverageError: ``strict``, and a weight is not rewritten.
@@ -383,6 +384,7 @@ def _run(
     progress = progress if ranks.rank == 0 else False
     quantizer = target if quantize else None
     report = MagRReport(config, "" if quantizer is None else describe(quantizer.config))
+    report.notes += notes_of(batches)
     tensors = {} if apart is None else apart
     weights: list[Quantizable] = []
     with calibration_mode(inner, device):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
+from pathlib import Path
 
 import torch
 
@@ -43,3 +44,32 @@ def give_back_what_is_freed() -> None:
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, FREED_FROM)
         mallopt(_TRIM_THRESHOLD, FREED_FROM)
+
+
+def available(device: torch.device) -> float:
+    """Bytes that can still be allocated there, as far as the platform tells; else infinite."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return float(
+            free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        )
+    if device.type != "cpu":
+        return math.inf
+    return min(_system_memory(), _group_memory())
+
+
+def _system_memory() -> float:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        line = next(line for line in lines if line.startswith("MemAvailable:"))
+        return float(line.split()[1]) * 2**10
+    except (OSError, StopIteration, ValueError, IndexError):  # not Linux
+        return math.inf
+
+
+def _group_memory() -> float:
+    """The most that the control group of the process may have; its cache counts as used there."""
+    try:
+        return float(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
+    except (OSError, ValueError):  # no control groups of version 2, or "max"
+        return math.inf

@@ -172,6 +172,7 @@ class MagRReport:
         traces: how many graphs it took to run them.
         tracer: what traced the model: "export" or "make_fx"; empty for a graph that was given.
         refusal: why torch.export did not, where it was asked to.
+        notes: what else is worth knowing of the calibration, such as an input that may be a mask.
         seconds: wall time per stage: trace, check, grams, solve, rewrite, quantize.
         peak_memory: the highest of the sites' ``memory``, in MiB.
     """
@@ -183,6 +184,7 @@ class MagRReport:
     traces: int = 0
     tracer: str = ""
     refusal: str = ""
+    notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
     @property
@@ -285,6 +287,7 @@ class MagRReport:
         lines += [
             f"{self.batches} calibration batches, {self.traces} traced graphs{by}{memory}",
             *([f"because {self.refusal}"] if self.refusal else []),
+            *(f"note: {note}" for note in self.notes),
             f"seconds: {stages}",
         ]
         return "\n".join(lines)
@@ -298,6 +301,7 @@ class MagRReport:
             "traces": self.traces,
             "tracer": self.tracer,
             "refusal": self.refusal,
+            "notes": self.notes,
             "seconds": self.seconds,
             "sites": [site.as_dict() for site in self.sites],
         }

@@ -57,7 +57,7 @@ def export(
                 wrapper, tensors, strict=False, dynamic_shapes=(shapes,) if tensors else None
             )
         graph_module = exported.module()
-        graph_module.meta[CALLS] = tuple(wrapper.calls)
+        graph_module.meta[CALLS] = tuple(wrapper.log.calls)
     except Exception as error:  # export lets through whatever the model's own code raises
         message = next((line for line in str(error).splitlines() if line.strip()), "no message")
         remedy = "check that the model itself runs on this batch"

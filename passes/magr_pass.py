@@ -10,7 +10,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from magr_fx.config import MagRConfig
 from magr_fx.errors import ModelError
-from magr_fx.passes.calibration import read_calib
+from magr_fx.passes.calibration import notes_of, read_calib
 from magr_fx.passes.check_model import check_group_size, check_model, check_not_frozen
 from magr_fx.passes.find_linears import FilterFn, check_filter, find_linears
 from magr_fx.passes.pipeline import resolve_config, rewrite_sites, target_for_rewriting
@@ -87,6 +87,7 @@ class MagRPass(PassBase):
         check_not_frozen(graph_module)
         report = MagRReport(self.config)
         batches = read_calib(self.calib, graph_module)
+        report.notes += notes_of(batches)
         with calibration_mode(graph_module):
             with report.timed("trace"):
                 traced = trace_or_read(graph_module, batches, self.tracing)

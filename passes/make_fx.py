@@ -94,7 +94,7 @@ def run_and_trace(
             "this batch"
         ) from error
     graph_module = _with_attributes(graph_module, stored)
-    graph_module.meta[CALLS] = tuple(function.calls)
+    graph_module.meta[CALLS] = tuple(function.log.calls)
     return graph_module, not seen.reads_values
 
 

@@ -212,11 +212,11 @@ class MaskInputs:
         at = min(tokens)
         if name.endswith("key_padding_mask"):
             mask.pairs = False
-            mask.tokens_first = (
-                self._is_turned(trace, place, at)
-                if call.batch_first is None
-                else not call.batch_first
-            )
+            given = tokens & {one for _, one in call.arguments}
+            if given and call.batch_first is not None:  # what it says of its own arguments
+                mask.tokens_first = not call.batch_first
+            else:
+                mask.tokens_first = self._is_turned(trace, place, at)
         else:
             mask.pairs = self._is_of_pairs(trace, place, at)
         return mask
@@ -268,15 +268,14 @@ class MaskInputs:
         )
 
     def _may_be_mask(self, trace: Trace, place: int) -> bool:
-        """By its name, or by its values where that is no name of its own."""
+        """By its name, or by its values where that does not tell."""
         batches, name = self._batches[trace], trace.input_names[place]
         named = is_named_as_mask(name)
         if named is not None:
             return named
         first = batches[0].values
         value = first[place]
-        alone = sum(other == name for other in trace.input_names) == 1
-        if value.dim() < 2 or (alone and value.dtype is not torch.bool):
+        if value.dim() < 2:
             return False
         leading = [tuple(v.shape[:2]) for at, v in enumerate(first) if at != place and v.dim() > 1]
         fits = any(value.shape[0] == b and value.shape[-1] in (b, n) for b, n in leading)

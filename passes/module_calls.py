@@ -28,32 +28,38 @@ class ModuleCall(NamedTuple):
     batch_first: bool | None = None
 
 
-@contextlib.contextmanager
-def noted_calls(
-    model: nn.Module, inputs: Sequence[torch.Tensor], calls: list[ModuleCall]
-) -> Iterator[None]:
-    """Add the calls of the modules inside ``model`` that are given any of ``inputs``, outer first.
+class CallLog:
+    """The calls of the modules inside a model that are given any of its inputs, outer first.
 
-    The hooks that this takes are there only inside of the context.
+    An object of its own, since torch.export puts back what forward does to a module's attributes.
     """
-    places: dict[int, int] = {}
-    for place, tensor in enumerate(inputs):
-        places.setdefault(id(tensor), place)
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        with contextlib.suppress(TypeError, ValueError):  # no signature, or another one
-            bound = inspect.signature(module.forward).bind(*args, **kwargs)
-            named = named_leaves(dict(bound.arguments))
-            found = tuple((name, places[id(leaf)]) for name, leaf in named if id(leaf) in places)
-            if found:
-                calls.append(ModuleCall(found, getattr(module, "batch_first", None)))
+    def __init__(self) -> None:
+        self.calls: list[ModuleCall] = []
 
-    with contextlib.ExitStack() as hooks:
-        for module in model.modules():
-            if not isinstance(module, torch.jit.ScriptModule):
-                handle = module.register_forward_pre_hook(note, with_kwargs=True)
-                hooks.callback(handle.remove)
-        yield
+    @contextlib.contextmanager
+    def noting(self, model: nn.Module, inputs: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Note the calls inside of the context; the hooks that this takes are only there."""
+        places: dict[int, int] = {}
+        for place, tensor in enumerate(inputs):
+            places.setdefault(id(tensor), place)
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            with contextlib.suppress(TypeError, ValueError):  # no signature, or another one
+                bound = inspect.signature(module.forward).bind(*args, **kwargs)
+                leaves = named_leaves(dict(bound.arguments))
+                found = ((name, places[id(leaf)]) for name, leaf in leaves if id(leaf) in places)
+                arguments = tuple(found)
+                if arguments:
+                    order = getattr(module, "batch_first", None)
+                    self.calls.append(ModuleCall(arguments, order))
+
+        with contextlib.ExitStack() as hooks:
+            for module in model.modules():
+                if not isinstance(module, torch.jit.ScriptModule):
+                    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+                    hooks.callback(handle.remove)
+            yield
 
 
 def named_leaves(arguments: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -49,7 +49,8 @@ _PARTS = frozenset(
 )
 
 
-Steps = tuple["fx.Node | int", ...]
+TURN = "turn"  # the tokens' two dimensions, one for the other
+Steps = tuple["fx.Node | int | str", ...]
 
 
 @dataclass(eq=False)
@@ -58,7 +59,8 @@ class TokenMask:
 
     ``tokens`` is the position of the input whose tokens the calls' rows are made of, or None where
     there is no telling. The rows are in the tokens' order but for what ``steps`` do to it, one
-    after the other: a node picks rows by the indices that are its value, a number repeats each.
+    after the other: a node picks rows by the indices that are its value, a number repeats each,
+    and ``TURN`` has the rows of all sequences' first tokens first, as in ``[tokens, batch, in]``.
     """
 
     masks: tuple[Mask, ...]
@@ -94,10 +96,13 @@ class TokenMask:
         if keep is None:
             return None
         for step in self.steps:
+            if step == TURN:
+                keep = keep.T.contiguous()
+                continue
             flat = keep.flatten()
             if isinstance(step, int):
                 keep = flat.repeat_interleave(step)
-            else:
+            elif isinstance(step, fx.Node):
                 keep = flat[env[step].to(flat.device)]
         return keep
 
@@ -172,10 +177,38 @@ def _steps_from(call: Call, shape: tuple[Any, ...]) -> Steps | None:
 
     The symbols of the traced shapes tell, where sizes of one batch may agree by chance.
     """
+    if _same(shape, shape[::-1]) and _is_turned_around(call.input):
+        return None  # which of the two orders the rows are in is not to be told from sizes
     leading = call.rows.leading(_shape(call.input))
+    order = _order(leading, shape)
+    if order is not None:
+        return order
+    return _walk(call.input, shape, set()) if len(_trimmed(leading)) == 1 else None
+
+
+def _order(leading: tuple[Any, ...], shape: tuple[Any, ...]) -> Steps | None:
+    """Whether sizes are those of the tokens, or those one for the other."""
     if _same(leading, shape):
         return ()
-    return _walk(call.input, shape, set()) if len(_trimmed(leading)) == 1 else None
+    return (TURN,) if len(shape) == 2 and _same(leading, shape[::-1]) else None
+
+
+def _is_turned_around(node: fx.Node) -> bool:
+    """Whether a value descends from one whose first two dimensions were exchanged."""
+    seen: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        pending.extend(node.all_input_nodes)
+        dims = len(_shape(node))
+        if node.target is aten.transpose.int and {int(d) % dims for d in node.args[1:3]} == {0, 1}:  # type: ignore[arg-type]
+            return True
+        if node.target is aten.permute.default and int(node.args[1][0]) % dims != 0:  # type: ignore[arg-type,index]
+            return True
+    return False
 
 
 def _walk(node: fx.Node, shape: tuple[Any, ...], seen: set[fx.Node]) -> Steps | None:
@@ -184,12 +217,35 @@ def _walk(node: fx.Node, shape: tuple[Any, ...], seen: set[fx.Node]) -> Steps | 
         return None
     seen.add(node)
     for source, step in _sources_of_rows(node):
-        if step is None and _same(_leading(source), shape) and _is_flattened(node, source):
-            return ()
+        if step is None:
+            order = _order_of_flattened(node, source, shape)
+            if order is not None:
+                return order
         if step is not None or _same(_shape(source)[:1], _shape(node)[:1]):
             found = _walk(source, shape, seen)
             if found is not None:
                 return found if step is None else (*found, step)
+    return None
+
+
+def _order_of_flattened(node: fx.Node, source: fx.Node, shape: tuple[Any, ...]) -> Steps | None:
+    """The order of the rows ``[batch * tokens]`` where the source still has both; None: unknown.
+
+    The source may have heads of its own: ``[tokens, batch, heads, in]``, or the first two of its
+    inner dimensions as one, as nn.MultiheadAttention has them.
+    """
+    given = _shape(source)
+    if len(shape) != 2 or not _same(_shape(node)[:1], (shape[0] * shape[1],)):
+        return None
+    if len(given) == 3 and _is_flattened(node, source):
+        return _order(given[:2], shape)
+    if len(given) == 4:
+        return _order(given[:2], shape)
+    if len(given) == 3 and not _same(shape, shape[::-1]):
+        straight, turned = (_same(given[:1], (size,)) for size in shape)
+        divides = [statically_known_true(given[1] % size == 0) for size in shape[::-1]]
+        if straight != turned and divides[0 if straight else 1]:
+            return () if straight else (TURN,)
     return None
 
 

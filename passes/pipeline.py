@@ -14,7 +14,7 @@ import torch
 
 from magr_fx.block_log import log_block
 from magr_fx.config import Handling, MagRConfig
-from magr_fx.errors import ConfigError
+from magr_fx.errors import CalibrationError, ConfigError
 from magr_fx.memory import high_water_mark
 from magr_fx.passes.checkpoint import Checkpoint
 from magr_fx.passes.collect_grams import CalibrationRun
@@ -120,12 +120,9 @@ def rewrite_sites(
         progress: whether to show bars.
 
     Raises:
-        CalibrationError: an activation is NaN or Inf.
+        CalibrationError: an activation is NaN or Inf, or no token counts.
         CoverageError: ``strict``, and a weight is not rewritten.
     """
-    report.batches = len(traced)
-    report.traces = len({batch.trace for batch in traced})
-    report.tracer, report.refusal = traced[0].trace.tracer, traced[0].trace.refusal
     handling = Handling(propagate=False, holdout=0.0) if target is None else target.handling
     run = CalibrationRun(
         traced,
@@ -136,12 +133,14 @@ def rewrite_sites(
         ranks=ranks,
         spill=spill_dir,
     )
+    _describe(run, traced, report)
     saved = None if checkpoint is None else checkpoint.last()
     if saved is None:
         with report.timed("check"):
             run.check(progress=progress)
+        unfed = _unfed(run, found, len(traced))
         if strict:
-            refuse_uncovered(found.rejections, run.unfed(), filter_fn)
+            refuse_uncovered(found.rejections, unfed, filter_fn)
     keeper = _Keeper(checkpoint, report)
     try:
         keeper.restore(saved, found.sites, handling, resident, tensors)
@@ -190,6 +189,31 @@ def rewrite_sites(
         )
     if strict:
         refuse_failed(report, written=handling.rounding != "gptq")
+
+
+def _describe(run: CalibrationRun, traced: list[TracedBatch], report: MagRReport) -> None:
+    """Put into the report what it says of the calibration."""
+    report.batches = len(traced)
+    report.traces = len({batch.trace for batch in traced})
+    report.tracer, report.refusal = traced[0].trace.tracer, traced[0].trace.refusal
+    report.notes += run.notes
+
+
+def _unfed(run: CalibrationRun, found: Found, batches: int) -> list[Site]:
+    """The sites that no counted token reaches, which may not be all of them.
+
+    What is unclear of the inputs is logged here: before anything is changed.
+    """
+    for note in run.notes:
+        logger.warning("%s", note)
+    unfed = run.unfed()
+    if len(unfed) == len(found.sites):
+        raise CalibrationError(
+            f"no token of the {batches} calibration batches counts: all are padding by their "
+            "masks, or the inputs are empty; nothing was changed. In attention_mask 1 (or 0, if it "
+            "is added to the scores) stands for a token"
+        )
+    return unfed
 
 
 def _rewrite(

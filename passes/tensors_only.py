@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from magr_fx.passes.module_calls import ModuleCall, noted_calls
+from magr_fx.passes.module_calls import CallLog
 
 # Constants that cannot change, and that print all that they are (a NumPy array does neither).
 PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
@@ -44,7 +44,7 @@ class TensorsOnly(nn.Module):
         self.model = model
         self.signature = inspect.signature(model.forward)
         self.spec = spec
-        self.calls: list[ModuleCall] = []  # of modules that are given an input as it is
+        self.log = CallLog()  # of modules that are given an input as it is
         self.is_tensor = [isinstance(x, torch.Tensor) for x in leaves]
         # Copies of whatever forward could change: a cache would keep the tracer's fake tensors.
         self.constants = [
@@ -59,6 +59,6 @@ class TensorsOnly(nn.Module):
             for is_tensor, constant in zip(self.is_tensor, self.constants, strict=True)
         ]
         bound = inspect.BoundArguments(self.signature, tree_unflatten(leaves, self.spec))
-        with noted_calls(self.model, tensors, self.calls):
+        with self.log.noting(self.model, tensors):
             output = self.model(*bound.args, **bound.kwargs)
         return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]

@@ -15,6 +15,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 
 from magr_fx.errors import CalibrationError, ConfigError, TraceError
 from magr_fx.passes.calibration import Batch
+from magr_fx.passes.calibration_forms import describe_failure, describe_misfit
+from magr_fx.passes.dataclass_inputs import dataclasses_open
 from magr_fx.passes.experts import all_experts
 from magr_fx.passes.export import export
 from magr_fx.passes.make_fx import run_and_trace
@@ -89,10 +91,16 @@ def trace_batches(
     if tracing.all_experts:
         with all_experts(model):
             return trace_batches(model, batches, replace(tracing, all_experts=False))
+    with dataclasses_open([(batch.args, batch.kwargs) for batch in batches]):
+        return _trace(model, batches, tracing)
+
+
+def _trace(model: nn.Module, batches: list[Batch], tracing: Tracing) -> list[TracedBatch]:
     if tracing.tracer == "make_fx":
         return _run(model, batches, "")
     try:
-        return _exported(model, batches, compare=tracing.has_values)
+        last = tracing.tracer == "export"
+        return _exported(model, batches, compare=tracing.has_values, last=last)
     except TraceError as error:
         if tracing.tracer == "export":
             raise
@@ -104,7 +112,9 @@ def trace_batches(
         raise TraceError(f"{error}. Before that, {refusal}") from error
 
 
-def _exported(model: nn.Module, batches: list[Batch], *, compare: bool) -> list[TracedBatch]:
+def _exported(
+    model: nn.Module, batches: list[Batch], *, compare: bool, last: bool
+) -> list[TracedBatch]:
     open_sizes = _open_sizes(model, batches)
 
     def make(index: int, leaves: list[Any], spec: TreeSpec) -> tuple[fx.GraphModule, bool]:
@@ -119,14 +129,14 @@ def _exported(model: nn.Module, batches: list[Batch], *, compare: bool) -> list[
             check_same_output(graph_module, model, index, leaves, spec)
         return graph_module, True
 
-    return _traced(model, batches, make, "export", "")
+    return _traced(model, batches, make, "export", "", explain=last)
 
 
 def _run(model: nn.Module, batches: list[Batch], refusal: str) -> list[TracedBatch]:
     def make(index: int, leaves: list[Any], spec: TreeSpec) -> tuple[fx.GraphModule, bool]:
         return run_and_trace(model, index, leaves, spec)
 
-    return _traced(model, batches, make, "make_fx", refusal)
+    return _traced(model, batches, make, "make_fx", refusal, explain=True)
 
 
 def _traced(
@@ -135,8 +145,13 @@ def _traced(
     make: Callable[[int, list[Any], TreeSpec], tuple[fx.GraphModule, bool]],
     tracer: str,
     refusal: str,
+    *,
+    explain: bool,
 ) -> list[TracedBatch]:
-    """The batches, each with a trace that fits it; ``make`` says whether others may share it."""
+    """The batches, each with a trace that fits it; ``make`` says whether others may share it.
+
+    ``explain``: what it raises says what may be wrong with the form of the batch.
+    """
     known: dict[Hashable, list[Trace]] = {}
     traced = []
     for batch in batches:
@@ -147,7 +162,13 @@ def _traced(
         trace = next((trace for trace in traces if fits(trace.graph_module, values)), None)
         if trace is None:
             logger.info("tracing %s for calibration batch %d", type(model).__name__, batch.index)
-            graph_module, reusable = make(batch.index, leaves, spec)
+            try:
+                graph_module, reusable = make(batch.index, leaves, spec)
+            except TraceError as error:
+                remedy = describe_failure(model, batch.args, batch.kwargs) if explain else ""
+                if not remedy:
+                    raise
+                raise TraceError(f"{error}. If its form is wrong: {remedy}") from error
             names = zip(input_names(arguments), leaves, strict=True)
             tensors = tuple(name for name, x in names if isinstance(x, torch.Tensor))
             calls = graph_module.meta.pop(CALLS)
@@ -251,6 +272,7 @@ def bind(model: nn.Module, batch: Batch) -> dict[str, Any]:
             f"calibration batch {batch.index} does not fit {type(model).__name__}.forward: "
             f"{error}. A tensor is taken as the first argument, a tuple or list as positional "
             "arguments, a mapping as keyword arguments"
+            f"{describe_misfit(signature, batch.args, batch.kwargs)}"
         ) from error
 
 

@@ -271,6 +271,17 @@ TOLD_APART: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
         (OUT, IN),
     ),
     "bmm, expanded": (lambda m, x, mask: torch.bmm(x, m.w.T.expand(len(x), -1, -1)), (OUT, IN)),
+    "tokens first": (lambda m, x, mask: F.linear(x.transpose(0, 1), m.w), (OUT, IN)),
+    "tokens first, flattened": (
+        lambda m, x, mask: F.linear(x.transpose(0, 1).reshape(-1, IN), m.w),
+        (OUT, IN),
+    ),
+    "tokens first, heads": (
+        lambda m, x, mask: F.linear(
+            x.transpose(0, 1).reshape(x.shape[1], -1, IN // 2).view(-1, IN), m.w
+        ),
+        (OUT, IN),
+    ),
     "turned and turned back": (
         lambda m, x, mask: F.linear(x.mT.relu().mT + x - x.relu(), m.w),
         (OUT, IN),
@@ -299,18 +310,6 @@ def heads(x: Tensor) -> Tensor:
 NOT_TOLD_APART: dict[
     str, tuple[Callable[..., Any], tuple[int, int], Callable[[Tensor], Tensor], bool]
 ] = {
-    "tokens first": (
-        lambda m, x, mask: F.linear(x.transpose(0, 1), m.w),
-        (OUT, IN),
-        lambda x: x.transpose(0, 1),
-        True,
-    ),
-    "tokens first, flattened": (
-        lambda m, x, mask: F.linear(x.transpose(0, 1).reshape(-1, IN), m.w),
-        (OUT, IN),
-        lambda x: x.transpose(0, 1),
-        True,
-    ),
     "heads": (lambda m, x, mask: F.linear(heads(x), m.w), (OUT, IN // 2), heads, True),
     "every second token": (
         lambda m, x, mask: F.linear(x[:, ::2], m.w),
