@@ -173,6 +173,8 @@ class MagRReport:
         tracer: what traced the model: "export" or "make_fx"; empty for a graph that was given.
         refusal: why torch.export did not, where it was asked to.
         seconds: wall time per stage: trace, check, grams, solve, rewrite, quantize.
+        states, saved_bytes: how many states ``checkpoint_dir`` got, and how many bytes it was
+            written in all, by all ranks, also before the run was cut short; 0 without one.
         peak_memory: the highest of the sites' ``memory``, in MiB.
     """
 
@@ -184,6 +186,8 @@ class MagRReport:
     tracer: str = ""
     refusal: str = ""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    states: int = 0
+    saved_bytes: int = 0
 
     @property
     def rewritten(self) -> list[SiteReport]:
@@ -286,6 +290,14 @@ class MagRReport:
             f"{self.batches} calibration batches, {self.traces} traced graphs{by}{memory}",
             *([f"because {self.refusal}"] if self.refusal else []),
             f"seconds: {stages}",
+            *(
+                [
+                    f"saved to go on from: {self.saved_bytes / 1e9:.3g} GB in all, with {self.states} "
+                    "states"
+                ]
+                if self.states
+                else []
+            ),
         ]
         return "\n".join(lines)
 
@@ -299,6 +311,8 @@ class MagRReport:
             "tracer": self.tracer,
             "refusal": self.refusal,
             "seconds": self.seconds,
+            "states": self.states,
+            "saved_bytes": self.saved_bytes,
             "sites": [site.as_dict() for site in self.sites],
         }
         with open(path, "w", encoding="utf-8") as file:
