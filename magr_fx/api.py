@@ -97,9 +97,10 @@ def magr_transform(
         calibrate_all_experts: send every token to every expert of transformers' mixture-of-experts
             layers for the statistics; the layers' outputs stay what they are.
         strict: raise if a weight that meets an input in a matmul would be left as it is.
-        checkpoint_dir: a directory to save each block's weights in, and what the next block needs,
-            as soon as it is done. A run with the directory of one that was cut short, and the same
-            original model, calibration and options, goes on from there, to the same bits.
+        checkpoint_dir: a directory to save each block's weights in as soon as it is done, and
+            every half minute what the next block needs. A run with the directory of one that was
+            cut short, and the same original model, calibration and options, goes on from there, to
+            the same bits.
         process_group: the ranks of torch.distributed that share the work; None is the default
             group, where it is initialised. Every rank makes the same call, with the same model
             and all of ``calib``, and ends with the same bits. False is this process alone.

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,19 @@ def log_block(
 
 
 @contextlib.contextmanager
-def blocks_to(path: Path | None, out: Path, *, resumed: bool) -> Iterator[None]:
+def blocks_to(
+    path: Path | None, out: Path, *, run_id: Callable[[], str], resumed: bool
+) -> Iterator[None]:
     """Append each block that is done to a file, as one line of JSON, for as long as it is open.
 
     Args:
         path: the file; None is none.
         out: what the run makes, which each line names beside what the record holds.
-        resumed: whether this run goes on with one for ``out`` that was cut short, should there be
-            one. That may have logged a block which it could not save any more: it is done again,
-            and its line takes the place of the other.
+        run_id: tells what each line names as well, the same however often the run is taken up
+            again; asked when the first block is done.
+        resumed: whether this run goes on with one that was cut short, should there be one. That may
+            have logged blocks which it had not saved yet: they are done again, and their lines take
+            the place of the others.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -61,7 +65,7 @@ def blocks_to(path: Path | None, out: Path, *, resumed: bool) -> Iterator[None]:
         yield
         return
     try:
-        handler = _JsonLines(path, str(out), resumed)
+        handler = _JsonLines(path, str(out), run_id, resumed)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error}; name another file") from error
     level = blocks.level
@@ -76,27 +80,29 @@ def blocks_to(path: Path | None, out: Path, *, resumed: bool) -> Iterator[None]:
 
 
 class _JsonLines(logging.FileHandler):
-    def __init__(self, path: Path, out: str, resumed: bool) -> None:
+    def __init__(self, path: Path, out: str, run_id: Callable[[], str], resumed: bool) -> None:
         super().__init__(path, encoding="utf-8")
-        self._path, self._out, self._resumed, self._first = path, out, resumed, True
+        self._path, self._out, self._run_id, self._resumed = path, out, run_id, resumed
+        self._run = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self._first and self._path.is_file():  # no pipe; and the run has its directory by now
-            number = record.block["number"] if self._resumed else None  # type: ignore[attr-defined]
-            _mend(self._path, self._out, number)
-        self._first = False
+        if not self._run:  # which has its directory by now
+            self._run = self._run_id()
+            if self._path.is_file():  # no pipe
+                number = record.block["number"]  # type: ignore[attr-defined]
+                _mend(self._path, self._run, number if self._resumed else None)
         super().emit(record)
 
     def format(self, record: logging.LogRecord) -> str:
-        line = {**record.block, "out": self._out}  # type: ignore[attr-defined]
+        line = {**record.block, "out": self._out, "run": self._run}  # type: ignore[attr-defined]
         return json.dumps(line, allow_nan=False)
 
 
-def _mend(path: Path, out: str, number: int | None) -> None:
-    """Take back what a run that was killed wrote last: half a line, or the block of this number.
+def _mend(path: Path, run: str, number: int | None) -> None:
+    """Take back what a run that was killed wrote: half a line, and the blocks that are done again.
 
-    A block is logged before it is saved, so that only the last line of a run can be of a block
-    that is done again. Another run may have written to the same file since.
+    A block is logged as it is done, and saved later, so that those from this number on are logged
+    anew. Other runs, also for the same OUT, may have written to the same file.
     """
     with path.open("r+b") as file:
         found = file.read()
@@ -104,15 +110,18 @@ def _mend(path: Path, out: str, number: int | None) -> None:
         if lines and not lines[-1].endswith(b"\n"):
             is_half = not _record(lines[-1]) and lines[-1].startswith(_BEGINNING[: len(lines[-1])])
             lines[-1:] = [] if is_half else [lines[-1] + b"\n"]
-        records = [_record(line) for line in lines]
-        last = next((n for n, r in reversed([*enumerate(records)]) if r.get("out") == out), None)
-        if last is not None and number is not None and records[last].get("number") == number:
-            del lines[last]
+        if number is not None:
+            lines = [line for line in lines if not _is_again(_record(line), run, number)]
         mended = b"".join(lines)
         if mended != found:
             file.seek(0)
             file.write(mended)  # up to what is taken back the same bytes as before
             file.truncate()
+
+
+def _is_again(record: dict[str, Any], run: str, number: int) -> bool:
+    done = record.get("number")
+    return record.get("run") == run and isinstance(done, int) and done >= number
 
 
 def _record(line: bytes) -> dict[str, Any]:

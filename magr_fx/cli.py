@@ -226,13 +226,15 @@ def _work(
         launched.joined(given["timeout"]),
     ):
         from magr_fx.passes.ranks import together
+        from magr_fx.run_folder import run_id
 
         with together():
             job = job_of(launched)
             if job.device.type == "cuda":  # which torch.distributed goes by
                 torch.cuda.set_device(job.device)
             log = given["log_json"] if speaks else None
-            with blocks_to(log, job.out, resumed=job.resume):
+            named = partial(run_id, job.out)
+            with blocks_to(log, job.out, run_id=named, resumed=job.resume):
                 done = make(job)
         if speaks:
             click.echo(done.totals())
@@ -275,7 +277,7 @@ def _how_to_go_on(out: Path | None) -> str:
 
     if out is None or not is_resumable(out):
         return ""
-    return "; the blocks that are done are saved: the same command with --resume goes on from there"
+    return "; the same command with --resume goes on from what was saved last"
 
 
 @contextlib.contextmanager

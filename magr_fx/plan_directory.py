@@ -75,8 +75,8 @@ class DirectoryPlan:
             *(f"  {r.name} {_by(r.shape)}: {r.reason}" for r in self.plan.rejections),
             f"memory, at most: {readable(sum(memory.values()), 'B')}",
             *(f"  {readable(number, 'B'):>10}  {what}" for what, number in memory.items()),
-            f"disk: room for {readable(costs.disk, 'B')}; {readable(costs.states, 'B')} of states "
-            "are written on top of each other",
+            f"disk: room for {readable(costs.disk, 'B')}; {readable(costs.states(rates), 'B')} of "
+            "states are written on top of each other",
             f"operations: {readable(sum(work.flops for work in operations.values()), 'FLOP')} of "
             f"products and factorisations, {readable(elementwise, 'op')} elementwise",
             *(f"  {_operations(work)}  {what}" for what, work in operations.items()),

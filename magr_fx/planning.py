@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from magr_fx.disk import BETWEEN_STATES
 from magr_fx.gptq import BLOCK
 from magr_fx.gram import EXACT_UP_TO, SPLIT_FROM
 from magr_fx.rounding import CPU_ROWS
@@ -378,8 +379,9 @@ class Costs:
         solver: bytes of the dearest solve.
         boundary: bytes of the activations between two blocks, at their most.
         disk: bytes that are on the disk at most.
-        states: bytes of all states that a checkpoint writes, one after each step, of which the
-            disk holds two.
+        steps: how many there are, after each of which a checkpoint may write a state.
+        state: bytes of one, in the mean over the steps: of the activations between two blocks
+            what is not alike in both runs. The disk holds two.
     """
 
     forward: Work
@@ -392,7 +394,8 @@ class Costs:
     solver: int
     boundary: int
     disk: int
-    states: int
+    steps: int
+    state: int
 
     @property
     def memory(self) -> int:
@@ -405,12 +408,23 @@ class Costs:
         The weights are read once to be looked at, once for the fingerprint, and in every pass; the
         states are a checkpoint's, which the command line always writes.
         """
+        return {**self._work(rates), "states": self.states(rates) / rates.disk}
+
+    def states(self, rates: Rates) -> float:
+        """Bytes of all states that a checkpoint writes.
+
+        One after the first step and then one for every :data:`magr_fx.disk.BETWEEN_STATES` seconds of work,
+        but no more than there are steps; and the last one, which holds no activations.
+        """
+        work = sum(self._work(rates).values())
+        return min(float(self.steps - 1), work / BETWEEN_STATES) * self.state
+
+    def _work(self, rates: Rates) -> dict[str, float]:
         return {
             "forward": self.passes * self.forward.seconds(rates, products=rates.forward),
             "grams": self.gram.seconds(rates, products=rates.solve),
             "solve": self.solve.seconds(rates, products=rates.solve),
             "disk": ((2 + self.passes) * self.model + self.disk - 2 * self.boundary) / rates.disk,
-            "states": self.states / rates.disk,
         }
 
 

@@ -174,6 +174,8 @@ class MagRReport:
         refusal: why torch.export did not, where it was asked to.
         notes: what else is worth knowing of the calibration, such as an input that may be a mask.
         seconds: wall time per stage: trace, check, grams, solve, rewrite, quantize.
+        states, saved_bytes: how many states ``checkpoint_dir`` got, and how many bytes it was
+            written in all, by all ranks, also before the run was cut short; 0 without one.
         peak_memory: the highest of the sites' ``memory``, in MiB.
     """
 
@@ -186,6 +188,8 @@ class MagRReport:
     refusal: str = ""
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    states: int = 0
+    saved_bytes: int = 0
 
     @property
     def rewritten(self) -> list[SiteReport]:
@@ -289,6 +293,14 @@ class MagRReport:
             *([f"because {self.refusal}"] if self.refusal else []),
             *(f"note: {note}" for note in self.notes),
             f"seconds: {stages}",
+            *(
+                [
+                    f"saved to go on from: {self.saved_bytes / 1e9:.3g} GB in all, with {self.states} "
+                    "states"
+                ]
+                if self.states
+                else []
+            ),
         ]
         return "\n".join(lines)
 
@@ -303,6 +315,8 @@ class MagRReport:
             "refusal": self.refusal,
             "notes": self.notes,
             "seconds": self.seconds,
+            "states": self.states,
+            "saved_bytes": self.saved_bytes,
             "sites": [site.as_dict() for site in self.sites],
         }
         with open(path, "w", encoding="utf-8") as file:

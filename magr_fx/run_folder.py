@@ -15,7 +15,7 @@ from magr_fx.errors import ConfigError
 from magr_fx.passes.ranks import Ranks
 
 CHECKPOINT = "checkpoint"
-_UNFINISHED, _LOCK = ".unfinished", "lock"
+_UNFINISHED, _LOCK, _ID = ".unfinished", "lock", "id"
 
 
 def run_of(out: Path) -> Path:
@@ -26,6 +26,16 @@ def run_of(out: Path) -> Path:
 def is_resumable(out: Path) -> bool:
     """Whether a run for ``out`` was cut short that can be taken up again."""
     return any((run_of(out) / CHECKPOINT).glob("state-*.pt"))
+
+
+def run_id(out: Path) -> str:
+    """What tells the run for ``out`` from others for it, however often it is taken up again."""
+    path = run_of(out) / _ID
+    known = path.read_text(encoding="ascii") if path.exists() else ""
+    if not known:  # or it was cut short just here
+        known = secrets.token_hex(8)
+        path.write_text(known, encoding="ascii")
+    return known
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from magr_fx.disk import why_not_written
+from magr_fx.disk import save
 from magr_fx.errors import CheckpointError
 
 
@@ -29,10 +29,10 @@ class TensorFiles(MutableMapping[str, torch.Tensor]):
         """
         try:
             with self._file(name).open("wb") as file:
-                torch.save(tensor, file)
-        except (OSError, RuntimeError) as error:
+                save(tensor, file)
+        except OSError as error:
             raise CheckpointError(
-                f"{self._file(name)} cannot be written: {why_not_written(error)}. Free some space"
+                f"{self._file(name)} cannot be written: {error}. Free some space"
             ) from error
 
     def __getitem__(self, name: str) -> torch.Tensor:

@@ -1,10 +1,12 @@
 """What a run has done so far, on disk: after a crash the next one goes on from there.
 
-After every step the weights that it rewrote, the report's rows and the values that later steps read
-are written, each file first under another name: a file that has its name is whole, and is on the
-disk before another gets its name that counts on it. Of several
-ranks each writes what its own batches need, and the first one the weights, which all have; a step
-counts once every rank has written it.
+After every step the weights that it rewrote are written. A state, that is the report's rows and the
+values that later steps read, is much larger: it is written once :data:`BETWEEN_STATES` seconds have gone by,
+and after the last step. A run goes on after its last state, and does again what came later.
+
+Each file is written under another name first, and what a state counts on is on the disk before the
+state has its name. Of several ranks each writes what its own batches need, and the first one the
+weights, which all have; a state counts once every rank has written it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -25,7 +28,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from magr_fx.config import MagRConfig
-from magr_fx.disk import settle, why_not_written
+from magr_fx.disk import BETWEEN_STATES, save, settle
 from magr_fx.errors import CheckpointError
 from magr_fx.passes.ranks import ALONE, Ranks
 from magr_fx.passes.resident import Resident
@@ -49,12 +52,19 @@ class Checkpoint:
 
     Raises:
         CheckpointError: the directory belongs to another run, or cannot be written.
+
+    Attributes:
+        states, written: how many states this rank has written, and how many bytes in all, also
+            before the run was cut short.
     """
 
     def __init__(
         self, folder: str | os.PathLike[str], fingerprint: dict[str, str], ranks: Ranks = ALONE
     ) -> None:
         self.folder, self._ranks = Path(folder), ranks
+        self.states = self.written = 0
+        self._unsettled: list[Path] = []  # weights that no state counts on yet
+        self._saved = monotonic()
         self._suffix = "" if ranks.world == 1 else f"-rank{ranks.rank}"
         if ranks.world > 1:  # each has kept the values of its own batches
             fingerprint = {**fingerprint, "number of ranks": str(ranks.world)}
@@ -62,7 +72,7 @@ class Checkpoint:
             known = self._known()
             if known is None:
                 text = json.dumps(fingerprint, indent=1) + "\n"
-                self._write(_FINGERPRINT, lambda file: file.write(text.encode()))
+                self._write(_FINGERPRINT, lambda file: file.write(text.encode()), settled=True)
         ranks.meet()
         known = self._known()
         if known is None:
@@ -103,7 +113,13 @@ class Checkpoint:
             left += [path for path in self._weights() if _step(path) > last]
         self._remove(left)
         self._ranks.meet()  # no rank begins a step of which another still has something
-        return _state(self.folder / self._state(last)) if whole else None
+        if not whole:
+            return None
+        path = self.folder / self._state(last)
+        state = _state(path)
+        self.states, self.written = state.get("states", 0), state.get("written", 0)
+        self.written += path.stat().st_size
+        return state
 
     def weights(self, last: int) -> Iterator[dict[str, torch.Tensor]]:
         """The weights of each step up to the last one, by the names of their sites."""
@@ -112,25 +128,45 @@ class Checkpoint:
                 yield _load(path)
 
     def save(
-        self, step: int, boundary: Any, rows: list[SiteReport], weights: dict[str, torch.Tensor]
+        self,
+        step: int,
+        boundary: Callable[[], Any],
+        rows: list[SiteReport],
+        weights: dict[str, torch.Tensor],
+        last: bool = False,
     ) -> None:
-        """Write a step that is done.
+        """Write the weights of a step that is done, and a state where it is time for one.
 
         Args:
             step: its number.
-            boundary: what the next step needs, as :meth:`CalibrationRun.boundary` gives it.
+            boundary: makes what the next step needs, see :func:`magr_fx.passes.boundary.boundary`;
+                called only for a state.
             rows: the report's, of all steps so far.
             weights: what this step made of its sites; needed where they are kept.
+            last: whether no step follows, which makes it time.
 
         Raises:
-            CheckpointError: it cannot be written; what was saved before is still there.
+            CheckpointError: it cannot be written; the last state is still there.
         """
         if weights and self.keeps_weights:
-            self._write(f"weights-{step:06d}.pt", lambda file: torch.save(weights, file))
-        state = {"step": step, "boundary": boundary, "rows": [_plain(row) for row in rows]}
-        self._write(self._state(step), lambda file: torch.save(state, file))
+            name = f"weights-{step:06d}.pt"
+            self._unsettled.append(self._write(name, lambda file: save(weights, file)))
+        is_time = last or monotonic() - self._saved >= BETWEEN_STATES
+        if not self._ranks.gather(is_time)[0]:  # by one clock: all write a state, or none does
+            return
+        self._settle()
+        self.states += 1
+        state = {
+            "step": step,
+            "boundary": boundary(),
+            "rows": [_plain(row) for row in rows],
+            "states": self.states,
+            "written": self.written,
+        }
+        self._write(self._state(step), lambda file: save(state, file), settled=True)
         self._ranks.meet()  # all have written it: what came before is not needed any more
         self._remove(path for path in self._states() if _step(path) < step)
+        self._saved = monotonic()
 
     def _state(self, step: int) -> str:
         return f"state-{step:06d}{self._suffix}.pt"
@@ -153,22 +189,45 @@ class Checkpoint:
             ) from error
         return known
 
-    def _write(self, name: str, write: Callable[[Any], Any]) -> None:
-        unfinished = self.folder / f"{name}.unfinished"
-        try:
-            with unfinished.open("wb") as file:
-                write(file)
-                file.flush()
+    def _write(self, name: str, write: Callable[[Any], Any], *, settled: bool = False) -> Path:
+        """Write a file, which is whole once it has its name; ``settled``: and is on the disk."""
+        path, unfinished = self.folder / name, self.folder / f"{name}.unfinished"
+        with self._told(path):
+            try:
+                with unfinished.open("wb") as file:
+                    write(file)
+                    file.flush()
+                    if settled:
+                        os.fsync(file.fileno())
+                    self.written += file.tell()
+                unfinished.replace(path)
+            except Exception:
+                with contextlib.suppress(OSError):  # of a disk that takes nothing at all any more
+                    unfinished.unlink()
+                raise
+            if settled:
+                settle(self.folder)  # before anything that counts on this file has its name
+        return path
+
+    def _settle(self) -> None:
+        """Have the weights that were written since the last state on the disk."""
+        for path in self._unsettled:
+            with self._told(path), path.open("r+b") as file:
                 os.fsync(file.fileno())
-            unfinished.replace(self.folder / name)
-            settle(self.folder)  # before anything that counts on this file has its name
-        except (OSError, RuntimeError) as error:
-            with contextlib.suppress(OSError):  # of a disk that takes nothing at all any more
-                unfinished.unlink()
+        if self._unsettled:
+            with self._told(self.folder):
+                settle(self.folder)
+        self._unsettled.clear()
+
+    @contextlib.contextmanager
+    def _told(self, path: Path) -> Iterator[None]:
+        """What the disk does not take ends the run; all else that is raised is not about it."""
+        try:
+            yield
+        except OSError as error:
             raise CheckpointError(
-                f"{self.folder / name} cannot be written: {why_not_written(error)}. Free some "
-                "space, or give another checkpoint_dir; a run with this one goes on from what was "
-                "saved before"
+                f"{path} cannot be written: {error}. Free some space, or give another "
+                "checkpoint_dir; a run with this one goes on from what was saved before"
             ) from error
 
     def _remove(self, paths: Iterable[Path]) -> None:

@@ -171,7 +171,7 @@ class CalibrationRun:
         self,
         *,
         after: tuple[int, Any] | None = None,
-        save: Callable[[int, Any], None] | None = None,
+        save: Callable[[int, Callable[[], Any], bool], None] | None = None,
         progress: bool | None = None,
     ) -> Generator[list[SharedGram], None, None]:
         """Sum the grams block by block; yields those whose last activation a block had, together.
@@ -182,7 +182,8 @@ class CalibrationRun:
 
         Args:
             after: a step's number and its boundary, to go on after.
-            save: is called after each step with the same.
+            save: is called after each step with its number, with what makes its boundary, and
+                with whether it was the last.
             progress: whether to show a bar.
         """
         streams = [
@@ -235,7 +236,8 @@ class CalibrationRun:
                         self._replaced.clear()  # everything that reads them has run
                 if save is not None:
                     written = [*buffers, *other]
-                    save(number, boundary(streams, self.grams, written, stored, self._devices))
+                    state = partial(boundary, streams, self.grams, written, stored, self._devices)
+                    save(number, state, number + 1 == len(steps))
                 bar.set_postfix_str(f"peak {high_water_mark(self._shown):.0f} MiB", refresh=False)
 
     def replace(self, parameter: nn.Parameter, quantized: torch.Tensor) -> None:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_leaves
 
 from magr_fx.errors import TraceError
+from magr_fx.passes.addresses import address
 from magr_fx.passes.module_calls import CALLS
 from magr_fx.passes.module_state import attributes_kept
 from magr_fx.passes.tensors_only import TensorsOnly
@@ -209,12 +210,12 @@ class _OpsSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.reads_values = False
         stored = [tensor for tensor in stored if tensor.layout is torch.strided]
-        self.parameters = {
-            t.untyped_storage().data_ptr() for t in stored if isinstance(t, nn.Parameter)
-        }
+        self.parameters = {address(t) for t in stored if isinstance(t, nn.Parameter)} - {None}
         self._stored: dict[int, list[torch.Tensor]] = defaultdict(list)
         for tensor in stored:
-            self._stored[tensor.untyped_storage().data_ptr()].append(tensor)
+            at = address(tensor)
+            if at is not None:
+                self._stored[at].append(tensor)
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -241,7 +242,8 @@ class _OpsSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 tensor.copy_(values)
 
     def _keep(self, written: torch.Tensor) -> None:
-        for tensor in self._stored.pop(written.untyped_storage().data_ptr(), ()):
+        at = address(written)
+        for tensor in () if at is None else self._stored.pop(at, ()):
             self._kept.append((tensor, tensor.detach().clone()))
 
 
@@ -269,7 +271,7 @@ class _FunctionsSeen(TorchFunctionMode):
         for leaf in tree_leaves(arguments):
             if not isinstance(leaf, torch.Tensor):
                 continue
-            if unwrapped(leaf).untyped_storage().data_ptr() in self.seen.parameters:
+            if address(unwrapped(leaf)) in self.seen.parameters:
                 raise TraceError(
                     "it reads a weight inside torch.vmap (or another transform of torch.func), "
                     "which make_fx does not follow"

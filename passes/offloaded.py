@@ -18,6 +18,7 @@ from torch import nn
 
 from magr_fx.errors import ModelError
 from magr_fx.model_directory import read_header
+from magr_fx.passes.addresses import address
 from magr_fx.passes.fetch_ahead import FetchAhead
 from magr_fx.passes.resident import Outline, Place, Resident, all_resident, outlined
 
@@ -244,7 +245,8 @@ def _identity(values: Any, key: str) -> Any:
     """What is equal for two names of one weight."""
     in_memory = values if isinstance(values, dict) else values.state_dict
     if key in in_memory:
-        return in_memory[key].untyped_storage().data_ptr(), in_memory[key].storage_offset()
+        at = address(in_memory[key])
+        return (id(values), key) if at is None else (at, in_memory[key].storage_offset())
     entry = values.index[key]
     if entry.get("safetensors_file") is not None:
         return entry["safetensors_file"], entry.get("weight_name", key)

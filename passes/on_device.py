@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_map_only
 
 from magr_fx.errors import ModelError
+from magr_fx.passes.addresses import address
 from magr_fx.passes.inline import AUTOCAST
 from magr_fx.passes.trace import TracedBatch, all_nodes
 
@@ -44,11 +45,11 @@ def _move_attributes(
 ) -> None:
     """Have copies of buffers and constants there in their places."""
     read = list(_attributes(graph_module))
-    weights = {t.untyped_storage().data_ptr() for *_, t in read if isinstance(t, nn.Parameter)}
+    weights = {address(t) for *_, t in read if isinstance(t, nn.Parameter)} - {None}
     for owner, key, tensor in read:
         if isinstance(tensor, nn.Parameter):
             continue
-        if tensor.numel() and tensor.untyped_storage().data_ptr() in weights:
+        if tensor.numel() and address(tensor) in weights:
             raise ModelError(  # its values would not come with the weight's
                 f"the model reads a weight of shape {tuple(tensor.shape)} through a tensor that is "
                 "no parameter; load it as a whole in place of offloading or sharding it"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import closing
 from dataclasses import replace
 from time import perf_counter
@@ -179,6 +179,9 @@ def rewrite_sites(
     finally:
         skipped = [SiteReport(r.name, r.shape, "skipped", r.reason) for r in found.rejections]
         report.sites = [*report.rewritten, *report.failed, *report.skipped, *skipped]
+    if checkpoint is not None:
+        report.states = checkpoint.states
+        report.saved_bytes = sum(ranks.gather(checkpoint.written))
     if report.overfitted:
         logger.warning(
             "%d sites gain much less over torchao alone on the held-out tokens than on the "
@@ -286,10 +289,10 @@ class _Keeper:
                 weight = tensors.get(site.name)
                 self.weights[site.name] = site.weight.clone() if weight is None else weight
 
-    def save(self, step: int, boundary: Any) -> None:
-        """Write the step that has ended."""
+    def save(self, step: int, boundary: Callable[[], Any], last: bool) -> None:
+        """Write what a step that has ended has made; it is not held in memory any longer."""
         if self.checkpoint is not None:
-            self.checkpoint.save(step, boundary, self.report.sites, self.weights)
+            self.checkpoint.save(step, boundary, self.report.sites, self.weights, last)
             self.weights.clear()
 
 

@@ -93,8 +93,10 @@ def plan(
     )
     item = {id(p): p.numel() * p.element_size() for p in model.parameters()}
     total = stored or sum(item.values())
-    boundaries = [int(alive * share) * (1 + method.propagate) for alive in _alive(steps)]
-    boundary = max(boundaries)
+    rewritten = {call.node for shared in run.grams for s in shared.sites for call in s.calls}
+    alive = _alive(steps, rewritten)
+    boundary = int(max(sum(sizes) for sizes in alive) * share) * (1 + method.propagate)
+    states = [alike + differing * (1 + method.propagate) for alike, differing in alive]
     return Plan(
         found.sites,
         found.rejections,
@@ -110,7 +112,8 @@ def plan(
             solver=max(solver_bytes(shape, method) for shape in all_shapes),
             boundary=boundary,
             disk=disk_bytes(total, copies, boundary),
-            states=sum(boundaries),
+            steps=len(steps),
+            state=int(sum(states) / len(states) * share),
         ),
         max(all_shapes, key=lambda shape: shape.rows * shape.inputs),
     )
@@ -149,19 +152,33 @@ def _shape(shared: SharedGram, routed: float) -> Shape:
     return Shape(rows, shared.sites[0].shape[1], routed if expert else 1.0)
 
 
-def _alive(steps: Sequence[list[Block]]) -> list[int]:
-    """Bytes of the values that later blocks read, after each step, for the traced batch."""
+def _alive(steps: Sequence[list[Block]], rewritten: set[fx.Node]) -> list[tuple[int, int]]:
+    """Bytes of the values that later blocks read, after each step, for the traced batch.
+
+    First of those that are the same before and after weights are quantized, then of the others:
+    those that come from a matmul that reads one, ``rewritten``, and are no decision.
+    """
     alive: dict[fx.Node, int] = {}
+    differing = set(rewritten)
     sizes = []
     for step in steps:
         for block in step:
             for node in block.nodes:
+                if not differing.isdisjoint(node.all_input_nodes) and not _is_decision(node):
+                    differing.add(node)
                 if node.op != "get_attr" and node in block.run:
                     alive[node] = _bytes(node)
                 for dead in block.dead_after.get(node, ()):
                     alive.pop(dead, None)
-        sizes.append(sum(alive.values()))
+        other = sum(size for node, size in alive.items() if node in differing)
+        sizes.append((sum(alive.values()) - other, other))
     return sizes
+
+
+def _is_decision(node: fx.Node) -> bool:
+    """Whether it is of whole numbers, which the quantized run takes from the original one."""
+    value: Any = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and not value.is_floating_point()
 
 
 def _forward(

@@ -12,8 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from magr_fx.passes import solve_sites
+from magr_fx.passes import checkpoint, solve_sites
 from magr_fx.passes.ranks import Ranks
+
+
+def state_after_each_step(patched: pytest.MonkeyPatch) -> None:
+    """Let a run write a state after each step, however little time has gone by."""
+    patched.setattr(checkpoint, "BETWEEN_STATES", 0)
 
 
 @contextlib.contextmanager
@@ -22,7 +27,7 @@ def moments(moment: Callable[[str], None], folder: Path) -> Iterator[None]:
 
     These are "open", "half" (of it is written), "replace" and "unlink" with a file's name, "fsync",
     "meet" and "met" (before and after the ranks meet), and "solve". Nothing is really synced: what
-    a killed process wrote, the system has.
+    a killed process wrote, the system has. Each step has its state.
     """
     whole_open, whole_replace, whole_unlink = Path.open, Path.replace, Path.unlink
     whole_save, whole_meet = torch.save, Ranks.meet
@@ -68,6 +73,7 @@ def moments(moment: Callable[[str], None], folder: Path) -> Iterator[None]:
         return solve
 
     with pytest.MonkeyPatch.context() as patched:
+        state_after_each_step(patched)
         patched.setattr(Path, "open", open_)
         patched.setattr(Path, "replace", replace)
         patched.setattr(Path, "unlink", unlink)

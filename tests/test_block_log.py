@@ -12,9 +12,9 @@ from magr_fx.block_log import blocks, blocks_to, log_block
 from magr_fx.errors import ConfigError
 
 
-def log(path: Path, out: str, *numbers: int, resumed: bool = False) -> None:
+def log(path: Path, out: str, *numbers: int, run: str = "", resumed: bool = False) -> None:
     """What a run for ``out`` logs that does blocks of these numbers."""
-    with blocks_to(path, Path(out), resumed=resumed):
+    with blocks_to(path, Path(out), run_id=lambda: run or f"run for {out}", resumed=resumed):
         for number in numbers:
             log_block(f"layers.{number}", number, 9, [], 0.5, float("nan"))
 
@@ -34,6 +34,7 @@ def test_a_line_is_the_record_and_out(tmp_path: Path) -> None:
         "memory_mib": None,
         "sites": [],
         "out": "/a",
+        "run": "run for /a",
     }
     assert blocks.handlers == []
 
@@ -42,6 +43,8 @@ def test_a_block_that_is_done_again_takes_the_place_of_its_line(tmp_path: Path) 
     path = tmp_path / "log"
     log(path, "/a", 1, 2, 3)
     log(path, "/a", 3, 4, resumed=True)
+    assert logged(path) == [("/a", 1), ("/a", 2), ("/a", 3), ("/a", 4)]
+    log(path, "/a", 2, 3, 4, resumed=True)  # several were done since the last state
     assert logged(path) == [("/a", 1), ("/a", 2), ("/a", 3), ("/a", 4)]
     log(path, "/a", 5, resumed=True)  # what was logged last was saved as well
     assert logged(path)[3:] == [("/a", 4), ("/a", 5)]
@@ -54,9 +57,12 @@ def test_other_runs_in_the_same_file_keep_their_lines(tmp_path: Path) -> None:
     log(path, "/a", 3, 4, resumed=True)
     others = [("/b", 1), ("/b", 2), ("/b", 3)]
     assert logged(path) == [("/a", 1), ("/a", 2), *others, ("/a", 3), ("/a", 4)]
-    log(path, "/b", 1, 2)  # anew
+    log(path, "/b", 1, 2, run="anew")
     log(path, "/c", 2, 3, resumed=True)
     assert logged(path)[7:] == [("/b", 1), ("/b", 2), ("/c", 2), ("/c", 3)]
+    before = logged(path)
+    log(path, "/b", 1, run="killed before it logged anything", resumed=True)
+    assert logged(path) == [*before, ("/b", 1)]
 
 
 @pytest.mark.parametrize("left", [1, 3, 10, 40, -1])
@@ -93,6 +99,6 @@ def test_nothing_is_taken_back_before_the_first_block(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     with (
         pytest.raises(ConfigError, match=r"cannot be written: .*name another file"),
-        blocks_to(tmp_path / "none" / "log", Path("/a"), resumed=False),
+        blocks_to(tmp_path / "none" / "log", Path("/a"), run_id=str, resumed=False),
     ):
         pass

@@ -17,7 +17,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from accelerate import disk_offload
-from crash_helpers import recorded_syncs
+from crash_helpers import recorded_syncs, state_after_each_step
 from targets import ASYMMETRIC, intx
 from tiny_models import tiny_llama, tiny_mixtral, token_ids
 from torch import fx, nn
@@ -30,6 +30,11 @@ from magr_fx.passes.resident import all_resident
 
 CALIB = [token_ids(3, 17, seed=1), token_ids(2, 9, seed=2)]
 INT3 = intx(3, ASYMMETRIC, None)
+
+
+@pytest.fixture(autouse=True)
+def _state_after_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    state_after_each_step(monkeypatch)
 
 
 class InterruptedRunError(Exception):
@@ -182,6 +187,8 @@ import os, pathlib, signal, sys, time
 sys.path[:0] = {path!r}
 from test_checkpoint import gptq
 from tiny_models import tiny_llama
+from magr_fx.passes import checkpoint
+checkpoint.BETWEEN_STATES = 0
 folder = pathlib.Path(sys.argv[1])
 for kill in range(3):
     child = os.fork()
@@ -269,11 +276,19 @@ def test_each_file_is_on_the_disk_before_another_counts_on_it(
 ) -> None:
     """Until its directory is synced, a loss of power may undo a rename, and keep a later one."""
     events = recorded_syncs(tmp_path, monkeypatch)
-    Checkpoint(tmp_path, {}).save(0, {}, [], {"weight": torch.zeros(2)})
-    wanted = []
-    for name in ("fingerprint.json", "weights-000000.pt", "state-000000.pt"):
-        wanted += [f"sync {name}.unfinished", f"replace {name}", f"sync {tmp_path.name}"]
-    assert events == wanted
+    checkpoint = Checkpoint(tmp_path, {})
+    monkeypatch.setattr("magr_fx.passes.checkpoint.BETWEEN_STATES", 1e9)
+    for step in (0, 1):
+        checkpoint.save(step, dict, [], {"weight": torch.zeros(2)})
+    checkpoint.save(2, dict, [], {}, True)
+    both = ["weights-000000.pt", "weights-000001.pt"]
+
+    def settled(name: str) -> list[str]:
+        return [f"sync {name}.unfinished", f"replace {name}", f"sync {tmp_path.name}"]
+
+    wanted = [*settled("fingerprint.json"), *(f"replace {name}" for name in both)]
+    wanted += [*(f"sync {name}" for name in both), f"sync {tmp_path.name}"]
+    assert events == wanted + settled("state-000002.pt")
 
 
 def test_a_platform_that_opens_no_directory_writes_all_the_same(
@@ -289,7 +304,7 @@ def test_a_platform_that_opens_no_directory_writes_all_the_same(
     with monkeypatch.context() as patched:
         patched.setattr(os, "open", refusing)
         events = recorded_syncs(tmp_path, patched)
-        Checkpoint(tmp_path, {}).save(0, {"kept": 1}, [], {})
+        Checkpoint(tmp_path, {}).save(0, lambda: {"kept": 1}, [], {})
     assert f"sync {tmp_path.name}" not in events
     last = Checkpoint(tmp_path, {}).last()
     assert last is not None
@@ -301,7 +316,7 @@ def test_what_torch_says_of_a_full_disk_is_understood(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path, {})
     (tmp_path / "weights-000000.pt.unfinished").symlink_to("/dev/full")
     with pytest.raises(CheckpointError, match="cannot be written"):
-        checkpoint.save(0, {}, [], {"weight": torch.zeros(100_000)})
+        checkpoint.save(0, dict, [], {"weight": torch.zeros(100_000)})
     assert list(tmp_path.glob("*.pt*")) == []
 
 

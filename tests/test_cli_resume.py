@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from cli_helpers import INT3, SMALL, contents, done, run, tensors
+from crash_helpers import state_after_each_step
 from tiny_directories import save_model, save_text
 from tiny_models import tiny_llama
 
@@ -25,6 +26,11 @@ from magr_fx.passes.checkpoint import Checkpoint
 from magr_fx.report_files import read_report
 from magr_fx.run_folder import is_resumable
 from magr_fx.write_directory import publish
+
+
+@pytest.fixture(autouse=True)
+def _state_after_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    state_after_each_step(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +75,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
         result = run(*command(reference, out, "--log-json", log))
     assert result.exit_code == 130
     assert result.stderr == (
-        "magr-fx: interrupted; the blocks that are done are saved: the same command with --resume "
-        "goes on from there\n"
+        "magr-fx: interrupted; the same command with --resume goes on from what was saved last\n"
     )
     assert not out.exists()
     # What is done so far can be looked at, by either name.
@@ -257,6 +262,7 @@ sys.path[:0] = {path!r}
 from click.testing import CliRunner
 from magr_fx.cli import magr_fx as commands
 import magr_fx.directories, transformers.models.llama.modeling_llama
+magr_fx.passes.checkpoint.BETWEEN_STATES = {between}
 
 arguments, seed, kills = {arguments!r}, {seed}, 0
 start = time.monotonic()
@@ -296,6 +302,7 @@ def test_killed_at_random_points_it_comes_to_the_same_bits(reference: Path, tmp_
         log=str(tmp_path / "log.jsonl"),
         seed=int.from_bytes(os.urandom(4), "little"),
         kills=6,
+        between=0,
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     ran = subprocess.run(

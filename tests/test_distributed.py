@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from crash_helpers import state_after_each_step
 from rank_helpers import on_ranks
 from targets import ASYMMETRIC, intx
 from tiny_models import tiny_llama, tiny_mixtral, token_ids
@@ -337,6 +338,7 @@ def until_killed(folder: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Checkpoint, "save", save)
+        state_after_each_step(patched)
         for_target(checkpoint_dir=folder)
 
 
@@ -350,6 +352,7 @@ def go_on(folder: Path) -> dict[str, Any]:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Checkpoint, "save", save)
+        state_after_each_step(patched)
         ended = outcome(for_target(checkpoint_dir=folder))
     return {**ended, "steps": steps, "wanted": outcome(for_target())["weights"]}
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from crash_helpers import state_after_each_step
 from targets import ASYMMETRIC, intx
 from tiny_models import tiny_mixtral, token_ids
 from torch import nn
@@ -453,6 +454,7 @@ def test_a_run_that_was_cut_short_goes_on_on_another_device(
 
     with monkeypatch.context() as patched:
         patched.setattr(Checkpoint, "save", cut)
+        state_after_each_step(patched)
         with pytest.raises(KeyboardInterrupt):
             magr_transform(hooked, CALIB, target=INT3, checkpoint_dir=tmp_path / "run")
     again = offload(model, "cpu_offload", tmp_path)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from crash_helpers import moments
+from crash_helpers import moments, state_after_each_step
 from rank_helpers import on_ranks
 from test_distributed import by_rows, chain, for_target, gptq, outcome, raised
 from torch import distributed as dist
@@ -114,7 +114,8 @@ def live(folder: Path, ranks: Thread, life: Life, attempt: int) -> None:
             life.found = (last["step"], last["boundary"]["by"])
             life.made = [int(w["by"]) for w in checkpoint.weights(last["step"])]
         for step in range(0 if last is None else last["step"] + 1, STEPS):
-            checkpoint.save(step, {"by": attempt}, [], {"by": torch.tensor(attempt)})
+            made = {"by": torch.tensor(attempt)}
+            checkpoint.save(step, lambda: {"by": attempt}, [], made, step == STEPS - 1)
             life.saved = step
         life.ended = "done"
     except (Killed, DistributedError) as error:
@@ -214,11 +215,11 @@ def test_what_one_attempt_left_of_a_step_does_not_meet_what_another_makes(tmp_pa
 
 def test_a_file_that_cannot_be_removed_is_named(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path, {})
-    checkpoint.save(0, {}, [], {})
+    checkpoint.save(0, dict, [], {}, True)
     (tmp_path / "state-000000.pt").unlink()
     (tmp_path / "state-000000.pt").mkdir()
     with pytest.raises(CheckpointError, match=r"state-000000.pt cannot be removed: .*goes on from"):
-        checkpoint.save(1, {}, [], {})
+        checkpoint.save(1, dict, [], {}, True)
 
 
 @pytest.mark.parametrize(("was", "now"), [(1, 2), (2, 1), (2, 3)])
@@ -332,7 +333,9 @@ def on_a_full_disk(folder: Path, of_one_process: Path) -> dict[str, Any]:
             folder.mkdir(exist_ok=True)
             place.symlink_to(FULL)  # which takes nothing, as a disk without room
         dist.barrier()
-        found[name] = raised(lambda: for_target(checkpoint_dir=folder))
+        with pytest.MonkeyPatch.context() as patched:
+            state_after_each_step(patched)
+            found[name] = raised(lambda: for_target(checkpoint_dir=folder))
     model = chain()
     before = state(model)
     found["ranks"] = raised(lambda: for_target(model, checkpoint_dir=of_one_process))
@@ -381,6 +384,7 @@ def on_a_full_spill(folder: Path, spilled: Path) -> dict[str, Any]:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(spill, "LEAST", 1)
+        state_after_each_step(patched)
         if dist.get_rank() == 1:
             patched.setattr(os, "posix_fallocate", full)
         error = raised(lambda: for_target(model, checkpoint_dir=folder, spill_dir=own))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from crash_helpers import state_after_each_step
 from targets import ASYMMETRIC, intx
 from tiny_models import text_calib, tiny_llama, token_ids
 from torch import fx, nn
@@ -154,6 +155,7 @@ def test_what_was_away_when_a_run_was_cut_short_is_read_by_the_next(
     wanted = run(None, None)
     with monkeypatch.context() as patched:
         patched.setattr(Checkpoint, "save", save_and_stop)
+        state_after_each_step(patched)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "begun", tmp_path / "away")
     for name, spill_dir in (("again", tmp_path / "away"), ("without", None)):
