@@ -11,10 +11,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from other_rounding import perturb
 
 # Before Triton is imported, by torchao for one: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--perturb",
+        type=int,
+        metavar="SEED",
+        help="compute as another processor may: every product off by up to 1e-6 of itself",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -24,6 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if hasattr(config.option, "loadscopereorder"):  # pytest-xdist is there
         config.option.loadscopereorder = False
+    if config.option.perturb is not None:
+        perturb(config.option.perturb)
 
 
 @pytest.fixture(autouse=True)
