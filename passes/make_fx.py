@@ -79,6 +79,7 @@ def run_and_trace(
     try:
         with (
             torch.compiler.set_stance("force_eager"),
+            compiled_parts_run(),
             attributes_kept(model) as held,
             traceback.preserve_node_meta(),
             _module_paths(model),
@@ -89,10 +90,12 @@ def run_and_trace(
             graph_module = _make_fx(function, list(stored.values()), inputs)
     except Exception as error:  # whatever the model's own code raises
         message = next((line for line in str(error).splitlines() if line.strip()), "no message")
+        remedy = "check that the model itself runs on this batch"
+        if "flex_attention" in str(error):
+            remedy = 'take another attention: attn_implementation="sdpa" or "eager"'
         raise TraceError(
             f"{type(model).__name__} cannot be run and traced with calibration batch {index}: "
-            f"{type(error).__name__}: {message.strip()} — check that the model itself runs on "
-            "this batch"
+            f"{type(error).__name__}: {message.strip()} — {remedy}"
         ) from error
     graph_module = _with_attributes(graph_module, stored)
     graph_module.meta[CALLS] = tuple(function.log.calls)
@@ -106,6 +109,14 @@ def nothing_kept(model: nn.Module) -> Iterator[None]:
         seen = _OpsSeen([*model.parameters(), *model.buffers(), *held])
         with seen.values_kept(), seen:
             yield
+
+
+def compiled_parts_run() -> contextlib.AbstractContextManager[Any]:
+    """Let what is compiled inside a model run as it was written, where torch would refuse it."""
+    from torch._dynamo import config
+
+    patched: contextlib.AbstractContextManager[Any] = config.patch(error_on_nested_fx_trace=False)
+    return patched
 
 
 def _make_fx(

@@ -11,9 +11,12 @@ import torch
 from graph_helpers import Formula, assert_gram, call, hook_grams, weight
 from tiny_models import activations, text_calib, tiny_llama
 from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx as make_fx_of_torch
 from torch.nn import functional as F  # noqa: N812
-from toys import changed, state
+from toys import WIDTH, changed, state, vectors
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from magr_fx import MagRConfig, magr_transform
 from magr_fx.errors import ConfigError, TraceError
 from magr_fx.passes.calibration import read_calib
 from magr_fx.passes.collect_grams import CalibrationRun
@@ -519,3 +522,57 @@ def test_make_fx_itself() -> None:
         torch.testing.assert_close(converted(given), expected, rtol=0, atol=0)
     assert isinstance(converted, fx.GraphModule)
     converted.graph.lint()
+
+
+class PartlyCompiled(nn.Module):
+    """A part is compiled, in one of several ways, and what follows depends on values."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 8)
+        self.relu: Any = torch.relu
+        if how == "module":
+            self.first = torch.compile(self.first)  # type: ignore[assignment]
+        elif how == "in place":
+            self.first.compile()
+        elif how == "function":
+            self.relu = torch.compile(torch.relu)
+        elif how == "disabled":
+            self.relu = torch.compiler.disable(torch.relu)
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = self.relu(self.first(x))
+        return hidden if bool(hidden.sum() < 0) else self.second(hidden)
+
+
+@pytest.mark.parametrize("trace", ["auto", "make_fx"])
+@pytest.mark.parametrize("how", ["module", "in place", "function", "disabled"])
+def test_compiled_parts_are_run_as_they_were_written(how: str, trace: str) -> None:
+    plain, model = PartlyCompiled("not"), PartlyCompiled(how)
+    for one in (plain, model):
+        magr_transform(one, vectors(), MagRConfig(alpha=1e-2), trace=trace)
+        report: Any = one.magr_report
+        assert (report.tracer, len(report.rewritten)) == ("make_fx", 2)
+    for weight_, other in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(weight_, other, rtol=0, atol=1e-5)
+    with pytest.raises(RuntimeError, match="FX to symbolically trace a dynamo-optimized"):
+        make_fx_of_torch(torch.compile(torch.relu))(torch.ones(2))  # as torch is set otherwise
+
+
+@pytest.mark.parametrize("trace", ["auto", "make_fx"])
+def test_flex_attention_is_traced(trace: str) -> None:
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=50, attn_implementation="flex_attention",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    flex = LlamaForCausalLM(config).eval()
+    eager = LlamaForCausalLM(config).eval()
+    eager.load_state_dict(flex.state_dict())
+    eager.set_attn_implementation("eager")
+    calib = [torch.arange(32).view(2, 16)]
+    magr_transform(flex, calib, MagRConfig(alpha=1e-2), trace=trace)
+    magr_transform(eager, calib, MagRConfig(alpha=1e-2), trace="make_fx")
+    pairs = zip(flex.parameters(), eager.parameters(), strict=True)
+    assert all(float((a - b).detach().norm() / b.detach().norm()) < 1e-3 for a, b in pairs)
