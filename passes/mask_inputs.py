@@ -181,9 +181,9 @@ class MaskInputs:
         if name in ("attention_mask", "input_mask") and call.arguments == root.arguments:
             return candidates
         fitting = frozenset(at for at in candidates if self._fits(trace, place, at))
-        word = name.partition("_")[0]
-        named = frozenset(at for at in fitting if trace.input_names[at].startswith(word))
-        return named or fitting or candidates
+        words = {name.partition("_")[0], *trace.input_names[place].split("_")}
+        named = {at for at in fitting if words & set(trace.input_names[at].split("_"))}
+        return frozenset(named) or fitting or candidates
 
     def _same_tensors(
         self, trace: Trace, found: set[int], others: frozenset[int]

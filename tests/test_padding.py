@@ -276,12 +276,6 @@ TOLD_APART: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
         lambda m, x, mask: F.linear(x.transpose(0, 1).reshape(-1, IN), m.w),
         (OUT, IN),
     ),
-    "tokens first, heads": (
-        lambda m, x, mask: F.linear(
-            x.transpose(0, 1).reshape(x.shape[1], -1, IN // 2).view(-1, IN), m.w
-        ),
-        (OUT, IN),
-    ),
     "turned and turned back": (
         lambda m, x, mask: F.linear(x.mT.relu().mT + x - x.relu(), m.w),
         (OUT, IN),
