@@ -10,10 +10,10 @@ from typing import Any, BinaryIO
 
 import torch
 
-# Seconds of work between two states of a run. One that is killed loses what it did since the last, at
-# most this and a step: less than a minute where a step takes less than half of one, and a step where
-# it takes longer. All activations are in a state: were one written after each step, of which a layer
-# has four, a run would write a hundred times the bytes of its model.
+# Seconds of work between two states of a run. One that is killed loses what it did since the last,
+# at most this and a step: less than a minute where a step takes less than half of one, and a step
+# where it takes longer. All activations are in a state: were one written after each step, of which
+# a layer has four, a run would write a hundred times the bytes of its model.
 BETWEEN_STATES = 30.0
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

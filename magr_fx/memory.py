@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,7 +42,7 @@ def give_back_what_is_freed() -> None:
 
     For a process of one's own: the setting is the whole process's, and cannot be read or undone.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = _of_c_library("mallopt")
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, FREED_FROM)
         mallopt(_TRIM_THRESHOLD, FREED_FROM)
@@ -73,3 +75,22 @@ def _group_memory() -> float:
         return float(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
     except (OSError, ValueError):  # no control groups of version 2, or "max"
         return math.inf
+
+
+def trim() -> None:
+    """Have the C library return what is free to the system now; nothing where it is no glibc.
+
+    It keeps what was freed in pieces of up to 32 MB, which adds up to the size of a small model.
+    """
+    malloc_trim = _of_c_library("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+@functools.cache
+def _of_c_library(name: str) -> Any:
+    """A function of the C library that the process runs on; None where it has none such."""
+    try:
+        return getattr(ctypes.CDLL(None), name, None)
+    except (OSError, TypeError):  # Windows, where a process has several
+        return None

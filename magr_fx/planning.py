@@ -413,8 +413,8 @@ class Costs:
     def states(self, rates: Rates) -> float:
         """Bytes of all states that a checkpoint writes.
 
-        One after the first step and then one for every :data:`magr_fx.disk.BETWEEN_STATES` seconds of work,
-        but no more than there are steps; and the last one, which holds no activations.
+        One for every :data:`magr_fx.disk.BETWEEN_STATES` seconds of work, but no more than there
+        are steps; and the last one, which holds no activations.
         """
         work = sum(self._work(rates).values())
         return min(float(self.steps - 1), work / BETWEEN_STATES) * self.state

@@ -293,16 +293,13 @@ class MagRReport:
             *([f"because {self.refusal}"] if self.refusal else []),
             *(f"note: {note}" for note in self.notes),
             f"seconds: {stages}",
-            *(
-                [
-                    f"saved to go on from: {self.saved_bytes / 1e9:.3g} GB in all, with {self.states} "
-                    "states"
-                ]
-                if self.states
-                else []
-            ),
+            *([self._saved()] if self.states else []),
         ]
         return "\n".join(lines)
+
+    def _saved(self) -> str:
+        size = f"{self.saved_bytes / 1e6:.3g} MB"
+        return f"saved to go on from after a crash: {size} in all, {self.states} states among it"
 
     def to_json(self, path: str | PathLike[str]) -> None:
         """Write everything but the per-channel arrays to ``path``."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 import shutil
@@ -71,7 +70,17 @@ def alone(run: Path) -> Iterator[str]:
     """Have the run's directory to oneself; the lock goes with the process, however that ends.
 
     Yields what is written in the lock, which no other run has written.
+
+    Raises:
+        ConfigError: it cannot be made or locked.
     """
+    try:
+        import fcntl
+    except ImportError as error:  # Windows
+        raise ConfigError(
+            "transform and quantize lock the directory that they work in, which needs a Unix; "
+            "under Windows call magr_fx.magr_transform from Python"
+        ) from error
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = (run / _LOCK).open("a", encoding="ascii")

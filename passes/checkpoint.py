@@ -1,8 +1,9 @@
 """What a run has done so far, on disk: after a crash the next one goes on from there.
 
 After every step the weights that it rewrote are written. A state, that is the report's rows and the
-values that later steps read, is much larger: it is written once :data:`BETWEEN_STATES` seconds have gone by,
-and after the last step. A run goes on after its last state, and does again what came later.
+values that later steps read, is much larger: it is written where :data:`BETWEEN_STATES` seconds
+have gone by since the last one, and after the last step. A run goes on after its last state, and
+does again what came later.
 
 Each file is written under another name first, and what a state counts on is on the disk before the
 state has its name. Of several ranks each writes what its own batches need, and the first one the

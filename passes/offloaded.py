@@ -102,9 +102,17 @@ class _Weight:
         return value
 
     def store(self, weight: torch.Tensor) -> None:
-        weight = weight.cpu()
+        weight, stored = weight.cpu(), list[tuple[Any, str]]()
         for values, key in self.kept:
-            _store(values, key, weight)
+            try:
+                _store(values, key, weight)
+            except BaseException:
+                if stored:  # several names of one weight: it is what it was under all of them
+                    former = values[key].clone()
+                    for other in stored:
+                        _store(*other, former)
+                raise
+            stored.append((values, key))
 
     def announce(self) -> None:
         if self.ahead is not None:
@@ -271,7 +279,7 @@ def _store(values: Any, key: str, weight: torch.Tensor) -> None:
             plain = weight.contiguous().flatten().view(torch.uint8)
             file.write(plain.numpy().data)
         unfinished.replace(folder / f"{key}.dat")
-    except OSError:
+    except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
     dtype = str(weight.dtype).removeprefix("torch.")

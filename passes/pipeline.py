@@ -165,10 +165,7 @@ def rewrite_sites(
                 log_block(*run.working_on, report.sites[known:], now - started, memory)
                 started = now
     except BaseException as error:
-        if isinstance(error, NotStoredError):
-            report.sites = [
-                row for row in report.sites if row.name.partition("[")[0] not in error.names
-            ]
+        _leave_out_lost(report, error)
         if handling.rounding == "gptq":  # the tensors take their places together, at the end
             report.sites = []
             logger.error("interrupted: nothing was changed")
@@ -179,9 +176,7 @@ def rewrite_sites(
     finally:
         skipped = [SiteReport(r.name, r.shape, "skipped", r.reason) for r in found.rejections]
         report.sites = [*report.rewritten, *report.failed, *report.skipped, *skipped]
-    if checkpoint is not None:
-        report.states = checkpoint.states
-        report.saved_bytes = sum(ranks.gather(checkpoint.written))
+    keeper.tell(ranks)
     if report.overfitted:
         logger.warning(
             "%d sites gain much less over torchao alone on the held-out tokens than on the "
@@ -217,6 +212,13 @@ def _unfed(run: CalibrationRun, found: Found, batches: int) -> list[Site]:
             "is added to the scores) stands for a token"
         )
     return unfed
+
+
+def _leave_out_lost(report: MagRReport, error: BaseException) -> None:
+    """Have in the report no weight that could not be stored, which is what it was."""
+    lost = error if isinstance(error, NotStoredError) else error.__cause__
+    if isinstance(lost, NotStoredError):
+        report.sites = [row for row in report.sites if row.name.partition("[")[0] not in lost.names]
 
 
 def _rewrite(
@@ -294,6 +296,12 @@ class _Keeper:
         if self.checkpoint is not None:
             self.checkpoint.save(step, boundary, self.report.sites, self.weights, last)
             self.weights.clear()
+
+    def tell(self, ranks: Ranks) -> None:
+        """Have in the report how much was written, by all ranks."""
+        if self.checkpoint is not None:
+            self.report.states = self.checkpoint.states
+            self.report.saved_bytes = sum(ranks.gather(self.checkpoint.written))
 
 
 def rewrite_alone(shared: SharedGram, config: MagRConfig, target: Target | None) -> SiteReport:

@@ -18,7 +18,7 @@ from magr_fx.grid import stacked
 from magr_fx.passes.find_linears import Site
 from magr_fx.passes.ranks import ALONE, Ranks
 from magr_fx.passes.shared_gram import SharedGram
-from magr_fx.passes.to_torchao import rows_are_independent, shares_one_step
+from magr_fx.passes.to_torchao import row_multiple, rows_are_independent, shares_one_step
 from magr_fx.passes.torchao_rounding import TorchaoRounding, dequantized, grid_of
 from magr_fx.report import Quantization
 from magr_fx.rounding import Nearest, OnGrid, Rounded
@@ -71,7 +71,7 @@ def quantized_weights(
     gptq = target.handling.rounding == "gptq"
     gram = within_range(damped(shared.collected, shared.damping(config)))
     spread = compensation(gram, by_activation=target.handling.act_order) if gptq else None
-    own = ranks.part_of(len(whole))
+    own = ranks.part_of(len(whole), row_multiple(target.config))
     weight = whole[own]
     aim = weight.to(torch.float32)
     if shared.drift is not None:

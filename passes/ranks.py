@@ -93,9 +93,13 @@ class Ranks:
                 self.broadcast(part, rank)
         return whole
 
-    def part_of(self, rows: int) -> slice:
-        """The rows that are this rank's, of so many."""
-        return slice(rows * self.rank // self.world, rows * (self.rank + 1) // self.world)
+    def part_of(self, rows: int, multiple: int = 1) -> slice:
+        """The rows that are this rank's, of so many; parts begin at multiples, and none is empty
+        where there are ``multiple`` rows for each rank.
+        """
+        units = -(-rows // multiple)
+        start, stop = (units * at // self.world * multiple for at in (self.rank, self.rank + 1))
+        return slice(start, min(stop, rows))
 
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:

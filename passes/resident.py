@@ -10,7 +10,6 @@ another device, the parameter has its values there in the meantime.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import mmap
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -21,12 +20,11 @@ import torch
 from torch import fx, nn
 
 from magr_fx.errors import CheckpointError, ModelError
+from magr_fx.memory import trim
 from magr_fx.passes.blocks import Block
 from magr_fx.passes.trace import attribute
 from magr_fx.passes.weight_views import COPIES, VIEWS
 
-# glibc keeps what was freed in pieces of up to 32 MB, which adds up to the size of a small model.
-_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)
 _ALIASES = VIEWS | COPIES  # some copies are none where there is nothing to change
 
 
@@ -68,9 +66,18 @@ def _origin(value: fx.Node) -> fx.Node:
 
 
 class Outline:
-    """Stands for a weight: a parameter on the CPU, without memory until its values are there."""
+    """Stands for a weight: a parameter on the CPU, without memory until its values are there.
+
+    Raises:
+        ModelError: the system has no such memory (Windows).
+    """
 
     def __init__(self, like: torch.Tensor) -> None:
+        if not hasattr(mmap, "MAP_PRIVATE") or not hasattr(mmap.mmap, "madvise"):
+            raise ModelError(
+                "a model that is offloaded or sharded, and a plan, need memory maps of Unix, which "
+                "this system does not have; load the model as a whole, or work under Linux"
+            )
         size = like.numel() * like.element_size()
         # Private: of a shared mapping MADV_DONTNEED frees nothing.
         self._pages = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -102,15 +109,17 @@ class Outline:
 class NotStoredError(CheckpointError):
     """Weights that changed could not be written to where they are kept.
 
-    ``names`` are theirs; they are what they were.
+    ``names`` are theirs; they are what they were. All others are stored.
     """
 
-    def __init__(self, failed: dict[str, OSError]) -> None:
+    def __init__(self, failed: dict[str, BaseException]) -> None:
         self.names = frozenset(failed)
         first, error = next(iter(failed.items()))
+        on_disk = isinstance(error, OSError)
+        why = f"{error}. Free some space" if on_disk else f"{type(error).__name__}: {error}"
         super().__init__(
             f"{len(failed)} rewritten weights, {first} for one, cannot be written to where they "
-            f"are kept, and are what they were: {error}. Free some space"
+            f"are kept, and are what they were: {why}"
         )
         self.__cause__ = error
 
@@ -194,7 +203,12 @@ class Weights:
     def resident(
         self, tensors: Iterable[torch.Tensor], *, ahead: Iterable[torch.Tensor] = ()
     ) -> Iterator[None]:
-        """Have these weights, or those that these are views of, in memory; see Resident."""
+        """Have these weights, or those that these are views of, in memory; see Resident.
+
+        Raises:
+            NotStoredError: at the end, whatever some could not be stored for. An interrupt has it
+                as its cause.
+        """
         # In the order they were asked for, which is the same on all ranks.
         weights = [weight for weight in self._behind(tensors) if weight not in self._versions]
         self._before()
@@ -203,24 +217,28 @@ class Weights:
                 for weight in weights:
                     weight.outline.fill(weight.load(), self._device)
                     self._versions[weight] = weight.outline.parameter._version
-            _TRIM(0)  # of what was read
+            trim()  # of what was read
             for weight in self._behind(ahead):
                 if weight not in weights:
                     weight.announce()
             yield
         finally:
-            failed: dict[str, OSError] = {}
+            failed: dict[str, BaseException] = {}
             for weight in weights:
                 parameter, version = weight.outline.parameter, self._versions.pop(weight, None)
                 try:
                     if version is not None and parameter._version != version:
                         weight.store(parameter.detach())
-                except OSError as error:
+                except BaseException as error:  # what one meets is not to cost the others
                     failed[weight.name] = error
                 weight.outline.empty()
-            _TRIM(0)
+            trim()
             if failed:
-                raise NotStoredError(failed)
+                lost = NotStoredError(failed)
+                for reason in failed.values():
+                    if not isinstance(reason, Exception):
+                        raise reason from lost
+                raise lost
 
     def _behind(self, tensors: Iterable[torch.Tensor]) -> list[Kept]:
         found = (

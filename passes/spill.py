@@ -9,6 +9,7 @@ that runs on its batch, when it comes back to its device.
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -81,11 +82,16 @@ class Spill:
         stored: the model's tensors, whose memory is left where it is.
 
     Raises:
-        ConfigError: the folder cannot be written to.
+        ConfigError: the folder cannot be written to, or the system is Windows.
     """
 
     def __init__(self, folder: str | os.PathLike[str], stored: Iterable[torch.Tensor]) -> None:
         self.folder = Path(folder)
+        if sys.platform == "win32":
+            raise ConfigError(
+                "spill_dir needs a system on which a file may lose its name while it is mapped, "
+                "which Windows is not; leave spill_dir out"
+            )
         self._stored = {memory_of(tensor) for tensor in stored}
         self._in_files: dict[StorageWeakRef, tuple[torch.Tensor, int]] = {}
         try:
@@ -139,7 +145,9 @@ class Spill:
             finally:
                 os.close(descriptor)
                 os.unlink(name)
-        except (OSError, RuntimeError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, RuntimeError) as error:  # torch tells what the system says of a map
             raise CheckpointError(
                 f"activations cannot be written to {self.folder}: {error}. Free some space, or "
                 "give another spill_dir"

@@ -14,7 +14,7 @@ from magr_fx.passes.ranks import Ranks
 from magr_fx.passes.rewrite_weights import rewrite_weight
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.solve_sites import go_on_with, go_on_with_torchao_alone
-from magr_fx.passes.to_torchao import rows_are_independent
+from magr_fx.passes.to_torchao import row_multiple, rows_are_independent
 from magr_fx.report import MagRReport
 
 # What a torchao tensor on a grid consists of, see torchao_rounding.GridTensor.
@@ -41,8 +41,11 @@ def plan(
     split: list[SharedGram] = []
     for shared, own in zip(finished, costs, strict=True):
         rows = sum(site.shape[0] for site in shared.sites)
-        alike = target is None or rows_are_independent(target.config)
-        big = own > max(share, SPLIT_FROM) and rows >= LEAST_ROWS * ranks.world
+        alike, least = True, LEAST_ROWS
+        if target is not None:
+            alike = rows_are_independent(target.config)
+            least = max(least, row_multiple(target.config))
+        big = own > max(share, SPLIT_FROM) and rows >= least * ranks.world
         (split if alike and big else whole).append(shared)
     return whole, ranks.least_loaded([cost(shared) for shared in whole]), split
 

@@ -19,6 +19,7 @@ from magr_fx.errors import ConfigError, HandoverError
 from magr_fx.passes.as_linears import Rebuilt, replace_module
 from magr_fx.passes.quantizable import Place, Quantizable, quantized_copy
 from magr_fx.passes.torchao_rounding import GPTQ_CONFIGS, has_grid
+from magr_fx.row_pieces import MULTIPLE
 
 # The field that holds the weight's granularity, by the name of the config: names, because some of
 # these classes are torchao prototypes that cost an import, or are gone in another release.
@@ -78,6 +79,16 @@ def shares_one_step(target: AOBaseConfig) -> bool:
 def rows_are_independent(target: AOBaseConfig) -> bool:
     """Whether what becomes of a row does not depend on which others are quantized with it."""
     return not shares_one_step(target) and "HQQ" not in describe(target).upper()
+
+
+def row_multiple(target: AOBaseConfig) -> int:
+    """Where stacked weights may be cut between two rows, for each part to be quantized by itself.
+
+    Tensors that are packed for a kernel come in panels of rows, which a cut must not go through
+    (16 of PrototypeInt4WeightOnlyConfig on a CPU). All weights of a stack have whole panels, so
+    that a multiple of :data:`magr_fx.row_pieces.MULTIPLE` is between two in each of them.
+    """
+    return 1 if type(target).__name__ in GPTQ_CONFIGS else MULTIPLE
 
 
 def describe(target: AOBaseConfig) -> str:

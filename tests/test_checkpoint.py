@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 import json
 import os
 import signal
@@ -21,10 +22,13 @@ from crash_helpers import recorded_syncs, state_after_each_step
 from targets import ASYMMETRIC, intx
 from tiny_models import tiny_llama, tiny_mixtral, token_ids
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 from toys import mlp, report_of, vectors
 
 from magr_fx import CheckpointError, MagRConfig, api, magr_quantize, magr_transform
+from magr_fx.disk import BETWEEN_STATES
 from magr_fx.passes import solve_sites
+from magr_fx.passes.boundary import boundary, restore
 from magr_fx.passes.checkpoint import Checkpoint, checkpoint_report, fingerprint
 from magr_fx.passes.resident import all_resident
 
@@ -222,6 +226,149 @@ def test_a_run_that_is_killed_goes_on(tmp_path: Path) -> None:
     assert same_bits(gptq(tiny_llama(), checkpoint_dir=tmp_path), undisturbed(gptq))
 
 
+# How often a state is written, and what is in it.
+
+
+class Clock:
+    """Seconds that go by only as they are told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr("magr_fx.passes.checkpoint.monotonic", lambda: self.now)
+        monkeypatch.setattr("magr_fx.passes.checkpoint.BETWEEN_STATES", BETWEEN_STATES)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [[0.01] * 50, [1.0] * 200, [12.0, 0.1] * 10, [BETWEEN_STATES + 1] * 5, [600.0, 1.0, 1.0, 31.0]],
+    ids=lambda steps: f"{len(steps)} of {steps[0]:g} s",
+)
+def test_a_kill_at_any_time_costs_half_a_minute_and_a_step(
+    steps: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run has done since its last state, looked at before each step's end; and the bytes."""
+    clock = Clock(monkeypatch)
+    boundary = Mock(return_value={"values": torch.zeros(1000)})
+    checkpoint = Checkpoint(tmp_path, {})
+    saved, states = clock.now, 0
+    for step, seconds in enumerate(steps):
+        clock.now += seconds
+        assert clock.now - saved <= BETWEEN_STATES + seconds
+        last = step == len(steps) - 1
+        checkpoint.save(step, boundary, [], {"weight": torch.tensor(step)}, last)
+        assert (tmp_path / f"weights-{step:06d}.pt").exists()  # at once, and not in memory
+        if (tmp_path / f"state-{step:06d}.pt").exists():
+            saved, states = clock.now, states + 1
+            assert len(list(tmp_path.glob("state-*"))) == 1
+    assert saved == clock.now
+    assert states == boundary.call_count == checkpoint.states
+    assert states <= 1 + sum(steps) / BETWEEN_STATES
+    again = Checkpoint(tmp_path, {})
+    state = again.last()
+    assert state is not None
+    assert state["step"] == len(steps) - 1
+    assert [int(w["weight"]) for w in again.weights(state["step"])] == list(range(len(steps)))
+    assert (again.states, again.written) == (states, checkpoint.written)
+
+
+def test_a_run_that_is_killed_between_two_states_does_the_same_steps_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    whole = Checkpoint.save
+
+    def save(self: Checkpoint, step: int, *rest: Any) -> None:
+        clock.now += BETWEEN_STATES if step == 2 else 1.0
+        if step == 5:
+            raise InterruptedRunError
+        whole(self, step, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoint, "save", save)
+        with pytest.raises(InterruptedRunError):
+            nearest(tiny_llama(), checkpoint_dir=tmp_path)
+    assert [path.name for path in tmp_path.glob("state-*")] == ["state-000002.pt"]
+    assert (tmp_path / "weights-000004.pt").exists()
+    assert same_bits(nearest(tiny_llama(), checkpoint_dir=tmp_path), undisturbed(nearest))
+    assert [path.name for path in tmp_path.glob("state-*")] == ["state-000011.pt"]
+
+
+def test_the_report_says_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, sizes = Path.replace, dict[str, int]()
+
+    def replace(self: Path, target: Any) -> Any:
+        sizes[Path(target).name] = self.stat().st_size
+        return whole(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    cut_short(nearest, tiny_llama(), tmp_path, 4)
+    report = report_of(nearest(tiny_llama(), checkpoint_dir=tmp_path))
+    del sizes["fingerprint.json"]
+    states = [name for name in sizes if name.startswith("state")]
+    assert report.states == len(states) == 12
+    assert report.saved_bytes == sum(sizes.values())
+    assert f"{report.saved_bytes / 1e6:.3g} MB in all, 12 states" in report.totals()
+    assert report_of(nearest(tiny_llama())).saved_bytes == 0
+
+
+def test_a_state_has_nothing_that_can_be_had_again(tmp_path: Path) -> None:
+    """No token ids, and what both runs have alike, masks and positions, once."""
+    cut_short(for_target, tiny_llama(), tmp_path, 4)
+    (path,) = tmp_path.glob("state-*.pt")
+    quantized, original = torch.load(path, weights_only=True)["boundary"]["streams"]
+    for ours, theirs in zip(quantized, original, strict=True):
+        assert ours.keys() == theirs.keys()
+        whole = [v for v in (*ours.values(), *theirs.values()) if isinstance(v, torch.Tensor)]
+        assert not any(value.dtype == torch.int64 and value.dim() == 2 for value in whole)
+        alike = [key for key, value in theirs.items() if isinstance(value, str)]
+        assert any(isinstance(ours[key], torch.Tensor) for key in alike)
+        differing = [key for key, value in theirs.items() if isinstance(value, torch.Tensor)]
+        assert differing
+        assert not any(torch.equal(ours[key], theirs[key]) for key in differing)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_values_come_back_as_they_were(in_place: bool) -> None:
+    """Empty ones too, which lie in no weight's memory, as an empty weight says it does."""
+    graph = fx.Graph()
+    given, mask, empty, part = (graph.placeholder(name) for name in ("x", "mask", "empty", "part"))
+    moved = graph.call_function(torch.ops.aten.neg.default, (given,))
+    function = torch.ops.aten.add_ if in_place else torch.ops.aten.add
+    graph.output(graph.call_function(function.Tensor, (moved, 1)))
+    for node in (mask, empty, part):
+        node.op, node.target, node.args = "call_function", torch.ops.aten.neg.default, (given,)
+    stored = [nn.Parameter(torch.empty(0, 5)), nn.Parameter(torch.arange(6.0))]
+    zeros = torch.tensor([[0.0, -0.0, torch.nan]])
+
+    def values(changed: float) -> dict[fx.Node, Any]:
+        return {
+            given: torch.arange(3),
+            mask: (torch.tensor([True]), zeros.clone()),
+            empty: torch.empty(0, 3, dtype=torch.int64),
+            part: stored[1].detach()[2:4],
+            moved: torch.tensor([changed, -changed]),
+        }
+
+    streams = [[values(0.0)], [values(-0.0)]]
+    saved = boundary(streams, [], [], stored, [])
+    where = io.BytesIO()
+    torch.save(saved, where)
+    where.seek(0)
+    back: list[list[dict[fx.Node, Any]]] = [[{given: torch.arange(3)}], [{given: torch.arange(3)}]]
+    read = torch.load(where, weights_only=True)
+    restore(read, back, [graph], [], [], stored, away=False)
+    for envs, wanted in zip(back, streams, strict=True):
+        for node, value in wanted[0].items():
+            ours, theirs = tree_leaves(envs[0][node]), tree_leaves(value)
+            for one, other in zip(ours, theirs, strict=True):
+                assert (one.dtype, one.shape) == (other.dtype, other.shape)
+                assert one.numpy().tobytes() == other.numpy().tobytes()
+        assert envs[0][part].data_ptr() == stored[1][2:4].data_ptr()
+    described = [[type(value) for value in envs[0].values()] for envs in read["streams"]]
+    # All but -0 for 0; of a graph that works in place none.
+    assert sum(kind is str for kind in described[1]) == (0 if in_place else 4)
+
+
 # What is refused, and what a full disk leaves.
 
 
@@ -318,6 +465,24 @@ def test_what_torch_says_of_a_full_disk_is_understood(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be written"):
         checkpoint.save(0, dict, [], {"weight": torch.zeros(100_000)})
     assert list(tmp_path.glob("*.pt*")) == []
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), MemoryError("of the host")])
+@pytest.mark.parametrize("where", ["making", "writing"])
+def test_no_memory_is_no_full_disk(
+    error: Exception, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An activation of a device comes to the CPU as it is written, which needs memory."""
+    checkpoint = Checkpoint(tmp_path, {})
+    checkpoint.save(0, dict, [], {})
+    boundary = Mock(side_effect=error) if where == "making" else dict
+    if where == "writing":
+        monkeypatch.setattr(torch, "save", Mock(side_effect=error))
+    with pytest.raises(type(error)) as raised:
+        checkpoint.save(1, boundary, [], {})
+    assert raised.value is error
+    assert not list(tmp_path.glob("*.unfinished"))
+    assert [path.name for path in tmp_path.glob("state-*")] == ["state-000000.pt"]
 
 
 def test_rows_that_were_saved_without_damping_are_read(tmp_path: Path) -> None:

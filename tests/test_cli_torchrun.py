@@ -89,7 +89,8 @@ def _at_step_2(what: Any, rank: int | None) -> None:
 
     patched: Any = Checkpoint
     patched.save = save
-    checkpoint.BETWEEN_STATES = 0
+    module: Any = checkpoint
+    module.BETWEEN_STATES = 0
 
 
 def succeeded(both: list[Ended]) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
 
-from magr_fx.disk import copy_bytes, is_full, take_room, why_not_written
+from magr_fx.disk import copy_bytes, is_full, save, take_room
 
 
 @pytest.mark.parametrize("platform", ["linux", "another"])
@@ -43,7 +47,56 @@ def test_a_full_disk_is_named() -> None:
         full.write(b"x")
     assert is_full(raised.value)
     assert not is_full(PermissionError(13, "no"))
-    hidden = RuntimeError("unexpected pos 64 vs 0")
-    hidden.__context__ = raised.value
-    assert why_not_written(hidden) is raised.value
-    assert why_not_written(RuntimeError("alone")).args == ("alone",)
+
+
+class Raising(io.BytesIO):
+    """A file that takes some bytes, and then raises."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, data: Any) -> int:
+        if self.tell() > 1000:
+            raise self.error
+        return super().write(data)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        MemoryError("of the host"),
+        torch.OutOfMemoryError("of the device"),
+        KeyboardInterrupt(),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("handling", [False, True])
+def test_saving_raises_what_the_file_raised(error: BaseException, handling: bool) -> None:
+    """torch.save alone says in its place that the position in the file is unexpected."""
+    value = {"weight": torch.zeros(10_000)}
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        torch.save(value, Raising(error))
+    error.__context__ = None
+
+    def saved() -> None:
+        if not handling:
+            save(value, Raising(error))
+        try:
+            raise ValueError("of something else")
+        except ValueError:
+            save(value, Raising(error))
+
+    with pytest.raises(type(error)) as raised:
+        saved()
+    assert raised.value is error
+
+
+def test_saving_raises_what_torch_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "save", Mock(side_effect=RuntimeError("of its own")))
+    try:
+        raise OSError(errno.ENOSPC, "handled, and of something else")
+    except OSError:
+        with pytest.raises(RuntimeError, match="of its own"):
+            save({}, io.BytesIO())

@@ -18,7 +18,7 @@ from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from crash_helpers import state_after_each_step
 from rank_helpers import on_ranks
-from targets import ASYMMETRIC, intx
+from targets import ASYMMETRIC, PACKED, intx, quantized
 from tiny_models import tiny_llama, tiny_mixtral, token_ids
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -147,6 +147,28 @@ def rows_transform() -> nn.Module:
     return by_rows(partial(of_whole_numbers, target=None))
 
 
+class Packed(nn.Module):
+    """Linears of one input, whose rows three ranks cut in two of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.heads = nn.ModuleList(nn.Linear(32, rows) for rows in (48, 80, 96))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([head(x) for head in self.heads], -1)
+
+
+def rows_packed() -> nn.Module:
+    """For a target whose tensors come in panels of 16 rows."""
+    calib = [torch.randint(-9, 10, (rows, 32), generator=generator(rows)) for rows in (70, 50, 9)]
+    config = MagRConfig(damping=0.1)
+    return by_rows(
+        lambda: magr_transform(Packed(), [x.float() for x in calib], config, target=PACKED)
+    )
+
+
 WAYS: dict[int, list[Callable[[], nn.Module]]] = {
     2: [transform, for_target, nearest, gptq, exact_nearest, rows_gptq, rows_in_groups],
     4: [by_make_fx, exact_gptq, rows_nearest, rows_transform],
@@ -229,6 +251,20 @@ def test_the_result_is_that_of_one_process(
     else:  # as far apart as one process with its batches in another order: few rows choose alike
         assert sum(share) / len(share) > 0.15
         assert error_of(ours) == pytest.approx(error_of(wanted), rel=0.05)
+
+
+@pytest.mark.slow
+def test_rows_of_a_packed_target_are_cut_between_its_panels(tmp_path: Path) -> None:
+    quantized(torch.zeros(16, 32), PACKED)  # skips where there is no kernel for it
+    wanted, (first, *others) = rows_packed(), on_ranks(3, outcomes, tmp_path, [rows_packed])
+    assert [row.outcome for row in report_of(wanted).sites] == 3 * ["rewritten"]
+    for one in (first, *others):
+        assert (one.error, one.code) == (None, 0)
+        for key, x in one.value["rows_packed"]["weights"].items():
+            assert torch.equal(x, first.value["rows_packed"]["weights"][key])
+    made = first.value["rows_packed"]
+    assert [row["outcome"] for row, *_ in made["rows"]] == 3 * ["rewritten"]
+    assert error_of(made) == pytest.approx(error_of(outcome(wanted)), rel=1e-3)
 
 
 def error_of(made: dict[str, Any]) -> float:

@@ -16,9 +16,9 @@ from tiny_models import text_calib, tiny_llama, token_ids
 from torch import fx, nn
 
 from magr_fx import CheckpointError, ConfigError, magr_transform
+from magr_fx.memory import trim
 from magr_fx.passes import spill
 from magr_fx.passes.checkpoint import Checkpoint
-from magr_fx.passes.resident import _TRIM
 from magr_fx.passes.spill import Away, Spill, memory_of
 
 INT3 = intx(3, ASYMMETRIC, None)
@@ -177,7 +177,7 @@ def test_it_is_no_memory_of_the_process(tmp_path: Path) -> None:
     assert anonymous() - before > 60
     Spill(tmp_path, []).keep(values)
     gc.collect()
-    _TRIM(0)  # what other tests freed may have left a hole in the heap, which glibc takes and keeps
+    trim()  # what other tests freed may have left a hole in the heap, which glibc takes and keeps
     assert anonymous() - before < 8
     assert float(values[node].sum()) == 16 * 2**20
 
