@@ -130,9 +130,7 @@ def _written(results: Any, terms: int, seed: int) -> Any:
     return results
 
 
-def rounded_otherwise(
-    numbers: Tensor, terms: int, seed: int, *, exact_too: bool = False
-) -> Tensor:
+def rounded_otherwise(numbers: Tensor, terms: int, seed: int, *, exact_too: bool = False) -> Tensor:
     """Each number as another order of so many terms may leave it."""
     if terms < 2:
         return numbers
