@@ -25,6 +25,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="SEED",
         help="compute as another processor may: every product off by up to 1e-6 of itself",
     )
+    parser.addoption(
+        "--seed",
+        type=int,
+        default=0,
+        help="of what a test leaves to chance, such as when a run is killed; 0 unless given",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,6 +62,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     return torch.device(request.param)
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """Of what a test leaves to chance: the same in every run unless `--seed` says another."""
+    given: int = request.config.getoption("--seed")
+    return given
 
 
 @pytest.fixture

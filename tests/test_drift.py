@@ -81,8 +81,10 @@ def test_the_loss_is_that_of_the_gram_and_a_constant(ridge: float, tokens: int) 
 
     candidates = [aim, weight.double(), torch.zeros_like(aim)]
     candidates += [activations(4, 12, seed=seed).double() * 3 for seed in range(4)]
-    constants = [loss(candidate) - energy(candidate) for candidate in candidates]
-    assert constants == pytest.approx([loss(aim)] * len(candidates), rel=1e-4)
+    # The constant is what is left of two far larger numbers, whose share float32 may miss.
+    for candidate in candidates:
+        constant = loss(candidate) - energy(candidate)
+        assert constant == pytest.approx(loss(aim), rel=0, abs=1e-5 * loss(candidate) + 1e-9)
     assert loss(aim) < 0.999 * loss(weight.double())
 
 
