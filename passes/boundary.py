@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_map
 
 from magr_fx.passes.decisions import set_torch_state, torch_state
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.spill import Away, come_back
+from magr_fx.passes.torch_private import tree_map
 
 Environment = dict[fx.Node, Any]
 _VIEW, _AWAY = "view of a stored tensor", "tensor of a device"

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from magr_fx.errors import CalibrationError
+from magr_fx.passes.torch_private import tree_leaves, tree_map_only
 
 _FORMS = "a tensor (first argument), a tuple or list (arguments) or a mapping (keyword arguments)"
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import TreeSpec
 
 from magr_fx.errors import TraceError
 from magr_fx.passes.tensors_only import TensorsOnly, registrations_kept
+from magr_fx.passes.torch_private import TreeSpec
 from magr_fx.passes.trace import all_nodes
 
 

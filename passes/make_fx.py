@@ -17,10 +17,10 @@ from torch import fx, nn
 from torch.fx import traceback
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_leaves
 
 from magr_fx.errors import TraceError
 from magr_fx.passes.tensors_only import TensorsOnly, registrations_kept
+from magr_fx.passes.torch_private import TreeSpec, schema_of, tree_leaves
 from magr_fx.passes.vmap import in_transform, is_batched, unwrapped
 
 # What reads values without an op that says so.
@@ -271,5 +271,5 @@ class _FunctionsSeen(TorchFunctionMode):
 
 def _may_write(func: Any) -> bool:
     """Whether the op may write to an argument; batch_norm, which may, does not say so."""
-    schema = getattr(func, "_schema", None)
+    schema = schema_of(func)
     return schema is not None and (schema.is_mutable or "batch_norm" in schema.name)
