@@ -18,11 +18,12 @@ NO_DOWNLOAD = if grep -qi "no space left" $(LOG); then fail "the disk is full; t
 # torchao then does not try (and loudly fail) to load kernels built for other machines.
 export TORCHAO_FORCE_SKIP_LOADING_SO_FILES := 1
 
-.PHONY: help test lint demo clean
+.PHONY: help test test-lowest lint demo clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make test    set up .venv, then ruff, mypy and pytest"
+	@echo "make test-lowest   pytest with the oldest versions that pyproject.toml allows (some GB)"
 	@echo "make demo    quantize SmolLM2-135M with and without MagR; writes to out/ (ARGS=... for options)"
 	@echo "make lint    only ruff and mypy"
 	@echo "make clean   remove .venv, out/ and every cache"
@@ -30,6 +31,25 @@ help:
 test: lint
 	@echo "-- pytest"
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q --numprocesses $(WORKERS) --dist loadfile
+
+# The lower bounds, in a .venv-lowest of their own: torch is not the CPU build then.
+test-lowest: .venv-lowest/ready
+	@echo "-- pytest, with the lower bounds of pyproject.toml"
+	@OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+
+.venv-lowest/ready: pyproject.toml requirements-dev.txt tests/lowest_requirements.py
+	@$(FAIL); \
+	free=$$(df -Pk . | awk 'NR == 2 { print int($$4 / 1048576) }'); \
+	test "$$free" -ge 10 || fail "about 10 GB of free disk are needed here, found $$free GB"; \
+	"$(PYTHON)" -m venv --clear .venv-lowest >/dev/null || fail "could not make .venv-lowest"; \
+	log=.venv-lowest/install.log; \
+	echo "-- installing the lower bounds of pyproject.toml (minutes; log: $$log)"; \
+	"$(PYTHON)" tests/lowest_requirements.py >.venv-lowest/requirements.txt || fail "no lower bounds"; \
+	pip="nice .venv-lowest/bin/python -m pip --disable-pip-version-check --no-input install"; \
+	$$pip -r .venv-lowest/requirements.txt >$$log 2>&1 \
+		&& $$pip --no-deps --no-build-isolation --editable . >>$$log 2>&1 \
+		|| fail "could not install them: the log is $$log"; \
+	touch $@
 
 lint: .venv/ready
 	@echo "-- ruff check"
@@ -43,7 +63,7 @@ demo: .venv/ready .venv/model
 	@$(PY) examples/quickstart.py --out out $(ARGS)
 
 clean:
-	@rm -rf .venv out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf .venv .venv-lowest out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A .venv whose pip runs is kept; anything less (none, half made, its Python gone) is made anew.

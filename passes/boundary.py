@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_flatten, tree_map
 
 from magr_fx.passes.addresses import address
 from magr_fx.passes.decisions import set_torch_state, torch_state
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.spill import Away, come_back
+from magr_fx.passes.torch_private import tree_flatten, tree_map
 from magr_fx.passes.trace import is_mutation
 
 Environment = dict[fx.Node, Any]

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from magr_fx.errors import CalibrationError
 from magr_fx.memory import available
@@ -25,6 +24,7 @@ from magr_fx.passes.calibration_forms import (
 from magr_fx.passes.dataclass_inputs import dataclasses_open
 from magr_fx.passes.module_calls import named_leaves
 from magr_fx.passes.tensors_only import PLAIN
+from magr_fx.passes.torch_private import tree_leaves, tree_map
 
 logger = logging.getLogger("magr_fx")
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 
 from magr_fx.errors import CalibrationError
+from magr_fx.passes.torch_private import tree_leaves
 
 FORMS = "a tensor (first argument), a tuple or list (arguments) or a mapping (keyword arguments)"
 _NUMBERS = (

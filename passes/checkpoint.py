@@ -26,13 +26,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_leaves
 
 from magr_fx.config import MagRConfig
 from magr_fx.disk import BETWEEN_STATES, save, settle
 from magr_fx.errors import CheckpointError
 from magr_fx.passes.ranks import ALONE, Ranks
 from magr_fx.passes.resident import Resident
+from magr_fx.passes.torch_private import tree_leaves
 from magr_fx.passes.trace import TracedBatch
 from magr_fx.report import MagRReport, Quantization, SiteReport
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
+from magr_fx.passes.torch_private import tree_leaves
 from magr_fx.passes.vmap import is_batched
 
 aten = torch.ops.aten

@@ -18,6 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from magr_fx.errors import ConfigError
 from magr_fx.passes.dense_layers import dense_attributes, routing
+from magr_fx.passes.transformers_private import activated, has_expert_interface
 
 _NAME = "magr_fx_all_experts"
 _IMPLEMENTATION = "_experts_implementation_internal"  # of a config; its property goes on to others
@@ -25,9 +26,8 @@ _IMPLEMENTATION = "_experts_implementation_internal"  # of a config; its propert
 
 def is_experts(module: nn.Module) -> bool:
     """Whether these are fused experts whose forward transformers looks up in its table."""
-    wanted = ("_apply_gate", "is_transposed", "has_gate", "has_bias", "has_post_expert_norm")
     fused = isinstance(getattr(module, "down_proj", None), nn.Parameter)
-    return fused and all(hasattr(module, name) for name in wanted)
+    return fused and has_expert_interface(module)
 
 
 @contextlib.contextmanager
@@ -80,8 +80,7 @@ def one_expert(experts: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
     """What one expert makes of tokens ``[tokens, hidden]``."""
     first = "gate_up_proj" if experts.has_gate else "up_proj"
     inner = _linear(experts, first, expert, hidden)
-    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-    outer = _linear(experts, "down_proj", expert, inner)
+    outer = _linear(experts, "down_proj", expert, activated(experts, inner))
     return experts.post_expert_norm(outer) if experts.has_post_expert_norm else outer
 
 

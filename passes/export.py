@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import TreeSpec
 
 from magr_fx.errors import TraceError
 from magr_fx.passes.module_calls import CALLS
 from magr_fx.passes.module_state import attributes_kept
 from magr_fx.passes.tensors_only import TensorsOnly
+from magr_fx.passes.torch_private import TreeSpec
 from magr_fx.passes.trace import all_nodes
 
 

@@ -17,13 +17,13 @@ from torch import fx, nn
 from torch.fx import traceback
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_leaves
 
 from magr_fx.errors import TraceError
 from magr_fx.passes.addresses import address
 from magr_fx.passes.module_calls import CALLS
 from magr_fx.passes.module_state import attributes_kept
 from magr_fx.passes.tensors_only import TensorsOnly
+from magr_fx.passes.torch_private import TreeSpec, schema_of, tree_leaves
 from magr_fx.passes.vmap import in_transform, is_batched, run_inside, unwrapped
 
 # What reads values without an op that says so.
@@ -291,5 +291,5 @@ class _FunctionsSeen(TorchFunctionMode):
 
 def _may_write(func: Any) -> bool:
     """Whether the op may write to an argument; batch_norm, which may, does not say so."""
-    schema = getattr(func, "_schema", None)
+    schema = schema_of(func)
     return schema is not None and (schema.is_mutable or "batch_norm" in schema.name)

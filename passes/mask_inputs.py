@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from magr_fx.passes.mask_names import (
     MARKS_PADDING,
@@ -32,6 +31,7 @@ from magr_fx.passes.mask_values import (
     excludes,
     is_of_pairs,
 )
+from magr_fx.passes.torch_private import statically_known_true
 from magr_fx.passes.trace import Trace, TracedBatch
 
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import GetAttrKey, MappingKey, tree_flatten_with_path
+
+from magr_fx.passes.torch_private import GetAttrKey, MappingKey, tree_flatten_with_path
 
 CALLS = "module_calls"  # where a traced graph module keeps them, in its ``meta``
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_map_only
 
 from magr_fx.errors import ModelError
 from magr_fx.passes.addresses import address
 from magr_fx.passes.inline import AUTOCAST
+from magr_fx.passes.torch_private import tree_map_only
 from magr_fx.passes.trace import TracedBatch, all_nodes
 
 

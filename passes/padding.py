@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from magr_fx.passes.mask_inputs import Mask, MaskInputs
 from magr_fx.passes.products import product_of
+from magr_fx.passes.torch_private import statically_known_true
 from magr_fx.passes.trace import Trace, TracedBatch
 from magr_fx.passes.weight_uses import Call
 

@@ -17,6 +17,7 @@ from magr_fx.passes.find_linears import FilterFn, Rejection, Site, find_linears
 from magr_fx.passes.read_exported import trace_or_read
 from magr_fx.passes.resident import Outline, read_by
 from magr_fx.passes.shared_gram import SharedGram
+from magr_fx.passes.torch_private import OpOverload
 from magr_fx.passes.trace import calibration_mode
 from magr_fx.passes.trace_batches import Tracing
 from magr_fx.planning import (
@@ -195,7 +196,7 @@ def _forward(
                 query, key = (argument.meta["val"] for argument in node.all_input_nodes[:2])
                 batch, heads, length, size = map(_hint, query.shape)
                 products += attention_flops(1, heads * size, batch * length, _hint(key.shape[-2]))
-            elif isinstance(node.target, torch._ops.OpOverload) and not node.target.is_view:
+            elif isinstance(node.target, OpOverload) and not node.target.is_view:
                 values = [n for n in node.all_input_nodes if n.op != "get_attr"]
                 elementwise += max(map(_numel, [node, *values]))  # a sum's is what it sums
     for shared in grams:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from magr_fx.passes.operands import Route, Rows, read_equation, tensordot_equation
+from magr_fx.passes.torch_private import schema_of
 
 aten = torch.ops.aten
 
@@ -207,4 +208,5 @@ def _dims(node: object) -> int:
 
 def _schema_name(node: fx.Node) -> str:
     target = node.target
-    return target._schema.name if isinstance(target, torch._ops.OpOverload) else ""
+    schema = schema_of(target)
+    return "" if schema is None else str(schema.name)

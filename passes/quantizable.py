@@ -6,7 +6,6 @@ afterwards. Here such a site becomes a reported skip: it is neither quantized no
 
 from __future__ import annotations
 
-import inspect
 import textwrap
 from collections import OrderedDict, defaultdict
 from dataclasses import replace
@@ -17,7 +16,6 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig, quantize_
-from torchao.quantization.transform_module import _QUANTIZE_CONFIG_HANDLER
 
 from magr_fx.errors import ConfigError
 from magr_fx.passes.as_linears import Rebuilt, rebuildable
@@ -25,6 +23,7 @@ from magr_fx.passes.calibration import Batch
 from magr_fx.passes.find_linears import UNREACHED, FilterFn, Found, Site
 from magr_fx.passes.make_fx import nothing_kept
 from magr_fx.passes.tensors_only import own_arguments
+from magr_fx.passes.torchao_private import takes_parameter_names
 from magr_fx.passes.trace import TracedBatch
 from magr_fx.passes.weight_views import WeightView
 
@@ -203,7 +202,7 @@ def keep_stacks(
         model, target: the model, and torchao's config.
         batch: what to run it on.
     """
-    if not _takes_parameter_names(target):
+    if not takes_parameter_names(target):
         return weights
     kinds: dict[type[nn.Module], dict[Rebuilt, list[Quantizable]]] = defaultdict(dict)
     for rebuilt in dict.fromkeys(weight.rebuilt for weight in weights if weight.rebuilt):
@@ -279,17 +278,12 @@ def _cannot_quantize(site: Site, places: list[Place], target: AOBaseConfig) -> s
         linear = reader is torch.ops.aten.linear.default
         how = "a cast or a view comes between" if linear else f"{reader} reads it"
         return f"not rewritten: torchao's tensors run in F.linear only, and {how}"
-    if not (all(place.is_linear for place in places) or _takes_parameter_names(target)):
+    if not (all(place.is_linear for place in places) or takes_parameter_names(target)):
         return (
             "not rewritten: it is not the weight of an nn.Linear, and "
             f"{type(target).__name__} quantizes nothing else"
         )
     return None
-
-
-def _takes_parameter_names(target: AOBaseConfig) -> bool:
-    handler = _QUANTIZE_CONFIG_HANDLER[type(target)]
-    return "parameter_name" in inspect.signature(handler).parameters
 
 
 def _error_when_quantized(

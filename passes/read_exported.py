@@ -12,6 +12,7 @@ from torch.fx.graph import _PyTreeCodeGen
 from magr_fx.errors import CalibrationError, ConfigError
 from magr_fx.passes.calibration import Batch
 from magr_fx.passes.inline import inline_regions
+from magr_fx.passes.torch_private import OperatorBase
 from magr_fx.passes.trace import GUARDS, Trace, TracedBatch
 from magr_fx.passes.trace_batches import (
     AUTO,
@@ -57,7 +58,7 @@ def _is_exported(graph_module: fx.GraphModule) -> bool:
 def _is_aten(node: fx.Node) -> bool:
     """Whether the node calls an op, picks one of its results, or computes with sizes."""
     return (
-        isinstance(node.target, torch._ops.OperatorBase)
+        isinstance(node.target, OperatorBase)
         or node.target is operator.getitem
         or isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
     )

@@ -22,6 +22,7 @@ from torch import fx, nn
 from magr_fx.errors import CheckpointError, ModelError
 from magr_fx.memory import trim
 from magr_fx.passes.blocks import Block
+from magr_fx.passes.torch_private import version_of
 from magr_fx.passes.trace import attribute
 from magr_fx.passes.weight_views import COPIES, VIEWS
 
@@ -216,7 +217,7 @@ class Weights:
             with torch.no_grad():
                 for weight in weights:
                     weight.outline.fill(weight.load(), self._device)
-                    self._versions[weight] = weight.outline.parameter._version
+                    self._versions[weight] = version_of(weight.outline.parameter)
             trim()  # of what was read
             for weight in self._behind(ahead):
                 if weight not in weights:
@@ -227,7 +228,7 @@ class Weights:
             for weight in weights:
                 parameter, version = weight.outline.parameter, self._versions.pop(weight, None)
                 try:
-                    if version is not None and parameter._version != version:
+                    if version is not None and version_of(parameter) != version:
                         weight.store(parameter.detach())
                 except BaseException as error:  # what one meets is not to cost the others
                     failed[weight.name] = error

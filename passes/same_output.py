@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import TreeSpec
 
 from magr_fx.errors import TraceError
 from magr_fx.passes.decisions import is_random, random_state, torch_state
 from magr_fx.passes.make_fx import nothing_kept
 from magr_fx.passes.tensors_only import TensorsOnly
+from magr_fx.passes.torch_private import TreeSpec
 from magr_fx.passes.trace import Trace, all_nodes, attributes, buffers_kept
 
 logger = logging.getLogger("magr_fx")

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import fx
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_map
 
 from magr_fx.disk import take_room
 from magr_fx.errors import CheckpointError, ConfigError
+from magr_fx.passes.torch_private import tree_map, version_of
 
 LEAST = 2**16  # bytes: what is smaller stays in memory
 MAPPED = frozenset({"cpu"})  # the devices on which memory can be a file
@@ -66,7 +66,7 @@ def come_back(values: dict[fx.Node, Any]) -> dict[StorageWeakRef, tuple[torch.Te
         if at not in memories:
             memories[at] = value.values.to(value.device, copy=True)
         tensor = value.within(memories[at])
-        known[memory_of(tensor)] = (value.values, tensor._version)
+        known[memory_of(tensor)] = (value.values, version_of(tensor))
         return tensor
 
     for node, value in values.items():
@@ -117,7 +117,7 @@ class Spill:
             if storage.nbytes() < LEAST or at in self._stored or storage.filename is not None:
                 return value
             known, version = self._in_files.get(at, (None, 0))
-            if known is not None and version == value._version:  # its file still tells
+            if known is not None and version == version_of(value):  # its file still tells
                 moved[at] = known.untyped_storage()
             elif at not in moved:  # views of one memory remain that
                 moved[at] = self._mapped(storage)

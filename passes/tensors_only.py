@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from magr_fx.passes.module_calls import CallLog
+from magr_fx.passes.torch_private import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 # Constants that cannot change, and that print all that they are (a NumPy array does neither).
 PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)

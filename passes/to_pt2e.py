@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_flatten, tree_map
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import Quantizer
 
 from magr_fx.errors import CalibrationError, HandoverError, TraceError
 from magr_fx.passes.calibration import Batch
+from magr_fx.passes.torch_private import tree_flatten, tree_map
 from magr_fx.passes.trace import attributes
 from magr_fx.passes.trace_batches import bind
 

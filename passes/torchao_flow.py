@@ -11,10 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from torchao.quantization.transform_module import (
-    _QUANTIZE_CONFIG_HANDLER,
-    register_quantize_module_handler,
-)
+from torchao.quantization.transform_module import register_quantize_module_handler
 
 from magr_fx.config import MagRConfig
 from magr_fx.errors import CalibrationError, ConfigError, ModelError
@@ -24,6 +21,7 @@ from magr_fx.passes.find_linears import Site
 from magr_fx.passes.pipeline import resolve_config, rewrite_alone, target_for_rewriting
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.to_torchao import is_quantized, try_target
+from magr_fx.passes.torchao_private import apply_config
 from magr_fx.passes.weight_views import WeightView
 from magr_fx.report import SiteReport
 
@@ -171,8 +169,7 @@ def _convert(linear: nn.Linear, config: MagRConfig) -> nn.Module:
         logger.info("%s", _line(rewrite_alone(shared, solving, target)))
         linear.weight = own
     _let_go(linear)
-    quantized: nn.Module = _QUANTIZE_CONFIG_HANDLER[type(base)](linear, base)
-    return quantized
+    return apply_config(linear, base)
 
 
 def _let_go(linear: nn.Linear) -> None:

@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from magr_fx.passes.decisions import random_state, torch_state
 from magr_fx.passes.module_calls import ModuleCall
+from magr_fx.passes.torch_private import schema_of
 from magr_fx.passes.weight_views import VIEWS
 
 GUARDS = "_guards_fn"  # where torch.export keeps its input check in a graph module
@@ -74,7 +75,8 @@ def attributes(graph_module: fx.GraphModule) -> Iterator[torch.Tensor]:
 
 def is_mutation(node: fx.Node) -> bool:
     """Whether the node changes one of its inputs in place."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    schema = schema_of(node.target)
+    return schema is not None and bool(schema.is_mutable)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._pytree import TreeSpec, tree_flatten
 
 from magr_fx.errors import CalibrationError, ConfigError, TraceError
 from magr_fx.passes.calibration import Batch
@@ -23,6 +21,11 @@ from magr_fx.passes.make_fx import run_and_trace
 from magr_fx.passes.module_calls import CALLS, named_leaves
 from magr_fx.passes.same_output import check_same_output
 from magr_fx.passes.tensors_only import PLAIN
+from magr_fx.passes.torch_private import (
+    TreeSpec,
+    statically_known_true,
+    tree_flatten,
+)
 from magr_fx.passes.trace import GUARDS, Trace, TracedBatch
 
 logger = logging.getLogger("magr_fx")

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from magr_fx.passes.transformers_private import activated
+
 Expert = Callable[[int, torch.Tensor], torch.Tensor]  # which, tokens → tokens
 
 
@@ -37,9 +39,7 @@ class UnfusedExperts(nn.Module):
 
     def _expert(self, expert: int, tokens: torch.Tensor) -> torch.Tensor:
         inner = self.up_proj[expert](tokens)
-        gated = self.fused.has_gate
-        inner = self.fused._apply_gate(inner) if gated else self.fused.act_fn(inner)
-        outer: torch.Tensor = self.down_proj[expert](inner)
+        outer: torch.Tensor = self.down_proj[expert](activated(self.fused, inner))
         return self.fused.post_expert_norm(outer) if self.fused.has_post_expert_norm else outer
 
 

@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from magr_fx.passes.operands import Route, Rows
 from magr_fx.passes.products import Product, is_product, product_of
+from magr_fx.passes.torch_private import HigherOrderOperator, OperatorBase
 from magr_fx.passes.trace import Trace, attribute, attributes, is_mutation, stored
 from magr_fx.passes.vmap import vmap_depth
 from magr_fx.passes.weight_views import COPIES, VIEWS, WeightView, gathered, matrices, replay
@@ -339,7 +340,7 @@ def _is_tensor(node: fx.Node) -> bool:
 
 def _is_region(node: fx.Node) -> bool:
     """Whether the node has sub-graphs, which may do anything with what it reads."""
-    return isinstance(node.target, torch._ops.HigherOrderOperator)
+    return isinstance(node.target, HigherOrderOperator)
 
 
 def _name(node: fx.Node) -> str:
@@ -347,6 +348,6 @@ def _name(node: fx.Node) -> str:
         return f"the module {node.target}"
     if _is_region(node):
         return f"the sub-graph of {node.target}"
-    if isinstance(node.target, torch._ops.OperatorBase):
+    if isinstance(node.target, OperatorBase):
         return str(node.target).removesuffix(".default")
     return getattr(node.target, "__name__", str(node.target))

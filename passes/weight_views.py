@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves, tree_map_only
+
+from magr_fx.passes.torch_private import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
 

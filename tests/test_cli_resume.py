@@ -276,7 +276,8 @@ def count(last):
         calls += 1
         if calls == last:
             place = os.path.basename(frame.f_code.co_filename), frame.f_lineno
-            print("killed at call", last, "of", needed, "%s:%d" % place, file=sys.stderr, flush=True)
+            told = "killed at call %d of %d, %s:%d" % (last, needed, *place)
+            print(told, file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
     return called
 

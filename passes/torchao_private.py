@@ -1,0 +1,25 @@
+"""Names of torchao without a promise that they stay, which several files use: all from here.
+
+A private name that one file alone uses is in that file. tests/test_private_api.py lists each of
+them, says what is relied on, and fails where that changes.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+from torchao.core.config import AOBaseConfig
+from torchao.quantization.transform_module import _QUANTIZE_CONFIG_HANDLER
+
+
+def apply_config(module: nn.Module, config: AOBaseConfig) -> nn.Module:
+    """What ``quantize_`` puts in the place of a module that its filter lets through."""
+    made: nn.Module = _QUANTIZE_CONFIG_HANDLER[type(config)](module, config)
+    return made
+
+
+def takes_parameter_names(config: AOBaseConfig) -> bool:
+    """Whether ``quantize_`` can apply the config to a parameter that is named in FqnToConfig."""
+    handler = _QUANTIZE_CONFIG_HANDLER[type(config)]
+    return "parameter_name" in inspect.signature(handler).parameters
