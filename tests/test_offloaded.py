@@ -382,23 +382,39 @@ def test_views_of_weights_are_not_activations(
     assert stack.nbytes > max(sizes)
 
 
+@pytest.mark.parametrize(
+    ("error", "raised", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left"), CheckpointError, r"No space left. Free some"),
+        (RuntimeError("of torch"), CheckpointError, "RuntimeError: of torch$"),
+        (ModelError("of its parts"), CheckpointError, "ModelError: of its parts$"),
+        (MemoryError(), CheckpointError, "MemoryError: $"),
+        (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
+    ],
+    ids=lambda value: repr(value) if isinstance(value, BaseException) else "",
+)
 def test_weights_that_cannot_be_stored_are_not_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException,
+    raised: type[BaseException],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """And all others are stored, whatever the one raises."""
     model = llama()
     hooked = offload(model, "disk_offload", tmp_path)
     store = _Weight.store
 
     def full(self: _Weight, weight: torch.Tensor) -> None:
         if "k_proj" in self.name:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise error
         store(self, weight)
 
     monkeypatch.setattr(_Weight, "store", full)
-    with pytest.raises(
-        CheckpointError, match=r"1 rewritten weights, .*0\.self_attn\.k_proj\.weight"
-    ):
+    with pytest.raises(raised, match=told) as caught:
         magr_transform(hooked, CALIB)
+    lost = caught.value if raised is CheckpointError else caught.value.__cause__
+    assert "1 rewritten weights, model.layers.0.self_attn.k_proj.weight" in str(lost)
     done = {site.name for site in hooked.magr_report.rewritten}
     assert "model.layers.0.self_attn.q_proj.weight" in done
     original = dict(model.named_parameters())
@@ -408,6 +424,60 @@ def test_weights_that_cannot_be_stored_are_not_reported(
         if not torch.equal(kept(hooked, name), parameter)
     }
     assert changed == done
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_weight_that_is_kept_twice_is_stored_twice_or_not_at_all(
+    first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of tied weights accelerate keeps a copy for each name."""
+    whole, calls = vars(offloaded)["_store"], 0
+
+    def full(values: Any, key: str, weight: torch.Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == (1 if first else 2):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(values, key, weight)
+
+    old, new = torch.arange(6.0), torch.ones(6)
+    copies = [{"a": old.clone()}, {"b": old.clone()}]
+    weight = _Weight("a", [(copies[0], "a"), (copies[1], "b")], resident.Outline(old), None)
+    with monkeypatch.context() as patched:
+        patched.setattr(offloaded, "_store", full)
+        with pytest.raises(OSError, match="No space left"):
+            weight.store(new)
+    assert torch.equal(copies[0]["a"], old)
+    assert torch.equal(copies[1]["b"], old)
+    weight.store(new)
+    assert torch.equal(copies[0]["a"], new)
+    assert torch.equal(copies[1]["b"], new)
+
+
+def test_empty_weights_are_different_ones(tmp_path: Path) -> None:
+    """Though all of them say that their memory is at 0."""
+
+    class Empty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.none = nn.Parameter(torch.empty(0, 3))
+            self.nothing = nn.Parameter(torch.empty(2, 0))
+            self.layer = nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.layer(x), self.none + 1, self.nothing * 2
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Empty()
+    calib = [torch.randn(20, 8, generator=torch.Generator().manual_seed(1))]
+    wanted = magr_transform(copy.deepcopy(model), calib)
+    hooked = cpu_offload(copy.deepcopy(model), execution_device="cpu")
+    magr_transform(hooked, calib)
+    assert torch.equal(kept(hooked, "layer.weight"), wanted.layer.weight)
+    assert [tuple(p.shape) for p in hooked.parameters()] == [
+        tuple(p.shape) for p in wanted.parameters()
+    ]
 
 
 def kept(hooked: Any, name: str) -> torch.Tensor:
