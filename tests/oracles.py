@@ -80,16 +80,24 @@ def optimum(weight: Array, gram: Array, penalty: float, group_size: int) -> tupl
         "fun": lambda z: sides @ z,
         "jac": lambda z: sides,
     }
-    found = minimize(
-        value,
-        np.concatenate([weight, np.abs(weight.reshape(-1, group_size)).max(1)]),
-        jac=slope,
-        constraints=[constraint],
-        method="SLSQP",
-        options={"maxiter": 1000, "ftol": 1e-14},
-    )
-    row = np.asarray(found.x[:columns], dtype=np.float64)
-    check_optimal(row, weight, gram, penalty, group_size)
+    point = np.concatenate([weight, np.abs(weight.reshape(-1, group_size)).max(1)])
+    for last in (False, False, False, True):
+        found = minimize(
+            value,
+            point,
+            jac=slope,
+            constraints=[constraint],
+            method="SLSQP",
+            options={"maxiter": 1000, "ftol": 1e-14},
+        )
+        point = found.x
+        row = np.asarray(point[:columns], dtype=np.float64)
+        try:
+            check_optimal(row, weight, gram, penalty, group_size)
+            break
+        except AssertionError:  # its model of the curvature was spoilt: it begins anew from here
+            if last:
+                raise
     return row, objective(row, weight, gram, penalty, group_size)
 
 
