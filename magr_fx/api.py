@@ -37,7 +37,7 @@ from magr_fx.passes.to_pt2e import (
     quantize_graph,
     still_read,
 )
-from magr_fx.passes.to_torchao import describe, hand_over, try_target
+from magr_fx.passes.to_torchao import describe, described_in_full, hand_over, try_target
 from magr_fx.passes.trace import calibration_mode, unwrap
 from magr_fx.passes.trace_batches import Tracing
 from magr_fx.report import MagRReport
@@ -417,7 +417,7 @@ def _run(
         if checkpoint_dir is not None or ranks.world > 1:
             options = {
                 "config": config.as_dict(),
-                "target": None if target is None else describe(target.config),
+                "target": None if target is None else described_in_full(target.config),
                 "handling": None if target is None else asdict(target.handling),
                 "sites": [site.name for site in found.sites],
                 "strict": strict,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,6 +38,10 @@ _GRANULARITY_FIELD = {
 }
 # One step for each row of a weight [out, in], or one for all of them.
 _WHOLE_ROWS = (None, PerAxis(0), PerRow(-1), PerRow(1), PerTensor())
+
+
+# Algorithms for scales and zero points that look at one row, or one group, at a time.
+_BY_ROW = ("affine", "tinygemm", "min_max")
 
 
 def target_group_size(target: AOBaseConfig) -> int | None:
@@ -78,7 +84,25 @@ def shares_one_step(target: AOBaseConfig) -> bool:
 
 def rows_are_independent(target: AOBaseConfig) -> bool:
     """Whether what becomes of a row does not depend on which others are quantized with it."""
-    return not shares_one_step(target) and "HQQ" not in describe(target).upper()
+    return not shares_one_step(target) and not any(
+        _couples_rows(name, value) for name, value in fields_of(target).items()
+    )
+
+
+def _couples_rows(name: str, value: Any) -> bool:
+    """Whether a field of a config chooses scales by something that looks at all rows at once.
+
+    HQQ stops when the error of the whole weight does. An algorithm that is not known may, too.
+    """
+    chosen = str(value.value if isinstance(value, Enum) else value).lower()
+    if name.endswith("choose_qparams_algorithm"):
+        return chosen not in _BY_ROW
+    return "hqq" in chosen or ("hqq" in name.lower() and bool(value))
+
+
+def fields_of(target: AOBaseConfig) -> dict[str, Any]:
+    """Every field of a config with its value, those that have their default value too."""
+    return {field.name: getattr(target, field.name) for field in fields(target)}
 
 
 def row_multiple(target: AOBaseConfig) -> int:
@@ -92,7 +116,10 @@ def row_multiple(target: AOBaseConfig) -> int:
 
 
 def describe(target: AOBaseConfig) -> str:
-    """A config of the table in brief: its class and the fields that differ from the defaults."""
+    """A config of the table in brief: its class and the fields that differ from the defaults.
+
+    For people only: nothing is decided by it, since another torchao can have other defaults.
+    """
     usual = vars(type(target)())
     changed = [
         f"{name}={value if isinstance(value, Enum) else repr(value)}"
@@ -100,6 +127,12 @@ def describe(target: AOBaseConfig) -> str:
         if value != usual.get(name)
     ]
     return f"{type(target).__name__}({', '.join(changed)})"
+
+
+def described_in_full(target: AOBaseConfig) -> str:
+    """All that a config says: equal for two only if they ask for the same."""
+    said = ", ".join(f"{name}={value!r}" for name, value in fields_of(target).items())
+    return f"{type(target).__module__}.{type(target).__qualname__}({said})"
 
 
 def is_quantized(tensor: object) -> bool:
