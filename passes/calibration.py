@@ -66,6 +66,7 @@ def read_calib(calib: Any, model: nn.Module) -> list[Batch]:
     lasting = type(calib) in (list, tuple)  # all of it is there at once
     room, memory = available(device) if not lasting else 0.0, _Memory()
     batches: list[Batch] = []
+    index, empty = -1, 0
     for index, item in enumerate(calib):
         if not lasting and index >= MOST_BATCHES:
             raise CalibrationError(
@@ -91,14 +92,23 @@ def read_calib(calib: Any, model: nn.Module) -> list[Batch]:
                 f"the first {index + 1} batches of calib do not fit into the memory of {device}, "
                 f"in which all of them are held. {_ENDLESS}"
             )
-        batches.append(Batch(index, args, kwargs, (notes,) if notes else ()))
+        if _is_empty((args, kwargs)):  # which some models do not run on
+            empty += 1
+        else:
+            batches.append(Batch(index, args, kwargs, (notes,) if notes else ()))
+    if empty and not batches:
+        raise CalibrationError(
+            f"no token of the {empty} calibration batches counts: their inputs are empty (of size "
+            "0); nothing was changed"
+        )
     if not batches:
         raise CalibrationError(
             "calib is empty: give at least one model input (a generator that was "
             "iterated before yields nothing; make it a list)"
         )
-    if memory.note:
-        batches[0] = replace(batches[0], notes=(*batches[0].notes, memory.note))
+    left_out = f"{empty} of {index + 1} calibration batches are empty" if empty else ""
+    found = tuple(note for note in (memory.note, left_out) if note)
+    batches[0] = replace(batches[0], notes=(*batches[0].notes, *found))
     for note in batches[0].notes:
         logger.warning("%s", note)
     return batches
@@ -129,6 +139,12 @@ class _Memory:
                 "buffer, all batches hold its last values: clone each as it comes, or pass the "
                 "generator itself"
             )
+
+
+def _is_empty(inputs: Any) -> bool:
+    """Whether there are tensors, and all of them have a size of 0."""
+    tensors = [leaf for leaf in tree_leaves(inputs) if _is_tensor(leaf)]
+    return bool(tensors) and not any(tensor.numel() for tensor in tensors)
 
 
 def _position_of_use_cache(model: nn.Module) -> int | None:

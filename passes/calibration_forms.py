@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,8 @@ _ROWS = (
     "rows of a data set have no batch dimension: add one (row[None]), or wrap the data set in a "
     "torch DataLoader"
 )
-_LABELS = (
-    "of (images, labels), as a DataLoader gives them, pass the images alone: "
-    "[images for images, _ in loader]"
-)
+_ALONE = "pass the images alone: [images for images, _ in loader]"
+_LABELS = f"of (images, labels), as a DataLoader gives them, {_ALONE}"
 _ONE_MAPPING = (
     "a mapping is taken as keyword arguments; where forward takes the mapping itself as its one "
     "argument, pass it in a tuple: (features,)"
@@ -106,7 +104,8 @@ def describe_failure(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     leaves = tree_leaves((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     found = [remedy for leaf in (*args, *kwargs.values()) if (remedy := _remedy(leaf))]
-    if any(map(_is_row, _named(model, args, kwargs))):
+    named = list(_named(model, args, kwargs))
+    if any(_is_row(one) for at, one in enumerate(named) if at == 0 or one[0] in _TOKENS):
         found.append(_ROWS)
     if len(args) > 1 and len(tensors) > 1 and _is_label(tensors[0], tensors[-1]):
         found.append(_LABELS)
@@ -149,8 +148,7 @@ def suspicious_labels(model: nn.Module, item: Any, index: int) -> str:
         return ""
     return (
         f"calibration batch {index} is a list whose last tensor, one whole number for each of "
-        f"{len(item[0])} inputs, forward takes as {parameter.name!r}. If those are labels, "
-        f"{_LABELS}"
+        f"{len(item[0])} inputs, forward takes as {parameter.name!r}. If those are labels, {_ALONE}"
     )
 
 
@@ -209,9 +207,7 @@ def _takes_one_argument(model: nn.Module) -> bool:
     """Whether forward takes one argument, or anything."""
     given = _parameters(model)
     required = [p for p in given if p.default is p.empty]
-    forward: Callable[..., Any] = model.forward
-    anything = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
-    return len(required) == 1 or (anything and not required)
+    return len(required) == 1 or not given
 
 
 def _parameters(model: nn.Module) -> list[inspect.Parameter]:

@@ -26,6 +26,10 @@ from torchao.quantization import (
     PerTensor,
     quantize_,
 )
+from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+    X86InductorQuantizer,
+    get_default_x86_inductor_quantization_config,
+)
 from toys import INT, WIDTH, Overflows, changed, mlp, report_of, state, vectors
 
 from magr_fx import (
@@ -359,6 +363,94 @@ def test_a_dataset_is_sent_to_a_dataloader() -> None:
 def test_batches_without_a_token(verb: Verb) -> None:
     calib = [torch.empty(0, WIDTH), torch.empty(0, WIDTH)]
     refused(verb, mlp(), calib, CalibrationError, "no token of the 2 calibration batches counts")
+
+
+@both
+@pytest.mark.parametrize("zero", [torch.zeros(2, 5).long(), torch.full((2, 5), -torch.inf)])
+def test_masks_that_leave_no_token(verb: Verb, zero: Tensor) -> None:
+    calib = [{"input_ids": token_ids(2, 5, seed), "attention_mask": zero} for seed in range(2)]
+    model = tiny_llama(num_hidden_layers=1)
+    refused(verb, model, calib, CalibrationError, "no token of the 2 calibration batches counts")
+
+
+def test_masks_that_leave_no_token_to_the_pass_and_to_pt2e() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            result: Tensor = self.a(x) * attention_mask[..., None]
+            return result
+
+    model, calib = Masked(), [(torch.randn(3, 5, WIDTH), torch.zeros(3, 5))]
+    calib = [(x, mask.long()) for x, mask in calib]
+    before = state(model)
+    with pytest.raises(CalibrationError, match="no token of the 1 calibration batches counts"):
+        MagRPass(calib)(torch.export.export(model, calib[0]).module())
+    quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
+    with pytest.raises(CalibrationError, match="no token of the 1 calibration batches counts"):
+        magr_quantize(model, calib, quantizer)
+    assert changed(model, before) == []
+
+
+class Features(nn.Module):
+    """Takes all its inputs as one dict, as sentence encoders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.a = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, 4)
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        result: Tensor = self.a(self.table(features["input_ids"]))
+        return result
+
+
+class Anything(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Features()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+class Convolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 2, 3), nn.Linear(2 * 36, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.b(self.a(x).flatten(1))
+        return result
+
+
+IDS = token_ids(2, 5)
+IMAGES = torch.ones(2, 3, 8, 8)
+
+
+@both
+@pytest.mark.parametrize(
+    ("make", "calib", "kind", "remedy"),
+    [
+        (Features, [{"input_ids": IDS}], CalibrationError, "(features,)"),
+        (Anything, [{"input_ids": IDS}], TraceError, "(features,)"),
+        (Convolution, [[IMAGES, torch.zeros(2).long()]], CalibrationError, "images alone"),
+        (Convolution, list(IMAGES), TraceError, "row[None]"),
+        (lambda: tiny_llama(num_hidden_layers=1), list(IDS), TraceError, "row[None]"),
+        (
+            lambda: tiny_llama(num_hidden_layers=1),
+            [{"input_ids": IDS[0], "attention_mask": torch.ones(5)}],
+            TraceError,
+            "row[None]",
+        ),
+        (Convolution, [(IMAGES.numpy(), IDS)], CalibrationError, "too many positional"),
+    ],
+)
+def test_forms_that_the_model_does_not_take(
+    verb: Verb, make: Any, calib: Any, kind: type[MagRError], remedy: str
+) -> None:
+    refused(verb, make().eval(), calib, kind, "batch 0", remedy)
 
 
 # ---- what happens around the solve

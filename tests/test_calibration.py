@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import activations, tiny_llama, token_ids
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import BatchEncoding
 
 from magr_fx.errors import CalibrationError
+from magr_fx.passes import calibration
 from magr_fx.passes.calibration import read_calib
+from magr_fx.passes.dataclass_inputs import dataclasses_open
 
 model = nn.Linear(4, 3)
 IDS, MASK = token_ids(2, 5), torch.ones(2, 5, dtype=torch.long)
@@ -193,3 +201,253 @@ def test_a_mapping_type_is_kept_out_of_the_arguments() -> None:
     (batch,) = read_calib([Lazy()], model)
     assert type(batch.kwargs) is dict
     torch.testing.assert_close(batch.kwargs, {"a": MASK, "b": IDS}, rtol=0, atol=0)
+
+
+# ---- batches that lie in the same memory
+
+
+def refilled(kind: str) -> Iterator[Any]:
+    """Three batches of ones, twos and threes, all of them in one buffer."""
+    array = np.zeros((2, 4), dtype=np.float32)
+    buffer = torch.from_numpy(array) if kind == "NumPy" else torch.zeros(2, 4)
+    if kind == "shared memory":
+        buffer = torch.empty(0).new_zeros(2, 4).share_memory_()  # type: ignore[no-untyped-call]
+    for value in (1.0, 2.0, 3.0):
+        buffer.fill_(value)
+        forms: dict[str, Any] = {
+            "dict": {"x": buffer},
+            "tuple": (buffer, (buffer, [buffer])),
+            "view": buffer[:, :2],
+            "strided": buffer.T,
+            "BatchEncoding": BatchEncoding({"x": buffer}),
+            "parameter": nn.Parameter(buffer),
+            "dataclass": (Record(buffer, {"n": 1}),),
+        }
+        yield forms.get(kind, buffer)
+
+
+@dataclass
+class Record:
+    x: Tensor
+    options: dict[str, int]
+
+
+class Items:
+    """An iterable that is no generator, and one that is a list by its type."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __iter__(self) -> Iterator[Any]:
+        return refilled(self.kind)
+
+
+class LazyList(list[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return refilled("plain")
+
+
+KINDS = ["plain", "NumPy", "shared memory", "dict", "tuple", "view", "strided"]
+KINDS += ["BatchEncoding", "parameter", "dataclass"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wrap", [refilled, Items, lambda kind: iter(Items(kind))])
+def test_a_buffer_that_is_refilled(kind: str, wrap: Any) -> None:
+    batches = read_calib(wrap(kind), model)
+    for value, batch in zip((1.0, 2.0, 3.0), batches, strict=True):
+        with dataclasses_open((batch.args, batch.kwargs)):
+            tensors = [t for t in tree_leaves((batch.args, batch.kwargs)) if isinstance(t, Tensor)]
+        assert tensors
+        assert all(bool((t == value).all()) for t in tensors)
+    assert not batches[0].notes
+
+
+def test_a_list_that_makes_its_items() -> None:
+    batches = read_calib(LazyList(range(3)), model)
+    assert [float(batch.args[0].mean()) for batch in batches] == [1, 2, 3]
+
+
+def test_what_is_no_tensor_is_copied_too() -> None:
+    def items() -> Iterator[Any]:
+        array, options = np.zeros(3), {"n": object()}
+        for value in range(3):
+            array[:] = value
+            yield (IDS, array, options)
+
+    batches = read_calib(items(), model)
+    assert [float(batch.args[1].mean()) for batch in batches] == [0, 1, 2]
+
+
+def test_one_tensor_stays_one() -> None:
+    (batch,) = read_calib(iter([(IDS, IDS, {"x": IDS})]), model)
+    assert batch.args[0] is batch.args[1]
+    assert batch.args[0] is batch.args[2]["x"]
+
+
+@pytest.mark.parametrize("kind", ["plain", "NumPy", "dict", "tuple", "view", "BatchEncoding"])
+def test_a_list_of_one_buffer_is_noted(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Its values are lost already."""
+    (note,) = read_calib(list(refilled(kind)), model)[0].notes
+    assert "batches 0 and 1 lie in the same memory" in note
+    assert "clone each" in note
+    assert note in caplog.text
+
+
+def test_what_batches_have_in_common_by_right_is_not_noted() -> None:
+    mask = torch.ones(2, 4)
+    calib = [{"x": activations(2, 4, seed=at), "attention_mask": mask} for at in range(3)]
+    assert not read_calib(calib, model)[0].notes
+    whole = activations(6, 4)
+    assert not read_calib([whole[:2], whole[2:4], whole[4:]], model)[0].notes
+    positions = torch.arange(4)
+    placed = [(activations(2, 4, seed=at), positions) for at in range(3)]
+    assert not read_calib(placed, model)[0].notes
+
+
+# ---- calibrations without an end
+
+
+def test_an_endless_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "MOST_BATCHES", 20)
+    with pytest.raises(CalibrationError, match=r"yielded 20 batches.*itertools\.islice"):
+        read_calib(itertools.repeat(IDS), model)
+    assert len(read_calib(itertools.repeat(IDS, 20), model)) == 20
+    assert len(read_calib([IDS] * 30, model)) == 30  # all there is, as everybody sees
+
+
+def test_more_than_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "available", lambda device: 3.5 * IDS.nbytes)
+    with pytest.raises(CalibrationError, match=r"first 4 batches .* memory of cpu.*islice"):
+        read_calib(itertools.repeat(IDS), model)
+
+
+def test_empty_batches_are_left_out() -> None:
+    batches = read_calib([IDS[:0], IDS, {"x": IDS[:, :0]}], model)
+    assert [batch.index for batch in batches] == [1]
+    assert batches[0].notes == ("2 of 3 calibration batches are empty",)
+    with pytest.raises(CalibrationError, match="no token of the 2 calibration batches counts"):
+        read_calib([IDS[:0], IDS[:, :0]], model)
+
+
+# ---- forms that are often given
+
+
+NUMBERS, ARRAYS, TEXT = "torch.tensor", r"torch\.from_numpy", "tokenize text"
+
+
+@pytest.mark.parametrize(
+    ("item", "remedy"),
+    [
+        ([1, 2, 3], NUMBERS),
+        ([3], NUMBERS),
+        ((1, 2), NUMBERS),
+        ([[1, 2], [3, 4]], NUMBERS),
+        (([1.0, 2.0],), NUMBERS),
+        ({"input_ids": [[1, 2]], "attention_mask": [[1, 1]]}, NUMBERS),
+        (BatchEncoding({"input_ids": [1, 2]}), NUMBERS),
+        ({"input_ids": [[1, 2]], "extra": IDS}, NUMBERS),
+        (IDS.numpy(), ARRAYS),
+        ((IDS.numpy(),), ARRAYS),
+        ([IDS.numpy(), 3], ARRAYS),
+        ({"input_ids": IDS.numpy()}, ARRAYS),
+        ({"input_ids": IDS.numpy(), "attention_mask": MASK}, ARRAYS),
+        (np.float32(3), ARRAYS),
+        ("text", TEXT),
+        (["a", "b"], TEXT),
+        ({"text": ["a", "b"]}, TEXT),
+        (3, NUMBERS),
+        (DataLoader(TensorDataset(IDS)), "DataLoader itself"),
+        (TensorDataset(IDS), "torch DataLoader"),
+        (Record(IDS, {}), r"tuple: \(batch,\)"),
+    ],
+)
+def test_what_to_do_about_a_form(item: Any, remedy: str) -> None:
+    with pytest.raises(CalibrationError, match=f"batch 1 .*{remedy}"):
+        read_calib([IDS, item], model)
+
+
+@pytest.mark.parametrize(
+    ("calib", "remedy"),
+    [
+        (IDS.numpy(), r"\[torch\.from_numpy\(calib\)\]"),
+        (TensorDataset(IDS), "DataLoader"),
+        (lambda: iter([IDS]), r"called: calib\(\)"),
+    ],
+)
+def test_what_to_do_about_a_calib(calib: Any, remedy: str) -> None:
+    with pytest.raises(CalibrationError, match=remedy):
+        read_calib(calib, model)
+
+
+@pytest.mark.parametrize("item", [(), (None,), (IDS, 3), {"n": 3}, {"sizes": (None,)}])
+def test_what_is_no_tensor_may_be_right(item: Any) -> None:
+    assert len(read_calib([item], model)) == 1
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+
+    def forward(
+        self, x: Tensor, head_mask: Any = None, labels: Any = None, timesteps: Any = None
+    ) -> Tensor:
+        result: Tensor = self.a(x)
+        return result
+
+
+def test_labels_that_would_be_an_option_are_noted(caplog: pytest.LogCaptureFixture) -> None:
+    images, labels = activations(4, 4), torch.arange(4)
+    loader = DataLoader(TensorDataset(images, labels), batch_size=2)
+    (note,) = read_calib(loader, Classifier())[0].notes
+    assert "'head_mask'. If those are labels, pass the images alone" in note
+    assert note in caplog.text
+    for item in ([images, images], {"x": images, "labels": labels}, [images]):
+        assert not read_calib([item], Classifier())[0].notes
+    assert not read_calib([[images, images, labels]], Classifier())[0].notes  # forward's labels
+
+
+# ---- tensors of other kinds
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]), "is nested: pad it"),
+        (
+            lambda: torch.nested.nested_tensor([torch.ones(3), torch.ones(2)], layout=torch.jagged),
+            "is nested: pad it",
+        ),
+        (lambda: torch.ones(3, 4).to_sparse(), "layout torch.sparse_coo"),
+        (lambda: torch.ones(3, 4).to_sparse_csr(), "layout torch.sparse_csr"),
+        (lambda: torch.ones(3, 4, device="meta"), "meta device"),
+        (lambda: torch.quantize_per_tensor(torch.ones(3, 4), 0.1, 0, torch.qint8), "is quantized"),
+        (lambda: FakeTensorMode().from_tensor(torch.ones(3, 4)), "is fake"),
+    ],
+)
+@pytest.mark.parametrize("form", [lambda x: x, lambda x: {"x": (IDS, x)}])
+def test_a_tensor_that_is_no_ordinary_one(make: Any, kind: str, form: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensor = make()
+        with pytest.raises(CalibrationError, match=rf"batch 1 holds a tensor .*{kind}"):
+            read_calib([IDS, form(tensor)], model)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.float8_e4m3fn])
+def test_values_of_any_dtype_are_looked_at(dtype: torch.dtype) -> None:
+    good, bad = torch.ones(2, 4).to(dtype), torch.full((2, 4), torch.nan).to(dtype)
+    assert read_calib([good], model)[0].args[0].dtype == dtype
+    with pytest.raises(CalibrationError, match="8 NaN or Inf"):
+        read_calib([bad], model)
+
+
+@pytest.mark.parametrize("make", [nn.Parameter, lambda x: x.clone().requires_grad_()])
+@pytest.mark.parametrize("wrap", [list, iter])
+def test_inputs_have_no_gradient(make: Any, wrap: Any) -> None:
+    x = make(activations(2, 4))
+    (batch,) = read_calib(wrap([{"x": x}]), model)
+    assert type(batch.kwargs["x"]) is Tensor
+    assert not batch.kwargs["x"].requires_grad
+    assert x.requires_grad

@@ -21,8 +21,8 @@ def padding(lengths: list[int], *, left: bool, extra: int = 0) -> Tensor:
 
 def read(mask: Tensor, real: Tensor, *, marks_padding: bool | None = False) -> Tensor | None:
     how = convention([mask], marks_padding)
-    pairs = mask.dim() == 2 and is_of_pairs(mask, *real.shape, how)
-    return counted_tokens(mask, *real.shape, how, pairs=pairs)
+    pairs = mask.dim() == 2 and is_of_pairs(mask, len(real), real.shape[1], how)
+    return counted_tokens(mask, len(real), real.shape[1], how, pairs=pairs)
 
 
 def same(found: Tensor | None, expected: Tensor) -> bool:

@@ -135,7 +135,7 @@ class Record:
 
 
 @dataclass
-class Output(ModelOutput):
+class Output(ModelOutput):  # type: ignore[misc]
     input_ids: Any = None
     attention_mask: Any = None
 
