@@ -40,7 +40,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shard", action="store_true", help="shard the weights by FSDP2")
-    parser.add_argument("--checkpoint-dir", help="where to save each finished block")
+    parser.add_argument("--checkpoint-dir", help="where to save what is done")
     options = parser.parse_args()
 
     # The timeout is the longest that one rank waits for another: longer than a block takes.

@@ -271,6 +271,8 @@ def _state(path: Path) -> dict[str, Any]:
 def _load(path: Path) -> Any:
     try:
         return torch.load(path, weights_only=True)
+    except (MemoryError, torch.OutOfMemoryError):  # no fault of the file
+        raise
     except Exception as error:  # whatever a file raises that was damaged since
         raise CheckpointError(
             f"{path} cannot be read: {type(error).__name__}: {error}; empty {path.parent} to "

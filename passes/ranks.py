@@ -173,11 +173,13 @@ class Ranks:
     def _call(self, collective: Callable[[], Any]) -> None:
         try:
             collective()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # of a connection that closed, or of a timeout
             broken = DistributedError(
                 f"rank {self.rank} of {self.world} lost the others: {error}. One of them has died, "
                 "or did not come to the same call in time: look at its log. Start the ranks anew; "
-                "with checkpoint_dir the same call goes on after the last block that was saved. "
+                "with checkpoint_dir the same call goes on after the last state that was saved. "
                 "Where a rank needs longer for a block, give init_process_group a longer timeout "
                 "(--timeout on the command line)"
             )

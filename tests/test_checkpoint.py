@@ -485,6 +485,18 @@ def test_no_memory_is_no_full_disk(
     assert [path.name for path in tmp_path.glob("state-*")] == ["state-000000.pt"]
 
 
+def test_no_memory_to_read_a_state_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is told to empty the directory loses the run."""
+    Checkpoint(tmp_path, {}).save(0, dict, [], {})
+    error = torch.OutOfMemoryError("CUDA")
+    monkeypatch.setattr(torch, "load", Mock(side_effect=error))
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        Checkpoint(tmp_path, {}).last()
+    assert raised.value is error
+
+
 def test_rows_that_were_saved_without_damping_are_read(tmp_path: Path) -> None:
     cut_short(for_target, tiny_llama(), tmp_path, 2)
     (path,) = tmp_path.glob("state-*.pt")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -40,6 +41,7 @@ from magr_fx import (
 )
 from magr_fx.passes import pipeline, solve_sites, spread
 from magr_fx.passes.checkpoint import Checkpoint
+from magr_fx.passes.ranks import Ranks
 from magr_fx.passes.resident import Weights
 
 INT3 = intx(3, ASYMMETRIC, None)
@@ -273,6 +275,15 @@ def error_of(made: dict[str, Any]) -> float:
 
 
 # What goes wrong on one rank ends all.
+
+
+def test_no_memory_for_a_collective_is_no_lost_rank() -> None:
+    error = torch.OutOfMemoryError("CUDA")
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        Ranks(None, 0, 2)._call(Mock(side_effect=error))
+    assert raised.value is error
+    with pytest.raises(DistributedError, match="lost the others"):
+        Ranks(None, 0, 2)._call(Mock(side_effect=RuntimeError("connection closed")))
 
 
 def raised(function: Callable[[], Any]) -> tuple[str, str]:

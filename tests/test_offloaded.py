@@ -460,12 +460,13 @@ def test_empty_weights_are_different_ones(tmp_path: Path) -> None:
     class Empty(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.none = nn.Parameter(torch.empty(0, 3))
-            self.nothing = nn.Parameter(torch.empty(2, 0))
+            self.rows = nn.Parameter(torch.empty(0, 4))
+            self.columns = nn.Parameter(torch.empty(20, 0))
             self.layer = nn.Linear(8, 4)
 
         def forward(self, x: torch.Tensor) -> Any:
-            return self.layer(x), self.none + 1, self.nothing * 2
+            y = torch.cat([self.layer(x), self.rows], 0)
+            return torch.cat([y, self.columns], 1)
 
     with torch.random.fork_rng():
         torch.manual_seed(0)

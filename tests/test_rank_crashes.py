@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 import signal
@@ -211,6 +212,31 @@ def test_what_one_attempt_left_of_a_step_does_not_meet_what_another_makes(tmp_pa
         assert [life.ended for life in lives] == ["DistributedError", "Killed"]
         lives = run(tmp_path, None, None, attempt=2)
     assert [life.found for life in lives] == [(0, 0), (0, 0)]
+
+
+@pytest.mark.parametrize("fast", [0, 1])
+def test_all_write_a_state_or_none_does(
+    fast: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the first one's clock, whatever those of the others say."""
+    ticks, written = itertools.count(0, 100), list[str]()
+    whole = Checkpoint._write
+
+    def write(self: Checkpoint, name: str, *rest: Any, **more: Any) -> Path:
+        written.append(name)
+        return whole(self, name, *rest, **more)
+
+    def clock() -> float:
+        return float(next(ticks)) if _life.of.death == "fast" else 0.0
+
+    monkeypatch.setattr(Checkpoint, "_write", write)
+    monkeypatch.setattr("magr_fx.passes.checkpoint.monotonic", clock)
+    lives = run(tmp_path, *("fast" if rank == fast else None for rank in (0, 1)))
+    assert [life.ended for life in lives] == ["done", "done"]
+    steps = range(STEPS) if fast == 0 else [STEPS - 1]  # the last one always has its state
+    wanted = [f"state-{step:06d}-rank{rank}.pt" for step in steps for rank in (0, 1)]
+    assert sorted(name for name in written if name.startswith("state")) == wanted
+    assert len(list(tmp_path.glob("weights-*"))) == STEPS
 
 
 def test_a_file_that_cannot_be_removed_is_named(tmp_path: Path) -> None:

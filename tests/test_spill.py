@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -161,6 +162,16 @@ def test_what_was_away_when_a_run_was_cut_short_is_read_by_the_next(
     for name, spill_dir in (("again", tmp_path / "away"), ("without", None)):
         folder = shutil.copytree(tmp_path / "begun", tmp_path / name)
         assert same_bits(run(folder, spill_dir), wanted)
+
+
+def test_no_memory_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = torch.OutOfMemoryError("CUDA")
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", Mock(side_effect=error))
+    spill_ = Spill(tmp_path, [])
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        spill_._mapped(torch.zeros(8).untyped_storage())
+    assert raised.value is error
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")

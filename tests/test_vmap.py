@@ -138,3 +138,22 @@ def test_make_fx_refuses_weights_inside_vmap(name: str) -> None:
         magr_transform(model, CALIB, trace="make_fx")
     assert changed(model, before) == []
     assert not in_transform()
+
+
+def test_an_empty_weight_is_no_empty_value() -> None:
+    """Both say that their memory is at 0; only a weight may not be read inside of torch.vmap."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.none = nn.Parameter(torch.empty(0, 3))
+            self.layer = nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            nothing = torch.empty(len(x), 0)
+            y: torch.Tensor = torch.vmap(lambda row, none: row * 2 + none.sum())(x, nothing)
+            z: torch.Tensor = self.layer(y) + self.none.sum()
+            return z
+
+    model = magr_transform(Model(), [torch.randn(20, 8)], trace="make_fx")
+    assert [site.name for site in report_of(model).rewritten] == ["layer.weight"]
