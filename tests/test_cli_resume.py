@@ -269,8 +269,8 @@ def count(last):
             return
         calls += 1
         if calls == last:
-            place = os.path.basename(frame.f_code.co_filename), frame.f_lineno
-            print("killed at call", last, "of", needed, "%s:%d" % place, file=sys.stderr, flush=True)
+            place = "%s:%d" % (os.path.basename(frame.f_code.co_filename), frame.f_lineno)
+            print("killed at call", last, "of", needed, place, file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
     return called
 
