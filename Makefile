@@ -18,12 +18,13 @@ NO_DOWNLOAD = if grep -qi "no space left" $(LOG); then fail "the disk is full; t
 # torchao then does not try (and loudly fail) to load kernels built for other machines.
 export TORCHAO_FORCE_SKIP_LOADING_SO_FILES := 1
 
-.PHONY: help test test-lowest lint demo clean
+.PHONY: help test test-lowest test-numerics lint demo clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make test    set up .venv, then ruff, mypy and pytest"
 	@echo "make test-lowest   pytest with the oldest versions that pyproject.toml allows (some GB)"
+	@echo "make test-numerics  the numerical tests as other processors round; two hours (ARGS=... for some)"
 	@echo "make demo    quantize SmolLM2-135M with and without MagR; writes to out/ (ARGS=... for options)"
 	@echo "make lint    only ruff and mypy"
 	@echo "make clean   remove .venv, out/ and every cache"
@@ -50,6 +51,10 @@ test-lowest: .venv-lowest/ready
 		&& $$pip --no-deps --no-build-isolation --editable . >>$$log 2>&1 \
 		|| fail "could not install them: the log is $$log"; \
 	touch $@
+
+# Each instruction set, 1 and 2 threads, MKL's other code paths, ten seeds of perturbed products.
+test-numerics: .venv/ready
+	@$(PY) tests/run_numerics.py --workers $(WORKERS) $(ARGS)
 
 lint: .venv/ready
 	@echo "-- ruff check"

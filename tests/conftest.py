@@ -9,6 +9,7 @@ from collections.abc import Iterator
 os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
 import torch
 from other_rounding import perturb
@@ -40,6 +41,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if hasattr(config.option, "loadscopereorder"):  # pytest-xdist is there
         config.option.loadscopereorder = False
+    # The same examples in every run, and none fails because the machine is busy.
+    hypothesis.settings.register_profile(
+        "repeatable", deadline=None, derandomize=True, database=None, print_blob=True
+    )
+    hypothesis.settings.load_profile("repeatable")
     if config.option.perturb is not None:
         perturb(config.option.perturb)
 

@@ -275,9 +275,8 @@ def count(last):
             return
         calls += 1
         if calls == last:
-            place = os.path.basename(frame.f_code.co_filename), frame.f_lineno
-            told = "killed at call %d of %d, %s:%d" % (last, needed, *place)
-            print(told, file=sys.stderr, flush=True)
+            place = "%s:%d" % (os.path.basename(frame.f_code.co_filename), frame.f_lineno)
+            print("killed at call", last, "of", needed, place, file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
     return called
 

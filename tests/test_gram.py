@@ -54,7 +54,11 @@ def test_wide_grams_are_summed_by_block_rows(columns: int) -> None:
     add_to_gram(gram, rows[:30])
     add_to_gram(gram, rows[30:])
     torch.testing.assert_close(gram.double(), gram_of(rows), rtol=1e-5, atol=1e-5)
-    assert torch.equal(gram, gram.T)  # to the bit, which one product does not promise
+    # To the bit, but for the squares on the diagonal: of these each is one product.
+    size = -(-columns // 4)
+    for start in range(0, columns, size):
+        end = min(start + size, columns)
+        assert torch.equal(gram[end:, start:end], gram[start:end, end:].T)
 
 
 @pytest.mark.gpu

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -375,7 +374,6 @@ def test_a_full_disk_on_one_rank_ends_all_and_the_run_goes_on(tmp_path: Path) ->
     alone = tmp_path / "alone"
     for_target(checkpoint_dir=alone)
     folder = tmp_path / "checkpoint"
-    start = time.monotonic()
     for rank, ended in enumerate(on_ranks(2, on_a_full_disk, tmp_path, folder, alone)):
         assert (ended.error, ended.code) == (None, 0)
         found = ended.value
@@ -390,7 +388,6 @@ def test_a_full_disk_on_one_rank_ends_all_and_the_run_goes_on(tmp_path: Path) ->
         assert found["changed"] == []
         assert found["saved"] == [f"replace state-{step:06d}-rank{rank}.pt" for step in (3, 4, 5)]
         assert same_bits(found)
-    assert time.monotonic() - start < 60
     assert not list(folder.glob("*.unfinished"))
 
 

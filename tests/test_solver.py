@@ -589,7 +589,9 @@ def test_an_inexact_path_has_the_same_rows(problems: int | None) -> None:
         assert torch.equal(one.weight, other.weight)
         assert torch.equal(one.status, other.status)
         assert torch.allclose(one.objective, other.objective, rtol=1e-3)
-        assert not torch.equal(one.objective, other.objective)
+    # Float32 shows where little is left of large numbers, in one of the gaps at least.
+    gaps = zip(exact, rough, strict=True)
+    assert not all(torch.equal(one.dual_gap, other.dual_gap) for one, other in gaps)
 
 
 def test_a_path_takes_fewer_steps_than_its_solves() -> None:
