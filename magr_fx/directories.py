@@ -22,7 +22,6 @@ from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from magr_fx.api import magr_transform, quantize_apart
-from magr_fx.check_directory import check_names, check_shapes, check_skipped, check_token_ids
 from magr_fx.errors import ConfigError, ModelError
 from magr_fx.model_class import model_class
 from magr_fx.model_directory import CONFIG, StoredTensor, read_config, read_directory
@@ -225,12 +224,11 @@ def _load(work: Prepared) -> Any:
     offload = _emptied(work.job.run / (f"offload-rank{rank}" if rank else "offload"))
     kind = model_class(read_config(work.source))
     try:
-        model, found = kind.from_pretrained(
+        model = kind.from_pretrained(
             work.source,
             dtype="auto",
             device_map={"": "disk"},
             offload_folder=str(offload),
-            output_loading_info=True,
         )
     except Exception as error:  # whatever transformers raises of a model that it does not know
         if isinstance(error, OSError) and error.errno is not None:
@@ -238,12 +236,6 @@ def _load(work: Prepared) -> Any:
         raise ModelError(
             f"transformers cannot load {work.source} as {kind.__name__}: {brief(error)}"
         ) from error
-    check_names(work.source, found["missing_keys"], found["unexpected_keys"], type(model).__name__)
-    index = offloaded_weights(model).index
-    stored = {name: stored_as(name, index, work.tensors) for name in index}
-    tensors = {name: None if key is None else work.tensors[key] for name, key in stored.items()}
-    check_shapes(dict(model.named_parameters(remove_duplicate=False)), tensors)
-    check_token_ids(model, work.calib)
     run_on(model, work.job.device)
     return model
 
@@ -278,10 +270,8 @@ def _chosen(model: Any, job: Job, *, linears_only: bool) -> FilterFn:
     """What the job rewrites.
 
     Raises:
-        ConfigError: nothing, or a pattern that is to leave something out does not.
+        ConfigError: nothing.
     """
-    without = rewritable(model, head=job.head, linears_only=linears_only)
-    check_skipped(model, job.skip, without)
     chosen = rewritable(model, job.skip, head=job.head, linears_only=linears_only)
     modules = [(name, module) for name, module in model.named_modules() if module._parameters]
     if not any(chosen(module, name) for name, module in modules):
@@ -339,7 +329,7 @@ def _left_out(model: nn.Module, job: Job) -> list[str] | None:
 
 
 def _is_skipped(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def _emptied(folder: Path) -> Path:

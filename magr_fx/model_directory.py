@@ -20,7 +20,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Files that hold weights, whoever reads them.
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.index.json")
-FLOATING = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what MagR works on
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what MagR works on
 _DOWNLOAD = "finish the download (hf download NAME --local-dir DIRECTORY takes it up again)"
 
 
@@ -84,11 +84,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}; {_DOWNLOAD}") from error
-    if not (isinstance(config, dict) and isinstance(config.get("model_type"), str)):
-        raise ModelError(
-            f"{path} says no model_type, so that it is no configuration of a model of "
-            f"transformers; {_DOWNLOAD}"
-        )
     if "quantization_config" in config:
         kind = config["quantization_config"].get("quant_method", "an unknown method")
         raise ModelError(
@@ -128,10 +123,10 @@ def read_directory(folder: Path) -> dict[str, StoredTensor]:
             )
         tensors |= own
     for name, tensor in tensors.items():
-        if len(tensor.shape) >= 2 and tensor.dtype not in FLOATING:
+        if len(tensor.shape) >= 2 and tensor.dtype not in _BYTES:
             raise ModelError(
                 f"{name} in {tensor.file} is stored as {tensor.dtype}: MagR works on "
-                f"{', '.join(FLOATING)}; start from the full-precision model"
+                f"{', '.join(_BYTES)}; start from the full-precision model"
             )
     return tensors
 
@@ -210,7 +205,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             f"damaged; {_DOWNLOAD}"
         )
     for name, tensor in found.items():
-        width = FLOATING.get(tensor.dtype)
+        width = _BYTES.get(tensor.dtype)
         if width is not None and tensor.nbytes != width * math.prod(tensor.shape):
             raise ModelError(f"{file} is damaged: {name} has the wrong size; {_DOWNLOAD}")
     return found

@@ -12,7 +12,6 @@ from torchao.core.config import AOBaseConfig
 from transformers import AutoConfig
 
 from magr_fx.calibration_text import BATCH
-from magr_fx.check_directory import check_shapes, check_skipped
 from magr_fx.directories import PROCESS, rewritable
 from magr_fx.errors import ConfigError, ModelError
 from magr_fx.measure_rates import measured_rates
@@ -133,8 +132,6 @@ def plan_directory(
         raise ModelError(
             f"transformers cannot build {name} as {kind.__name__}: {type(error).__name__}: {first}"
         ) from error
-    check_skipped(model, skip, rewritable(model, head=head, linears_only=gptq))
-    check_shapes(dict(model.named_parameters()), tensors or {})
     dtype = next(model.parameters()).dtype
     group_size = resolve_config(None, target).group_size
     searched = target is not None
