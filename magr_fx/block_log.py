@@ -60,6 +60,7 @@ def blocks_to(path: Path | None, out: Path, *, resumed: bool) -> Iterator[None]:
     if path is None:
         yield
         return
+    is_new = not path.exists()
     try:
         handler = _JsonLines(path, str(out), resumed)
     except OSError as error:
@@ -73,6 +74,8 @@ def blocks_to(path: Path | None, out: Path, *, resumed: bool) -> Iterator[None]:
         blocks.setLevel(level)
         blocks.removeHandler(handler)
         handler.close()
+        if is_new and path.is_file() and path.stat().st_size == 0:  # of a run that was refused
+            path.unlink()
 
 
 class _JsonLines(logging.FileHandler):
