@@ -64,6 +64,7 @@ def blocks_to(
     if path is None:
         yield
         return
+    is_new = not path.exists()
     try:
         handler = _JsonLines(path, str(out), run_id, resumed)
     except OSError as error:
@@ -77,6 +78,8 @@ def blocks_to(
         blocks.setLevel(level)
         blocks.removeHandler(handler)
         handler.close()
+        if is_new and path.is_file() and path.stat().st_size == 0:  # of a run that was refused
+            path.unlink()
 
 
 class _JsonLines(logging.FileHandler):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magr_fx.errors import CalibrationError
+from magr_fx.errors import CalibrationError, brief
 
 BATCH = 4  # windows
 
@@ -29,11 +29,25 @@ def text_batches(
         CalibrationError: the file cannot be read, or has fewer tokens.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{file} cannot be read as text: {error}") from error
-    # verbose=False: no warning that the whole text is longer than the model's context.
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        raise CalibrationError(
+            f"{file} cannot be read as text: {error}; give one in UTF-8"
+        ) from error
+    if "\0" in text:
+        raise CalibrationError(
+            f"{file} cannot be read as text: it holds zero bytes, as binary files do, and UTF-16; "
+            "give one in UTF-8"
+        )
+    try:
+        # verbose=False: no warning that the whole text is longer than the model's context.
+        found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = torch.tensor(found, dtype=torch.long)
+    except Exception as error:  # whatever a tokenizer raises of what it has no token for
+        raise CalibrationError(
+            f"the model's tokenizer cannot read {file}: {brief(error)}; give another text, or "
+            "mend the tokenizer"
+        ) from error
     batches = max(1, -(-tokens // (batch * length)))
     windows = batches * batch
     if len(ids) < windows * length:

@@ -18,15 +18,13 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from magr_fx.block_log import blocks_to
+from magr_fx.cli_types import FILE, FOLDER, LENGTH, TOKENS, Positive
 from magr_fx.config import ALPHA_WORDS, SOLVERS, MagRConfig
-from magr_fx.errors import MagRError
+from magr_fx.errors import ConfigError, MagRError
 from magr_fx.quiet import errors_only
 from magr_fx.torchrun import Launched
 
 Command = Callable[..., None]
-FILE = click.Path(dir_okay=False, path_type=Path)
-# Resolved: the name of "." is needed, for what is not finished.
-FOLDER = click.Path(path_type=Path, resolve_path=True)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -63,12 +61,13 @@ def _alpha(
 
 
 _TOKENS = (
-    click.option("--tokens", default=16_384, show_default=True, type=click.IntRange(1),
-                 help="How many tokens to calibrate on."),
-    click.option("--length", default=512, show_default=True, type=click.IntRange(2),
+    click.option("--tokens", default=16_384, show_default=True,
+                 type=TOKENS, help="How many tokens to calibrate on."),
+    click.option("--length", default=512, show_default=True, type=LENGTH,
                  help="Tokens in a window."),
     click.option("--skip", multiple=True, metavar="PATTERN",
-                 help="Leave modules of this name alone, such as '*.down_proj'; repeatable."),
+                 help="Leave modules of this name, and all in them, alone, such as "
+                 "'*.down_proj'; repeatable."),
 )  # fmt: skip
 _WORK = (
     click.argument("model"),
@@ -91,7 +90,7 @@ _WORK = (
                  help="Where blocks are run and solved; auto is cuda if there is one. Under "
                  "torchrun cuda is each rank's own."),
     click.option("--timeout", default=60.0, show_default=True, metavar="MINUTES",
-                 type=click.FloatRange(0, min_open=True),
+                 type=Positive(),
                  help="Under torchrun: the longest that a rank waits for another. Longer than a "
                  "block, the download, and writing OUT take."),
     click.option("--progress/--no-progress", default=None,
@@ -162,7 +161,7 @@ def report(run: Path) -> None:
     click.option("--head", is_flag=True, help="Also rewrite the head."),
     click.option("--rounding", default="nearest", show_default=True,
                  type=click.Choice(["nearest", "gptq"])),
-    click.option("--tflops", type=click.FloatRange(0, min_open=True),
+    click.option("--tflops", type=Positive(),
                  help="What the machine does in a second; by default this one is measured."),
 )  # fmt: skip
 def plan(model: str, target: str | None, rounding: str, tflops: float | None, **given: Any) -> None:
@@ -233,12 +232,30 @@ def _work(
             if job.device.type == "cuda":  # which torch.distributed goes by
                 torch.cuda.set_device(job.device)
             log = given["log_json"] if speaks else None
+            _check_log(log, job)
             named = partial(run_id, job.out)
             with blocks_to(log, job.out, run_id=named, resumed=job.resume):
                 done = make(job)
         if speaks:
             click.echo(done.totals())
             click.echo(f"{job.out} is written; magr-fx report {job.out} has a row for each weight")
+
+
+def _check_log(log: Path | None, job: Any) -> None:
+    """Lines may be appended to a file of its own only.
+
+    Raises:
+        ConfigError: it is what the run reads, or lies where the run reads or writes.
+    """
+    for what, path in (
+        ("--calib", job.text),
+        ("MODEL", Path(job.model)),
+        ("OUT", job.out),
+        ("OUT.unfinished", job.run),
+    ):
+        if log is not None and log.resolve().is_relative_to(path.resolve()):
+            at = "is" if what == "--calib" else "lies in"
+            raise ConfigError(f"--log-json {log} {at} {what}, {path}; name another file")
 
 
 @contextlib.contextmanager
@@ -269,6 +286,9 @@ def _told(
         except MagRError as error:
             message = " ".join(str(error).split())
             launched.tell(f"magr-fx: error: {message}{_how_to_go_on(out)}")
+            raise click.exceptions.Exit(2) from error
+        except OSError as error:  # of what is around: paths, permissions, the disk
+            launched.tell(f"magr-fx: error: {' '.join(str(error).split())}{_how_to_go_on(out)}")
             raise click.exceptions.Exit(2) from error
 
 

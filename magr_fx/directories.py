@@ -6,7 +6,6 @@ written is an ordinary directory of transformers; until it is whole it has anoth
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import json
 import shutil
@@ -19,10 +18,9 @@ from torch import nn
 from transformers import TorchAoConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers import AutoHfQuantizer, HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from magr_fx.api import magr_transform, quantize_apart
-from magr_fx.errors import ConfigError, ModelError
+from magr_fx.errors import ModelError, brief
 from magr_fx.model_class import model_class
 from magr_fx.model_directory import CONFIG, StoredTensor, read_config, read_directory
 from magr_fx.passes.checkpoint import checkpoint_report
@@ -31,10 +29,11 @@ from magr_fx.passes.offloaded import keep_in, offloaded_weights, run_on
 from magr_fx.passes.quantizable import quantized_copy
 from magr_fx.passes.ranks import together
 from magr_fx.passes.to_torchao import describe
-from magr_fx.prepare_directory import Job, Prepared, brief, prepared
+from magr_fx.prepare_directory import Job, Prepared, prepared
 from magr_fx.report import MagRReport
 from magr_fx.report_files import has_report, read_report, write_report
-from magr_fx.run_folder import CHECKPOINT, is_resumable, run_of
+from magr_fx.run_folder import CHECKPOINT, is_ours, is_resumable, run_of
+from magr_fx.skipped import is_skipped, rewritable
 from magr_fx.tensor_files import LetGo, TensorFiles
 from magr_fx.write_directory import (
     RewrittenWeights,
@@ -103,12 +102,12 @@ def _made(
 
 def _is_made(job: Job) -> bool:
     """Whether a run that is to go on was cut short after its result was whole."""
-    return job.resume and job.run.exists() and has_report(job.out)
+    return job.resume and is_ours(job.run) and has_report(job.out)
 
 
 def _transformed(model: Any, work: Prepared) -> tuple[Path, MagRReport]:
     job = work.job
-    chosen = _chosen(model, job, linears_only=False)
+    chosen = rewritable(model, job.skip, head=job.head)
     shards = _rewritten_to(model, work, chosen)
     magr_transform(
         model,
@@ -128,7 +127,7 @@ def _transformed(model: Any, work: Prepared) -> tuple[Path, MagRReport]:
 def _quantized(model: Any, work: Prepared, rounding: str) -> tuple[Path, MagRReport]:
     """Solve and round; then the first rank makes the shards of what was rounded."""
     job = work.job
-    chosen = _chosen(model, job, linears_only=True)
+    chosen = rewritable(model, job.skip, head=job.head, linears_only=True)
     linears = _linears(model, work)
     tensors: MutableMapping[str, torch.Tensor] = {}
     shards = None
@@ -229,6 +228,7 @@ def _load(work: Prepared) -> Any:
             dtype="auto",
             device_map={"": "disk"},
             offload_folder=str(offload),
+            trust_remote_code=False,
         )
     except Exception as error:  # whatever transformers raises of a model that it does not know
         if isinstance(error, OSError) and error.errno is not None:
@@ -266,23 +266,6 @@ def _rewritten_to(model: Any, work: Prepared, chosen: FilterFn) -> Shards | None
     return shards
 
 
-def _chosen(model: Any, job: Job, *, linears_only: bool) -> FilterFn:
-    """What the job rewrites.
-
-    Raises:
-        ConfigError: nothing.
-    """
-    chosen = rewritable(model, job.skip, head=job.head, linears_only=linears_only)
-    modules = [(name, module) for name, module in model.named_modules() if module._parameters]
-    if not any(chosen(module, name) for name, module in modules):
-        raise ConfigError(
-            "nothing is left to rewrite: "
-            + ("quantize takes nn.Linear only, and " if linears_only else "")
-            + f"--skip leaves out {', '.join(job.skip) or 'nothing'}"
-        )
-    return chosen
-
-
 def _linears(model: Any, work: Prepared) -> dict[str, list[str]]:
     """The weights that transformers quantizes: their names in the files, and in the model.
 
@@ -308,28 +291,11 @@ def _linears(model: Any, work: Prepared) -> dict[str, list[str]]:
     return names
 
 
-def rewritable(
-    model: Any, skip: tuple[str, ...] = (), *, head: bool = False, linears_only: bool = False
-) -> FilterFn:
-    """What to rewrite: all but what transformers does not quantize, and what is to be skipped."""
-    kept = [] if head else HfQuantizer.get_modules_to_not_convert(model)
-
-    def chosen(module: nn.Module, name: str) -> bool:
-        wanted = isinstance(module, nn.Linear) or not linears_only
-        return wanted and should_convert_module(name, kept) and not _is_skipped(name, skip)
-
-    return chosen
-
-
 def _left_out(model: nn.Module, job: Job) -> list[str] | None:
     """What TorchAoConfig is to be told to leave alone; None is what it does by itself."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    skipped = [name for name in linears if _is_skipped(name, job.skip)]
+    skipped = [name for name in linears if is_skipped(name, job.skip)]
     return [*HfQuantizer.get_modules_to_not_convert(model), *skipped] if skipped else None
-
-
-def _is_skipped(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def _emptied(folder: Path) -> Path:

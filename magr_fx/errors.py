@@ -37,3 +37,8 @@ class HandoverError(MagRError, RuntimeError):
 
 class DistributedError(MagRError, RuntimeError):
     """A rank failed, died, or was called with something else than the others."""
+
+
+def brief(error: BaseException) -> str:
+    """The kind and the first line of an error of another library."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

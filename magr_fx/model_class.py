@@ -15,7 +15,8 @@ def model_class(config: dict[str, Any]) -> Any:
     Raises:
         ModelError: it takes more than one text: it is an encoder with a decoder.
     """
-    name = next(iter(config.get("architectures") or ()), "")
+    named = config.get("architectures")
+    name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
     if config.get("is_encoder_decoder"):
         raise ModelError(
             f"{name or 'the model'} is an encoder with a decoder, which one text does not feed: "

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from magr_fx.errors import ModelError
 from magr_fx.hub import download
 
@@ -20,7 +22,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Files that hold weights, whoever reads them.
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.index.json")
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what MagR works on
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+FLOATS = tuple(_BYTES)  # what MagR works on
 _DOWNLOAD = "finish the download (hf download NAME --local-dir DIRECTORY takes it up again)"
 
 
@@ -57,10 +60,19 @@ def find_model(name: str, *, weights: bool = True) -> Path:
         ModelError: there is neither; the message says why, and what to do.
     """
     folder = Path(name)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise ModelError(f"{name} is no directory; give one, or a model's name on the Hub")
+    try:
+        if name and folder.is_dir():
+            return folder
+        exists = not name or folder.exists()
+    except OSError as error:  # too long a name, or a directory that is not to be looked into
+        raise ModelError(
+            f"{name} is no directory: {error.strerror}; give one, or a model's name on the Hub"
+        ) from error
+    if exists or folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise ModelError(
+            f"{name or 'MODEL, which is empty,'} is no directory; give one, or a model's name on "
+            "the Hub"
+        )
     ignored = [pattern for pattern in WEIGHTS if weights is False or pattern not in _WANTED]
     return download(name, [*ignored, "original/*", "onnx/*"])
 
@@ -82,29 +94,44 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no {CONFIG}; give a directory that transformers' save_pretrained or a "
             "download made"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read: {error}; {_DOWNLOAD}") from error
-    if "quantization_config" in config:
-        kind = config["quantization_config"].get("quant_method", "an unknown method")
+    if not (isinstance(config, dict) and isinstance(text_config(config), dict)):
+        raise ModelError(f"{path} does not describe a model; {_DOWNLOAD}")
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        known = isinstance(quantization, dict)
+        kind = quantization.get("quant_method") if known else None
+        kind = kind or "an unknown method"
         raise ModelError(
             f"{folder} is already quantized, by {kind}; start from the full-precision model"
         )
     return config
 
 
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that is of the text model."""
+    text: dict[str, Any] = config.get("text_config") or config
+    return text
+
+
+def size_of(config: dict[str, Any], *names: str) -> int | None:
+    """The first of these that is a whole number above 0, by the text model's configuration."""
+    values = map(text_config(config).get, names)
+    return next((v for v in values if type(v) is int and v > 0), None)
+
+
 def experts_of(config: dict[str, Any]) -> int | None:
     """How many experts a layer has, by its configuration; None where there are none."""
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    text = config.get("text_config") or config
-    return next((text[name] for name in names if text.get(name)), None)
+    return size_of(config, "num_local_experts", "num_experts", "n_routed_experts")
 
 
 def read_directory(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a model's safetensors, by its name there; all files are whole.
 
     Raises:
-        ModelError: a file is missing, cut short or damaged, a download was interrupted, there are
-            no safetensors, or a weight is not of floating point; the message has the remedy.
+        ModelError: a file is missing, cut short or damaged, or is not what the index says, a
+            download was interrupted, or there are no safetensors; the message has the remedy.
     """
     unfinished = _unfinished(folder)
     if unfinished is not None:
@@ -115,6 +142,13 @@ def read_directory(folder: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for file in shards(folder):
         own = read_header(file)
+        try:
+            with safe_open(file, framework="pt"):  # whose reader knows more that may be wrong
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ModelError(
+                f"{file} is no whole safetensors file: {error}; {_DOWNLOAD}"
+            ) from error
         twice = next(iter(own.keys() & tensors.keys()), None)
         if twice is not None:  # what reads them disagrees on which it is
             raise ModelError(
@@ -122,13 +156,42 @@ def read_directory(folder: Path) -> dict[str, StoredTensor]:
                 f"{folder}; load the model with transformers and save_pretrained it anew"
             )
         tensors |= own
-    for name, tensor in tensors.items():
-        if len(tensor.shape) >= 2 and tensor.dtype not in _BYTES:
-            raise ModelError(
-                f"{name} in {tensor.file} is stored as {tensor.dtype}: MagR works on "
-                f"{', '.join(_BYTES)}; start from the full-precision model"
-            )
+    if not (folder / SINGLE).is_file():
+        _check_index(folder, {name: t.file.name for name, t in tensors.items()})
     return tensors
+
+
+def _check_index(folder: Path, found: dict[str, str]) -> None:
+    """Whether the index names each tensor, and the file that it is in.
+
+    Raises:
+        ModelError: it names another one.
+    """
+    index = _weight_map(folder)
+    for name in sorted(index.keys() | found.keys()):
+        named, there = index.get(name), found.get(name)
+        if named != there:
+            says = "does not name" if named is None else f"has in {named}"
+            is_in = "no file has" if there is None else f"is in {there}"
+            raise ModelError(
+                f"{folder / INDEX} {says} {name}, which {is_in}: it is of another model, or "
+                f"damaged; {_DOWNLOAD}, or load the model with transformers and save_pretrained "
+                "it anew"
+            )
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The index: in which file each tensor is.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    index = folder / INDEX
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {name: str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{index} cannot be read: {error!r}; {_DOWNLOAD}") from error
 
 
 def _unfinished(folder: Path) -> Path | None:
@@ -156,11 +219,9 @@ def shards(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     index = folder / INDEX
     if index.exists():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = [folder / file for file in sorted(set(weight_map.values()))]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index} cannot be read: {error!r}; {_DOWNLOAD}") from error
+        files = [folder / file for file in sorted(set(_weight_map(folder).values()))]
+        if not files:
+            raise ModelError(f"{folder} has no weights: {INDEX} names none; {_DOWNLOAD}")
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ModelError(
@@ -195,8 +256,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         for name, entry in header.items():
             start, stop = (8 + length + at for at in entry["data_offsets"])
             shape = tuple(entry["shape"])
+            if any(type(size) is not int or size < 0 for size in (*shape, start, stop)):
+                raise ValueError(f"the header has no sizes of {name}")
             found[name] = StoredTensor(file, entry["dtype"], shape, start, stop)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{file} is no whole safetensors file: {error}; {_DOWNLOAD}") from error
     end = max((tensor.stop for tensor in found.values()), default=8 + length)
     if size != end:

@@ -9,19 +9,25 @@ from typing import Any
 
 import torch
 from torchao.core.config import AOBaseConfig
-from transformers import AutoConfig
 
 from magr_fx.calibration_text import BATCH
-from magr_fx.directories import PROCESS, rewritable
-from magr_fx.errors import ConfigError, ModelError
+from magr_fx.directories import PROCESS
+from magr_fx.errors import ConfigError
 from magr_fx.measure_rates import measured_rates
-from magr_fx.model_class import model_class
-from magr_fx.model_directory import experts_of, find_model, read_config, read_directory
+from magr_fx.model_directory import (
+    experts_of,
+    find_model,
+    read_config,
+    read_directory,
+    size_of,
+)
 from magr_fx.passes.check_model import check_group_size
 from magr_fx.passes.pipeline import resolve_config
 from magr_fx.passes.plan import Plan, plan
 from magr_fx.planning import Method, Rates, Work, readable
 from magr_fx.prepare_directory import check_length, copies_of
+from magr_fx.skipped import check_skipped, rewritable
+from magr_fx.stored_model import check_stored, empty_model
 
 
 @dataclass(frozen=True)
@@ -115,29 +121,22 @@ def plan_directory(
     """
     folder = find_model(name, weights=False)
     raw = read_config(folder)
-    check_length(raw, length)
     if gptq and target is None:
         raise ConfigError("rounding by GPTQ is to the grid of a target: give --target as well")
     # Of a name on the Hub there may be some in the cache, or be coming; a plan is for all of it.
     has_weights = Path(name).is_dir() and any(folder.glob("*.safetensors"))
     tensors = read_directory(folder) if has_weights else None
-    kind = model_class(raw)
-    build = getattr(kind, "_from_config", None) or kind.from_config  # the second of Auto classes
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model: Any = build(config)
-    except Exception as error:  # whatever transformers raises of what it does not know
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise ModelError(
-            f"transformers cannot build {name} as {kind.__name__}: {type(error).__name__}: {first}"
-        ) from error
+    model = empty_model(folder, raw)
+    check_length(raw, model, length)
+    if tensors is not None:
+        check_stored(model, folder, tensors)
+    check_skipped(model, skip, head=head, linears_only=gptq)
     dtype = next(model.parameters()).dtype
     group_size = resolve_config(None, target).group_size
     searched = target is not None
     method = Method(search=searched, propagate=searched, groups=group_size is not None, gptq=gptq)
     found = plan(
-        model.eval(),
+        model,
         -(-tokens // (BATCH * length)) * BATCH * length,
         (BATCH, length),
         method,
@@ -157,8 +156,7 @@ def plan_directory(
 def _routed(config: dict[str, Any]) -> float:
     """The share of the tokens that a router sends to each expert, evenly."""
     experts = experts_of(config)
-    text = config.get("text_config") or config
-    chosen = text.get("num_experts_per_tok") or text.get("experts_per_token") or 1
+    chosen = size_of(config, "num_experts_per_tok", "experts_per_token") or 1
     return 1.0 if experts is None else min(1.0, chosen / experts)
 
 

@@ -16,22 +16,28 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from torchao.core.config import AOBaseConfig
 from transformers import AutoTokenizer
 
 from magr_fx.calibration_text import text_batches
 from magr_fx.config import MagRConfig
 from magr_fx.disk import is_full
-from magr_fx.errors import CheckpointError, ConfigError, ModelError
+from magr_fx.errors import CalibrationError, CheckpointError, ConfigError, ModelError, brief
 from magr_fx.model_directory import (
     StoredTensor,
     experts_of,
     find_model,
     read_config,
     read_directory,
+    size_of,
+    text_config,
 )
 from magr_fx.passes.ranks import Ranks, together
-from magr_fx.run_folder import run_folder, run_of
+from magr_fx.run_folder import is_ours, run_folder, run_of
+from magr_fx.skipped import check_skipped
+from magr_fx.stored_model import check_stored, empty_model
+from magr_fx.write_directory import check_rest
 
 _CPU = torch.device("cpu")
 
@@ -112,14 +118,19 @@ def prepared(job: Job, ranks: Ranks, *, quantized: bool) -> Iterator[Prepared]:
         ranks.agree_on({"kind of device": job.device.type})
         source = _found(job.model, ranks)
         config = read_config(source)
-        check_length(config, job.length)
+        model = empty_model(source, config)
+        check_length(config, model, job.length)
         tensors = read_directory(source)
+        check_stored(model, source, tensors)
+        check_skipped(model, job.skip, head=job.head, linears_only=quantized)
+        check_rest(source)
         if ranks.rank == 0:
             _check_apart(job, source)
             copies = copies_of(config, quantized=quantized, ranks=ranks.world)
             _check_space(job, config, copies, sum(tensor.nbytes for tensor in tensors.values()))
         tokenizer = _tokenizer(source)
         calib = text_batches(tokenizer, job.text, tokens=job.tokens, length=job.length)
+        _check_ids(model, tokenizer, calib, source)
         yield Prepared(job, ranks, source, tensors, calib)
 
 
@@ -145,18 +156,23 @@ def _found(model: str, ranks: Ranks) -> Path:
     return find_model(model) if source is None else source
 
 
-def check_length(config: dict[str, Any], length: int) -> None:
+def check_length(config: dict[str, Any], model: nn.Module, length: int) -> None:
     """Whether the model knows so many positions.
 
     Raises:
         ConfigError: windows are longer than that.
     """
-    own = config.get("text_config") or config
-    names = ("max_position_embeddings", "n_positions", "max_seq_len")
-    most = next((own[name] for name in names if own.get(name)), None)
+    own = text_config(config)
+    most = size_of(config, "max_position_embeddings", "n_positions", "max_seq_len")
+    attention = own.get("attn_config")
     # ALiBi knows distances, not positions: of Falcon, and of MPT.
-    alibi = own.get("alibi") or (own.get("attn_config") or {}).get("alibi")
-    if isinstance(most, int) and length > most and not alibi:
+    alibi = own.get("alibi") or (isinstance(attention, dict) and attention.get("alibi"))
+    for name, module in model.named_modules():
+        positions = isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]
+        if positions and most == module.num_embeddings and module.padding_idx is not None:
+            most -= module.padding_idx + 1  # RoBERTa counts from behind its padding
+            break
+    if most is not None and length > most and not alibi:
         raise ConfigError(
             f"windows of {length:,} tokens are longer than the {most:,} positions that the model "
             f"knows; give --length {most}, or less"
@@ -174,7 +190,11 @@ def copies_of(config: dict[str, Any], *, quantized: bool, ranks: int = 1) -> int
 
 def _check_apart(job: Job, source: Path) -> None:
     """Nothing may be written into the model's own directory, all of which is copied."""
-    for what, folder in (("OUT", job.out), ("--spill", job.options.get("spill_dir"))):
+    spill = job.options.get("spill_dir")
+    for place in (job.out, job.run):  # the one has to be empty in the end, the other goes
+        if spill is not None and Path(spill).resolve().is_relative_to(place.resolve()):
+            raise ConfigError(f"--spill, {spill}, lies in {place}; name a directory outside of it")
+    for what, folder in (("OUT", job.out), ("--spill", spill)):
         if folder is not None and Path(folder).resolve().is_relative_to(source.resolve()):
             raise ConfigError(
                 f"{what}, {folder}, lies in the model's directory; name one outside of {source}"
@@ -191,12 +211,16 @@ def _check_out(job: Job) -> None:
             f"{job.run} is of a run that was cut short: add --resume to go on with it, or remove "
             "it to start anew"
         )
+    if job.run.is_dir() and any(job.run.iterdir()) and not is_ours(job.run):
+        raise ConfigError(
+            f"{job.run}, where a run for {job.out} would keep what is not finished, was not made "
+            "by one; name another OUT"
+        )
 
 
 def _check_space(job: Job, config: dict[str, Any], copies: int, size: int) -> None:
     """Whether the disk has room for the weights and for what one block hands to the next."""
-    text = config.get("text_config") or config
-    widths = (text.get(name) or 0 for name in ("hidden_size", "intermediate_size"))
+    widths = (size_of(config, name) or 0 for name in ("hidden_size", "intermediate_size"))
     # Of the original and of the quantized model, in float32; the last state and the next one.
     activations = 4 * 2 * 2 * job.tokens * sum(widths)
     needed = copies * size + activations
@@ -214,7 +238,7 @@ def _check_space(job: Job, config: dict[str, Any], copies: int, size: int) -> No
 
 def _tokenizer(source: Path) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever transformers raises of what it does not find
         raise ModelError(
             f"{source} has no tokenizer that transformers can load ({brief(error)}); copy its "
@@ -222,6 +246,20 @@ def _tokenizer(source: Path) -> Any:
         ) from error
 
 
-def brief(error: Exception) -> str:
-    """The kind and the first line of an error of another library."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+def _check_ids(model: Any, tokenizer: Any, calib: list[torch.Tensor], source: Path) -> None:
+    """Whether the model's embedding has a row for each of the tokens.
+
+    Raises:
+        CalibrationError: it has not; the message names the token.
+    """
+    try:
+        embedding = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # a model that does not say which it is
+        return
+    rows, largest = getattr(embedding, "num_embeddings", None), max(int(b.max()) for b in calib)
+    if rows is not None and largest >= rows:
+        raise CalibrationError(
+            f"the tokenizer of {source} makes the id {largest:,} of "
+            f"{tokenizer.convert_ids_to_tokens(largest)!r}, and the model's embedding has "
+            f"{rows:,} rows: they are of two models; copy the tokenizer files of this one there"
+        )

@@ -49,13 +49,15 @@ def read_report(folder: Path) -> MagRReport:
         with np.load(folder / CHANNELS) as arrays:
             sites = [_site(row, at, arrays) for at, row in enumerate(record["sites"])]
         rest = {key: value for key, value in record.items() if key not in ("config", "sites")}
-        return MagRReport(MagRConfig(**record["config"]), sites=sites, **rest)
+        report = MagRReport(MagRConfig(**record["config"]), sites=sites, **rest)
+        str(report)  # what cannot be shown is damaged too
+        return report
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(
             f"{folder} has no {Path(error.filename).name}; give a directory that magr-fx wrote, or "
             "that of a run that is not finished"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever a file raises of which any byte may be another
         raise ConfigError(f"the report in {folder} cannot be read: {error!r}") from error
 
 

@@ -37,6 +37,11 @@ def run_id(out: Path) -> str:
     return known
 
 
+def is_ours(run: Path) -> bool:
+    """Whether a directory was made by a run, so that it may be removed."""
+    return (run / _LOCK).is_file()
+
+
 @contextlib.contextmanager
 def run_folder(out: Path, ranks: Ranks) -> Iterator[None]:
     """``OUT.unfinished``, which the first rank makes, and the others have to see.

@@ -25,6 +25,7 @@ from magr_fx.model_directory import (
 
 # Tensors by the model's names → what is stored for them, by the names in the files.
 Parts = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+_LEFT = (*WEIGHTS, ".*")  # files that are not copied
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -188,19 +189,46 @@ def copy_rest(source: Path, folder: Path, *, keep: tuple[str, ...] = ()) -> None
         folder: where its weights have been written.
         keep: files of ``folder`` that stay.
     """
-    for path in sorted(source.iterdir()):
-        weights = any(fnmatch.fnmatch(path.name, pattern) for pattern in WEIGHTS)
-        if (
-            weights
-            or path.name.startswith(".")
-            or (path.name in keep and (folder / path.name).exists())
-        ):
+    for path in _rest(source):
+        if path.name in keep and (folder / path.name).exists():
             continue
         if path.is_dir():
-            ignored = shutil.ignore_patterns(*WEIGHTS, ".*")
+            ignored = shutil.ignore_patterns(*_LEFT)
             shutil.copytree(path, folder / path.name, ignore=ignored, dirs_exist_ok=True)
         else:
             shutil.copyfile(path, folder / path.name)
+
+
+def check_rest(source: Path) -> None:
+    """Whether :func:`copy_rest` could read all that it copies.
+
+    Raises:
+        ModelError: it could not; the message names the file.
+    """
+    pending = _rest(source)
+    while pending:
+        path = pending.pop()
+        try:
+            if path.is_dir():
+                pending += _rest(path)
+            elif path.exists() and not path.is_file():
+                raise OSError("it is no regular file")
+            else:
+                path.open("rb").close()
+        except OSError as error:
+            raise ModelError(
+                f"{path}, which is copied into OUT, cannot be read: {error.strerror or error}; "
+                "mend or remove it"
+            ) from error
+
+
+def _rest(folder: Path) -> list[Path]:
+    """What a directory holds beside weights and what is hidden."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if not any(fnmatch.fnmatch(path.name, pattern) for pattern in _LEFT)
+    ]
 
 
 def publish(folder: Path, out: Path) -> None:

@@ -31,9 +31,10 @@ from transformers.quantizers import AutoHfQuantizer
 
 from magr_fx import MagRConfig, magr_quantize, magr_transform
 from magr_fx.calibration_text import text_batches
-from magr_fx.directories import report_of, rewritable
+from magr_fx.directories import report_of
 from magr_fx.named_targets import named_target
 from magr_fx.passes.to_torchao import is_quantized
+from magr_fx.skipped import rewritable
 
 TARGET = named_target("int3-per-channel")
 PLAIN = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
