@@ -582,16 +582,15 @@ def test_every_solution_of_a_path_is_certified(
 
 @pytest.mark.parametrize("problems", [None, 3])
 def test_an_inexact_path_has_the_same_rows(problems: int | None) -> None:
-    weight, gram = problem(seed=14) if problems is None else batch(problems)
+    weight, gram = problem(rows=60, seed=14) if problems is None else batch(problems, rows=60)
     exact = solve_magr_path(weight, gram, ALPHAS)
     rough = solve_magr_path(weight, gram, ALPHAS, exact=False)
     for one, other in zip(exact, rough, strict=True):
         assert torch.equal(one.weight, other.weight)
         assert torch.equal(one.status, other.status)
         assert torch.allclose(one.objective, other.objective, rtol=1e-3)
-    # Float32 shows where little is left of large numbers, in one of the gaps at least.
-    gaps = zip(exact, rough, strict=True)
-    assert not all(torch.equal(one.dual_gap, other.dual_gap) for one, other in gaps)
+        # Float32 shows, if not in every row.
+        assert not torch.equal(one.objective, other.objective)
 
 
 def test_a_path_takes_fewer_steps_than_its_solves() -> None:
