@@ -59,7 +59,7 @@ Kernel = Callable[..., Any]
 
 def perturb(seed: int) -> None:
     """Round otherwise from now on, in this process, to its end."""
-    library = torch.library.Library("aten", "IMPL")
+    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     _in_force.append(library)
     wrapped = [
         *((name, _product) for name in _PRODUCTS),
@@ -71,7 +71,7 @@ def perturb(seed: int) -> None:
         warnings.simplefilter("ignore")  # torch says that its kernels are overridden
         for name, wrap in wrapped:
             kernel = torch.library.get_kernel(f"aten::{name}", "CPU").call_boxed
-            library.impl(name, wrap(kernel, seed), "CPU", with_keyset=True)
+            library.impl(name, wrap(kernel, seed), "CPU", with_keyset=True)  # type: ignore[no-untyped-call]
 
 
 def _product(kernel: Kernel, seed: int) -> Kernel:

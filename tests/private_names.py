@@ -103,7 +103,7 @@ def _own(tree: ast.AST) -> Iterator[str]:
         elif isinstance(node, ast.arg):
             yield node.arg
         elif isinstance(node, ast.JoinedStr):  # f"{name}_bias"
-            yield from (part.value for part in node.values if isinstance(part, ast.Constant))
+            yield from (part.value for part in node.values if isinstance(part, ast.Constant))  # type: ignore[misc]
     yield from (name for name in _texts(tree) if name.startswith("_magr_"))
 
 

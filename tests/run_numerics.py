@@ -66,7 +66,7 @@ def settings() -> list[Setting]:
         for threads in (1, 2)
     ]
     one = {"OMP_NUM_THREADS": "1"}
-    if torch.backends.mkl.is_available():
+    if torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
         paths = [
             ("compatible", "default", "SSE41"),
             ("sse4_2", "default", "SSE41"),

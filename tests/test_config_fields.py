@@ -111,14 +111,14 @@ def test_a_run_does_not_go_on_with_other_defaults(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two torchao that call themselves the same, as nightly builds do, and quantize otherwise."""
-    calib, target = vectors(), IntxWeightOnlyConfig(torch.int4, PerGroup(8))
+    calib, target = vectors(), IntxWeightOnlyConfig(torch.int4, PerGroup(8))  # type: ignore[attr-defined]
     magr_quantize(mlp(), calib, target, checkpoint_dir=tmp_path)
     other = another_release(IntxWeightOnlyConfig, scale_dtype=torch.bfloat16)
-    from magr_fx.passes.torchao_private import _QUANTIZE_CONFIG_HANDLER
+    from magr_fx.passes.torchao_private import _QUANTIZE_CONFIG_HANDLER  # type: ignore[attr-defined]
 
     handler = _QUANTIZE_CONFIG_HANDLER[IntxWeightOnlyConfig]
     monkeypatch.setitem(_QUANTIZE_CONFIG_HANDLER, other, handler)
-    changed = other(torch.int4, PerGroup(8))
+    changed = other(torch.int4, PerGroup(8))  # type: ignore[attr-defined]
     assert describe(changed) == describe(target)
     with pytest.raises(CheckpointError, match="scale_dtype"):
         magr_quantize(mlp(), calib, changed, checkpoint_dir=tmp_path)
