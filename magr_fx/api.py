@@ -22,6 +22,7 @@ from magr_fx.passes.on_device import on_device
 from magr_fx.passes.pipeline import resolve_config, rewrite_sites, target_for_rewriting
 from magr_fx.passes.quantizable import (
     Quantizable,
+    Trial,
     keep_stacks,
     leave_out_unquantizable,
     leave_out_unrunnable,
@@ -408,11 +409,12 @@ def _run(
                     matrices = [(one.name, one.weight) for one in kinds.values()]
                     try_target(matrices, target.config, gptq=target.handling.rounding == "gptq")
                 if quantizer is not None:
+                    trial = Trial.of(batches, traced, resident, device)
                     found, weights = leave_out_unrunnable(
-                        found, weights, inner, quantizer.config, traced=traced, batches=batches
+                        found, weights, inner, quantizer.config, trial
                     )
                     if quantizer.handling.rounding == "nearest":
-                        weights = keep_stacks(weights, inner, quantizer.config, batches[0])
+                        weights = keep_stacks(weights, inner, quantizer.config, trial)
         checkpoint = None
         if checkpoint_dir is not None or ranks.world > 1:
             options = {

@@ -26,9 +26,9 @@ from magr_fx.model_directory import CONFIG, StoredTensor, read_config, read_dire
 from magr_fx.passes.checkpoint import checkpoint_report
 from magr_fx.passes.find_linears import FilterFn
 from magr_fx.passes.offloaded import keep_in, offloaded_weights, run_on
-from magr_fx.passes.quantizable import quantized_copy
 from magr_fx.passes.ranks import together
 from magr_fx.passes.to_torchao import describe
+from magr_fx.passes.torchao_rounding import quantized_copy
 from magr_fx.prepare_directory import Job, Prepared, prepared
 from magr_fx.report import MagRReport
 from magr_fx.report_files import has_report, read_report, write_report

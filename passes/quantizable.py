@@ -6,25 +6,24 @@ afterwards. Here such a site becomes a reported skip: it is neither quantized no
 
 from __future__ import annotations
 
-import textwrap
-from collections import OrderedDict, defaultdict
-from dataclasses import replace
-from typing import NamedTuple
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torchao.core.config import AOBaseConfig
-from torchao.quantization import FqnToConfig, quantize_
 
-from magr_fx.errors import ConfigError
+from magr_fx.errors import ConfigError, ModelError
 from magr_fx.passes.as_linears import Rebuilt, rebuildable
 from magr_fx.passes.calibration import Batch
 from magr_fx.passes.find_linears import UNREACHED, FilterFn, Found, Site
-from magr_fx.passes.make_fx import nothing_kept
-from magr_fx.passes.tensors_only import own_arguments
+from magr_fx.passes.quantized_reads import QuantizedReads, brief, run_apart
+from magr_fx.passes.resident import Resident, all_resident
 from magr_fx.passes.torchao_private import takes_parameter_names
-from magr_fx.passes.trace import TracedBatch
+from magr_fx.passes.torchao_rounding import quantized_copy
+from magr_fx.passes.trace import Trace, TracedBatch, all_nodes, buffers_kept
 from magr_fx.passes.weight_views import WeightView
 
 
@@ -114,35 +113,148 @@ def leave_out_unrunnable(
     weights: list[Quantizable],
     model: nn.Module,
     target: AOBaseConfig,
-    *,
-    traced: list[TracedBatch],
-    batches: list[Batch],
+    trial: Trial,
 ) -> tuple[Found, list[Quantizable]]:
-    """Move the sites whose module cannot work with a quantized weight to the rejections.
+    """Move the sites whose readers cannot work with a quantized weight to the rejections.
 
-    In an nn.Linear torchao's tensors run. A parameter of another module can be read by F.linear,
-    and so be a site, and still be out of their reach, as inside F.multi_head_attention_forward.
-    No graph shows that: the model is run, once for each kind of such a module, with quantized
-    copies in the place of its weights.
+    A weight can meet its input in F.linear, and so be a site, and still be out of the reach of
+    torchao's tensors: inside F.multi_head_attention_forward, or where F.linear takes it by keyword.
+    No graph shows that; ``trial`` runs the model to see.
 
     Raises:
         ConfigError: no site is left.
+        ModelError: the model itself does not run.
     """
-    kinds: dict[tuple[type[nn.Module], str], list[Quantizable]] = defaultdict(list)
+    reasons = {
+        name: f"not rewritten: the model does not run with it quantized: {why}"
+        for name, why in trial.refusals(model, weights, target).items()
+    }
+    # What calibration does not reach was not read. Its like was, in another layer.
+    kinds = {_kind(model, weight): weight.name for weight in weights if weight.name in reasons}
+    sites = {site.name for site in found.sites}
     for weight in weights:
-        for place in weight.places:
-            if not place.is_linear:
-                kinds[type(place.module), place.key].append(weight)
-    sites = {site.name: site for site in found.sites}
-    reasons: dict[str, str] = {}
-    for (owner, key), members in kinds.items():
-        trace = sites[members[0].name].calls[0].trace
-        batch = next(b for b, t in zip(batches, traced, strict=True) if t.trace is trace)
-        error = _error_when_quantized(model, members, target, batch)
-        if error is not None:
-            reason = f"not rewritten: {owner.__name__} does not run with {key} quantized ({error})"
-            reasons.update((member.name, reason) for member in members)
+        like = kinds.get(_kind(model, weight))
+        if like is not None and weight.name not in sites and not weight.rebuilt:
+            reasons[weight.name] = f"like {like}"
     return _without(reasons, found), [w for w in weights if w.name not in reasons]
+
+
+def _kind(model: nn.Module, weight: Quantizable) -> Any:
+    """Weights of one kind have the same place in modules of the same classes."""
+    return tuple(
+        (type(model.get_submodule(parent.rpartition(".")[0])), parent.rpartition(".")[2], key)
+        for parent, _, key in (place.name.rpartition(".") for place in weight.places)
+    )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Runs the model with torchao's tensors in the place of weights, before anything is changed.
+
+    Attributes:
+        batches: one for each way that the model runs.
+        traces: which tell what the model writes to.
+        resident: has weights in memory that are elsewhere.
+        device: where the model runs, if not where its parameters are.
+    """
+
+    batches: list[Batch]
+    traces: list[Trace]
+    resident: Resident = all_resident
+    device: torch.device | None = None
+
+    @classmethod
+    def of(
+        cls,
+        batches: list[Batch],
+        traced: list[TracedBatch],
+        resident: Resident,
+        device: torch.device | None,
+    ) -> Trial:
+        """One batch for all whose graphs have the same ops in the same modules."""
+        ways: dict[Any, Batch] = {}
+        known: dict[Trace, Any] = {}
+        for batch, one in zip(batches, traced, strict=True):
+            if one.trace not in known:
+                known[one.trace] = tuple(
+                    (node.op, str(node.target), str(node.meta.get("nn_module_stack")))
+                    for node in all_nodes(one.trace.graph_module)
+                )
+            ways.setdefault(known[one.trace], batch)
+        return cls(list(ways.values()), list(known), resident, device)
+
+    def refusals(
+        self, model: nn.Module, weights: list[Quantizable], target: AOBaseConfig
+    ) -> dict[str, str]:
+        """The names of the weights that the model does not run with once quantized, and why.
+
+        Raises:
+            ModelError: the model itself does not run.
+        """
+        weights = [weight for weight in weights if weight.places]
+        with buffers_kept(self.traces):
+            return self._refusals(model, weights, target)
+
+    def _refusals(
+        self, model: nn.Module, weights: list[Quantizable], target: AOBaseConfig
+    ) -> dict[str, str]:
+        owns = {
+            weight.name: [getattr(place.module, place.key) for place in weight.places]
+            for weight in weights
+        }
+        reads = self._reads(model, owns, target)
+        for batch in self.batches if weights else ():
+            try:
+                with reads:
+                    run_apart(model, batch, {}, self.device)
+            except Exception as error:  # whatever the model's own code raises
+                raise ModelError(
+                    f"{type(model).__name__} itself does not run on calibration batch "
+                    f"{batch.index}, although it could be traced: {brief(error)}"
+                ) from error
+        reads.end()
+        refused = dict(reads.refused)
+        # The same once more with torchao's tensors in the modules themselves, of one weight of
+        # each kind: for code that asks for their type, and what reads a weight as nothing else.
+        kinds: dict[Any, list[Quantizable]] = defaultdict(list)
+        for weight in weights:
+            if weight.name not in refused:
+                kinds[_kind(model, weight), weight.name in reads.seen].append(weight)
+        if self._error(model, [same[0] for same in kinds.values()], target) is None:
+            return refused
+        fine: list[Quantizable] = []
+        for same in kinds.values():
+            error = self._error(model, [*fine, same[0]], target)
+            if error is None:
+                fine.append(same[0])
+            else:
+                refused.update((weight.name, error) for weight in same)
+        return refused
+
+    def _error(
+        self, model: nn.Module, weights: list[Quantizable], target: AOBaseConfig
+    ) -> str | None:
+        """What the model raises with quantized copies in the place of these weights."""
+        stand_ins: dict[str, torch.Tensor] = {}
+        for weight in weights:
+            with self.resident([weight.weight]):
+                copy = quantized_copy(weight.weight, target)
+            stand_ins.update((place.name, copy) for place in weight.places)
+        try:
+            for batch in self.batches if weights else ():
+                with self._reads(model, {}, target):  # which fetches other weights
+                    run_apart(model, batch, stand_ins, self.device)
+        except Exception as error:  # whatever torchao, or the model itself, raises
+            return brief(error)
+        return None
+
+    def _reads(
+        self, model: nn.Module, owns: dict[str, list[torch.Tensor]], target: AOBaseConfig
+    ) -> QuantizedReads:
+        elsewhere: set[int] = set()
+        if self.resident is not all_resident:
+            elsewhere = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        return QuantizedReads(owns, target, self.resident, elsewhere)
 
 
 def _in_rebuilt_modules(
@@ -190,7 +302,7 @@ def _read_within(model: nn.Module, holders: set[nn.Module], site: Site) -> bool:
 
 
 def keep_stacks(
-    weights: list[Quantizable], model: nn.Module, target: AOBaseConfig, batch: Batch
+    weights: list[Quantizable], model: nn.Module, target: AOBaseConfig, trial: Trial
 ) -> list[Quantizable]:
     """Leave fused experts fused where torchao's tensor of the whole stack runs in their forward.
 
@@ -200,7 +312,7 @@ def keep_stacks(
     Args:
         weights: what is to be quantized.
         model, target: the model, and torchao's config.
-        batch: what to run it on.
+        trial: runs it.
     """
     if not takes_parameter_names(target):
         return weights
@@ -209,9 +321,11 @@ def keep_stacks(
         stacks = _stacks(rebuilt, [weight for weight in weights if weight.rebuilt is rebuilt])
         if stacks:
             kinds[type(rebuilt.module)][rebuilt] = stacks
+    every = [one for modules in kinds.values() for stacks in modules.values() for one in stacks]
+    refused = trial.refusals(model, every, target)
     for modules in kinds.values():
         stacks = [stack for stacks in modules.values() for stack in stacks]
-        if _error_when_quantized(model, stacks, target, batch) is None:
+        if not any(stack.name in refused for stack in stacks):
             weights = [weight for weight in weights if weight.rebuilt not in modules] + stacks
     return weights
 
@@ -235,25 +349,6 @@ def _stacks(rebuilt: Rebuilt, own: list[Quantizable]) -> list[Quantizable]:
         )
         for parameter, names in matrices.items()
     ]
-
-
-def quantized_copy(weight: torch.Tensor, target: AOBaseConfig) -> torch.Tensor:
-    """What torchao's ``quantize_`` makes of a weight of an nn.Linear, or of a stack by its name."""
-    if weight.dim() > 2:
-        holder = nn.Module()
-        holder.stack = nn.Parameter(weight.detach().clone(), requires_grad=False)
-        quantize_(holder, FqnToConfig(OrderedDict(stack=target)), filter_fn=None)
-        return holder.stack
-    linear = nn.Linear(1, 1, bias=False, device="meta")
-    linear.out_features, linear.in_features = weight.shape
-    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-    if getattr(target, "set_inductor_config", False):  # global settings: for the model itself
-        target = replace(target, set_inductor_config=False)
-    quantize_(linear, target)
-    quantized = linear.weight
-    # torchao has the module refer to itself: the copy would live until Python looks for that.
-    del linear.weight
-    return quantized
 
 
 def _places(model: nn.Module) -> dict[WeightView, list[Place]]:
@@ -283,24 +378,6 @@ def _cannot_quantize(site: Site, places: list[Place], target: AOBaseConfig) -> s
             "not rewritten: it is not the weight of an nn.Linear, and "
             f"{type(target).__name__} quantizes nothing else"
         )
-    return None
-
-
-def _error_when_quantized(
-    model: nn.Module, weights: list[Quantizable], target: AOBaseConfig, batch: Batch
-) -> str | None:
-    """What the model raises with quantized copies in the place of these weights."""
-    # Copies of buffers and inputs too: the model may work on them in place.
-    stand_ins = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    args, kwargs = own_arguments((batch.args, batch.kwargs))
-    try:
-        for weight in weights:
-            copy = quantized_copy(weight.weight, target)
-            stand_ins.update((place.name, copy) for place in weight.places)
-        with torch.compiler.set_stance("force_eager"), nothing_kept(model):
-            torch.func.functional_call(model, stand_ins, args, kwargs, tie_weights=False)
-    except Exception as error:  # whatever torchao, or the model itself, raises
-        return textwrap.shorten(f"{type(error).__name__}: {error}", 120, placeholder=" ...")
     return None
 
 

@@ -19,8 +19,8 @@ from torchao.utils import TorchAOBaseTensor
 
 from magr_fx.errors import ConfigError, HandoverError
 from magr_fx.passes.as_linears import Rebuilt, replace_module
-from magr_fx.passes.quantizable import Place, Quantizable, quantized_copy
-from magr_fx.passes.torchao_rounding import GPTQ_CONFIGS, has_grid
+from magr_fx.passes.quantizable import Place, Quantizable
+from magr_fx.passes.torchao_rounding import GPTQ_CONFIGS, has_grid, quantized_copy
 from magr_fx.row_pieces import MULTIPLE
 
 # The field that holds the weight's granularity, by the name of the config: names, because some of

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torchao.core.config import AOBaseConfig
-from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor
+from torchao.quantization import FqnToConfig, Int8Tensor, IntxUnpackedToInt8Tensor, quantize_
 from torchao.quantization.quant_primitives import _DTYPE_TO_QVALUE_BOUNDS
 
 from magr_fx.grid import Grid, stacked
-from magr_fx.passes.quantizable import quantized_copy
 
 # The tensors whose values are (qdata - zero_point)·scale, by row or by group, all of it plain.
 GridTensor = (IntxUnpackedToInt8Tensor, Int8Tensor)
@@ -24,6 +25,25 @@ GPTQ_CONFIGS = (
     "Int8DynamicActivationIntxWeightConfig",
     "Int8DynamicActivationInt8WeightConfig",
 )
+
+
+def quantized_copy(weight: Tensor, target: AOBaseConfig) -> Tensor:
+    """What torchao's ``quantize_`` makes of a weight of an nn.Linear, or of a stack by its name."""
+    if weight.dim() > 2:
+        holder = nn.Module()
+        holder.stack = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        quantize_(holder, FqnToConfig(OrderedDict(stack=target)), filter_fn=None)
+        return holder.stack
+    linear = nn.Linear(1, 1, bias=False, device="meta")
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    if getattr(target, "set_inductor_config", False):  # global settings: for the model itself
+        target = replace(target, set_inductor_config=False)
+    quantize_(linear, target)
+    quantized = linear.weight
+    # torchao has the module refer to itself: the copy would live until Python looks for that.
+    del linear.weight
+    return quantized
 
 
 class TorchaoRounding:

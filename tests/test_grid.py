@@ -17,8 +17,7 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 from torchao.quantization.quant_primitives import MappingType
 
 from magr_fx.grid import Grid
-from magr_fx.passes.quantizable import quantized_copy
-from magr_fx.passes.torchao_rounding import dequantized, grid_of, has_grid
+from magr_fx.passes.torchao_rounding import dequantized, grid_of, has_grid, quantized_copy
 
 repeatable = settings(deadline=None, derandomize=True, database=None, max_examples=60)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
