@@ -17,6 +17,7 @@ from magr_fx.passes.calibration import Batch, notes_of, read_calib
 from magr_fx.passes.check_model import check_group_size, check_model, check_not_frozen
 from magr_fx.passes.checkpoint import Checkpoint, fingerprint
 from magr_fx.passes.find_linears import FilterFn, Site, check_filter, find_linears
+from magr_fx.passes.module_state import state_kept
 from magr_fx.passes.offloaded import at_hand, execution_device, is_offloaded
 from magr_fx.passes.on_device import on_device
 from magr_fx.passes.pipeline import resolve_config, rewrite_sites, target_for_rewriting
@@ -37,6 +38,7 @@ from magr_fx.passes.to_pt2e import (
     is_pt2e_quantizer,
     quantize_graph,
     still_read,
+    try_quantizer,
 )
 from magr_fx.passes.to_torchao import describe, described_in_full, hand_over, try_target
 from magr_fx.passes.trace import calibration_mode, unwrap
@@ -331,9 +333,11 @@ def _quantize_graph(
     batches = _read(model, calib, options["filter_fn"])
     inner = unwrap(model)
     with calibration_mode(inner):
+        with state_kept(inner):
+            try_quantizer(inner, quantizer, batches)
         graph_module, inputs = export_for_pt2e(inner, batches)
     report, _ = _run(model, batches, config, None, quantize=False, **options)
-    with report.timed("quantize"), calibration_mode(inner):
+    with report.timed("quantize"), calibration_mode(inner), state_kept(inner):
         converted = quantize_graph(graph_module, quantizer, inputs)
     report.target = type(quantizer).__name__
     read = still_read(converted)

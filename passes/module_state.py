@@ -141,6 +141,20 @@ def attributes_kept(model: nn.Module) -> Iterator[list[torch.Tensor]]:
         state.restore()
 
 
+@contextlib.contextmanager
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """The same, and the values of the model's buffers, whoever writes to them."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        with attributes_kept(model):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
 def _same(now: Any, kept: Any) -> bool:
     """Whether a container holds the same objects in the same order."""
     if len(now) != len(kept):

@@ -224,7 +224,7 @@ class Trial:
             return refused
         fine: list[Quantizable] = []
         for same in kinds.values():
-            error = self._error(model, [*fine, same[0]], target)
+            error = self._error(model, [*fine, same[0]], target)  # type: ignore[misc]
             if error is None:
                 fine.append(same[0])
             else:

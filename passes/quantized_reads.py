@@ -262,7 +262,7 @@ def _error(result: Tensor, expected: Tensor) -> Tensor:
     one, other = result.detach().float(), expected.detach().float()
     known = ~((one == other) | (one.isnan() & other.isnan()))
     one, other = one.where(known, 0), other.where(other.isfinite(), 0)
-    return (one - other.where(known, 0)).norm() / other.norm().clamp_min(1e-30)
+    return (one - other.where(known, 0)).norm() / other.norm().clamp_min(1e-30)  # type: ignore[no-any-return]
 
 
 def _with_dtypes(result: Any, dtypes: list[torch.dtype | None] | None) -> Any:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import copy
+import warnings
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import Quantizer
 
-from magr_fx.errors import CalibrationError, HandoverError, TraceError
+from magr_fx.errors import (
+    CalibrationError,
+    ConfigError,
+    HandoverError,
+    MagRError,
+    ModelError,
+    TraceError,
+)
 from magr_fx.passes.calibration import Batch
-from magr_fx.passes.torch_private import tree_flatten, tree_map
-from magr_fx.passes.trace import attributes
+from magr_fx.passes.tensors_only import own_arguments
+from magr_fx.passes.torch_private import tree_flatten, tree_leaves, tree_map
+from magr_fx.passes.trace import GUARDS, attributes
 from magr_fx.passes.trace_batches import bind
 
 
@@ -55,7 +66,33 @@ def export_for_pt2e(model: nn.Module, batches: list[Batch]) -> tuple[fx.GraphMod
             f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}; use a torchao "
             "config as target instead"
         ) from error
-    return exported.module(check_guards=False), batches
+    return exported.module(), batches
+
+
+def try_quantizer(model: nn.Module, quantizer: Quantizer, batches: list[Batch]) -> None:
+    """Do all of it once on a graph of its own, so that what fails does so before anything changed.
+
+    Raises:
+        ConfigError: the quantizer, or torchao, does not do with this model or this calibration.
+        CalibrationError, TraceError, HandoverError: as the functions here.
+    """
+    if isinstance(model, fx.GraphModule):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch's own code, to copy a graph
+            model = fx.GraphModule(model, copy.deepcopy(model.graph))
+    graph_module, inputs = export_for_pt2e(model, batches)
+    with contextlib.suppress(Exception):  # one that cannot be copied serves twice
+        quantizer = copy.deepcopy(quantizer)
+    try:
+        quantize_graph(graph_module, quantizer, inputs)
+    except (MagRError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever torchao, or the graph on one of the batches, raises
+        raise ConfigError(
+            f"PT2E cannot quantize {type(model).__name__} with {type(quantizer).__name__} and this "
+            f"calibration: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}. "
+            "Nothing was changed; use a torchao config as target instead"
+        ) from error
 
 
 def quantize_graph(
@@ -63,19 +100,95 @@ def quantize_graph(
 ) -> fx.GraphModule:
     """Prepare, calibrate and convert: the quantized graph, with the model's rewritten weights.
 
+    It refuses what it was not made for, see :class:`InputCheck`. The batches stay as they are.
+
     Raises:
         HandoverError: the quantizer left the graph as it was.
     """
+    check = InputCheck(graph_module)
     prepared = prepare_pt2e(graph_module, quantizer)
     for batch in batches:
-        prepared(*batch.args, **batch.kwargs)
+        args, kwargs = own_arguments((batch.args, batch.kwargs))
+        prepared(*args, **kwargs)
     converted: fx.GraphModule = convert_pt2e(prepared)
+    converted.register_forward_pre_hook(check, with_kwargs=True)
     if not any("dequantize" in str(node.target) for node in converted.graph.nodes):
         raise HandoverError(
             f"{type(quantizer).__name__} quantized nothing in the graph; give it a configuration "
             "(set_global, for one). The weights are rewritten (see magr_report)"
         )
     return converted
+
+
+class _Expected(NamedTuple):
+    """One input: a tensor of this dtype and these sizes, symbols by their names, or a constant."""
+
+    dtype: torch.dtype | None
+    sizes: tuple[int | str, ...] = ()
+    constant: Any = None
+
+    @classmethod
+    def of(cls, value: Any) -> _Expected:
+        if not isinstance(value, torch.Tensor):
+            return cls(None, constant=value)
+        return cls(value.dtype, tuple(n if isinstance(n, int) else str(n) for n in value.shape))
+
+    def fits(self, leaf: Any, sizes: dict[str, int]) -> bool:
+        if self.dtype is None:
+            return type(leaf) is type(self.constant) and leaf == self.constant
+        if not isinstance(leaf, torch.Tensor) or leaf.dtype != self.dtype:
+            return False
+        pairs = zip(self.sizes, leaf.shape, strict=False)
+        return leaf.dim() == len(self.sizes) and all(
+            # An open size was traced as 2 or more: a 1 would broadcast or squeeze another way.
+            size == given if isinstance(size, int) else 2 <= given == sizes.setdefault(size, given)
+            for size, given in pairs
+        )
+
+    def __str__(self) -> str:
+        return f"({', '.join(map(str, self.sizes))})" if self.dtype else repr(self.constant)
+
+
+class InputCheck:
+    """A forward pre-hook that refuses inputs for which the graph was not made.
+
+    A graph has constants where the model's code branched on a size, or on what is no tensor. Which
+    inputs it is right for is what torch.export says: the sizes of its placeholders, and its guards.
+
+    Args:
+        graph_module: by torch.export, before anything was changed in it.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        values = [node.meta.get("val") for node in graph_module.graph.find_nodes(op="placeholder")]
+        self.expected = [_Expected.of(value) for value in values if value is not None]
+        self.guards: Any = getattr(graph_module, GUARDS, None)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Raise :class:`ModelError` for inputs that the graph is not right for."""
+        if torch.compiler.is_exporting():
+            return
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if leaf is not None]
+        if len(leaves) != len(self.expected) or not self._fits(leaves):
+            given = [tuple(t.shape) if isinstance(t, torch.Tensor) else t for t in leaves]
+            known = ", ".join(map(str, self.expected))
+            raise ModelError(
+                f"the quantized graph was made for inputs of [{known}], and is not right for "
+                f"{given}: its calibration had none of these sizes or values. Calibrate with "
+                "batches of different sizes, or quantize the model once more with such ones"
+            )
+
+    def _fits(self, leaves: list[Any]) -> bool:
+        sizes: dict[str, int] = {}
+        if not all(e.fits(leaf, sizes) for e, leaf in zip(self.expected, leaves, strict=True)):
+            return False
+        try:
+            if self.guards is not None:
+                self.guards(*leaves)
+        except AssertionError:  # what torch.export's guards raise
+            return False
+        return True
 
 
 def still_read(graph_module: fx.GraphModule) -> set[int]:

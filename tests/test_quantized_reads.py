@@ -61,7 +61,7 @@ class Fused(nn.Module):
         self.register_buffer("k_bias", torch.zeros(WIDTH), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = torch.cat((self.q_bias, self.k_bias, self.q_bias))  # type: ignore[list-item]
+        bias = torch.cat((self.q_bias, self.k_bias, self.q_bias))  # type: ignore[arg-type]
         q, k, v = functional.linear(input=x, weight=self.qkv.weight, bias=bias).chunk(3, -1)
         return functional.scaled_dot_product_attention(q, k, v)
 
@@ -113,7 +113,7 @@ READS: dict[str, tuple[Callable[[Any, Tensor], Any], bool | None]] = {
     ),
     "a linear of its own": (lambda m, x: m.own(x), False),
     "BEiT": (lambda m, x: m.fused(x), False),
-    "compiled": (lambda m, x: torch.compile(m.own, backend="eager")(x), False),
+    "compiled": (lambda m, x: torch.compile(m.own, backend="eager")(x), False),  # type: ignore[no-untyped-call]
 }
 
 
@@ -233,7 +233,7 @@ class Counted(nn.Module):
             self.scale.mul_(0.5)
         cache.kept.append(x)
         x.mul_(1.5)
-        return functional.linear(x, weight=self.a.weight) * self.scale + self.a(x)
+        return functional.linear(x, weight=self.a.weight) * self.scale + self.a(x)  # type: ignore[no-any-return]
 
 
 class Cache:
@@ -281,7 +281,7 @@ def test_only_a_few_quantized_copies_are_alive(monkeypatch: pytest.MonkeyPatch) 
     model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(9)])
     alive: list[Any] = []
     most = 0
-    real = quantized_reads.quantized_copy
+    real = quantized_reads.quantized_copy  # type: ignore[attr-defined]
 
     def watched(weight: Tensor, target: Any) -> Tensor:
         nonlocal most

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from graph_helpers import Formula
-from tiny_models import text_calib, tiny_bert, tiny_llama
+from tiny_models import activations, text_calib, tiny_bert, tiny_llama
 from torch import Tensor, fx, nn
 from torchao.quantization.pt2e import PerChannelMinMaxObserver
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -28,6 +29,7 @@ from magr_fx import (
     ConfigError,
     HandoverError,
     MagRConfig,
+    ModelError,
     TraceError,
     magr_quantize,
     magr_transform,
@@ -185,3 +187,71 @@ def test_batches_of_another_form_are_refused() -> None:
     with pytest.raises(CalibrationError, match="batch 1 has other arguments than batch 0"):
         magr_quantize(model, calib, WeightOnly())
     assert changed(model, before) == []
+
+
+def quantizer() -> Any:
+    return X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
+
+
+class BySize(nn.Module):
+    """Computes something else for other sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 8)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1  # type: ignore[assignment, operator]
+        y = self.first(x).relu()
+        y = y * 20 if x.shape[1] > 8 else y
+        return self.second(y)[0] if x.shape[0] == 1 else self.second(y)
+
+
+SIZES = [(1, 5), (2, 5), (3, 5), (7, 5), (2, 1), (2, 8), (2, 9), (1, 7), (1, 12), (4, 30)]
+
+
+@pytest.mark.parametrize("shapes", [[(1, 5)], [(2, 5)], [(2, 5), (3, 7)], [(2, 12)]])
+def test_for_every_size_it_is_right_or_refuses(shapes: list[tuple[int, int]]) -> None:
+    model = BySize().eval()
+    calib = [activations(*shape, 16, seed=at) for at, shape in enumerate(shapes)]
+    kept = [x.clone() for x in calib]
+    graph_module: Any = magr_quantize(model, calib, quantizer())
+    assert all(map(torch.equal, calib, kept))
+    assert model.calls.item() == 0  # type: ignore[operator]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's, of its own way to copy a graph
+        copied = copy.deepcopy(graph_module)
+    right, refused = 0, set[tuple[int, int]]()
+    for shape in {*SIZES, *shapes}:
+        x = activations(*shape, 16, seed=9)
+        wanted = model(x)
+        for called in (graph_module, copied):
+            try:
+                got = called(x)
+            except ModelError:
+                refused.add(shape)
+                continue
+            assert got.shape == wanted.shape
+            assert float((got - wanted).norm() / wanted.norm()) < 0.5
+            right += 1
+    assert right >= 2 * len(shapes)
+    assert refused.isdisjoint(shapes)
+    with pytest.raises(ModelError, match="made for inputs of"):
+        graph_module(calib[0].double())
+
+
+@pytest.mark.parametrize("step", ["prepare_pt2e", "convert_pt2e"])
+def test_what_fails_in_torchao_does_so_before_anything_is_changed(
+    step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("of torchao")
+
+    monkeypatch.setattr(f"magr_fx.passes.to_pt2e.{step}", fail)
+    model = BySize().eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ConfigError, match=r"PT2E cannot quantize BySize .*KeyError.*Nothing was"):
+        magr_quantize(model, [activations(2, 5, 16)], quantizer())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

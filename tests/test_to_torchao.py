@@ -544,6 +544,6 @@ def test_the_log_tells_the_whole_run(caplog: pytest.LogCaptureFixture) -> None:
     model = mlp()
     with caplog.at_level(logging.INFO, "magr_fx"):
         magr_quantize(model, vectors(), IntxWeightOnlyConfig(weight_dtype=INT[4]))
-    (record,) = (r for r in caplog.records if r.name == "magr_fx" and r.levelno == logging.INFO)
+    *_, record = (r for r in caplog.records if r.name == "magr_fx" and r.levelno == logging.INFO)
     assert record.getMessage() == report_of(model).totals()
     assert "2 quantized by torchao: IntxWeightOnlyConfig(weight_dtype=torch.int4)" in caplog.text
