@@ -22,7 +22,7 @@ from magr_fx.errors import (
 )
 from magr_fx.passes.calibration import Batch
 from magr_fx.passes.tensors_only import own_arguments
-from magr_fx.passes.torch_private import tree_flatten, tree_leaves, tree_map
+from magr_fx.passes.torch_private import tree_flatten, tree_map
 from magr_fx.passes.trace import GUARDS, attributes
 from magr_fx.passes.trace_batches import bind
 
@@ -111,7 +111,7 @@ def quantize_graph(
         args, kwargs = own_arguments((batch.args, batch.kwargs))
         prepared(*args, **kwargs)
     converted: fx.GraphModule = convert_pt2e(prepared)
-    converted.register_forward_pre_hook(check, with_kwargs=True)
+    check.put_into(converted)
     if not any("dequantize" in str(node.target) for node in converted.graph.nodes):
         raise HandoverError(
             f"{type(quantizer).__name__} quantized nothing in the graph; give it a configuration "
@@ -149,8 +149,8 @@ class _Expected(NamedTuple):
         return f"({', '.join(map(str, self.sizes))})" if self.dtype else repr(self.constant)
 
 
-class InputCheck:
-    """A forward pre-hook that refuses inputs for which the graph was not made.
+class InputCheck(nn.Module):
+    """A module in the graph that refuses inputs for which the graph was not made.
 
     A graph has constants where the model's code branched on a size, or on what is no tensor. Which
     inputs it is right for is what torch.export says: the sizes of its placeholders, and its guards.
@@ -160,16 +160,16 @@ class InputCheck:
     """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__()
         values = [node.meta.get("val") for node in graph_module.graph.find_nodes(op="placeholder")]
-        self.expected = [_Expected.of(value) for value in values if value is not None]
+        self.expected = [_Expected.of(value) for value in values]
         self.guards: Any = getattr(graph_module, GUARDS, None)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def forward(self, *leaves: Any) -> None:
         """Raise :class:`ModelError` for inputs that the graph is not right for."""
         if torch.compiler.is_exporting():
             return
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if leaf is not None]
         if len(leaves) != len(self.expected) or not self._fits(leaves):
             given = [tuple(t.shape) if isinstance(t, torch.Tensor) else t for t in leaves]
             known = ", ".join(map(str, self.expected))
@@ -179,7 +179,17 @@ class InputCheck:
                 "batches of different sizes, or quantize the model once more with such ones"
             )
 
-    def _fits(self, leaves: list[Any]) -> bool:
+    def put_into(self, graph_module: fx.GraphModule) -> None:
+        """Have the graph begin with it, in the place of torch.export's own guards."""
+        graph = graph_module.graph
+        setattr(graph_module, GUARDS, self)
+        if not any(node.op == "call_module" and node.target == GUARDS for node in graph.nodes):
+            inputs = graph.find_nodes(op="placeholder")
+            with graph.inserting_after(inputs[-1]):
+                graph.call_module(GUARDS, tuple(inputs))
+            graph_module.recompile()
+
+    def _fits(self, leaves: tuple[Any, ...]) -> bool:
         sizes: dict[str, int] = {}
         if not all(e.fits(leaf, sizes) for e, leaf in zip(self.expected, leaves, strict=True)):
             return False
