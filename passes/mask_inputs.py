@@ -111,7 +111,17 @@ class MaskInputs:
         self._batches: dict[Trace, list[TracedBatch]] = {}
         for batch in batches:
             self._batches.setdefault(batch.trace, []).append(batch)
-        self._roles = {trace: roles_of(trace) for trace in self._batches}
+        # An exported graph takes other values as well, which are no masks, and have no tokens.
+        self._tensors = {
+            trace: frozenset(
+                at for at, v in enumerate(own[0].values) if isinstance(v, torch.Tensor)
+            )
+            for trace, own in self._batches.items()
+        }
+        self._roles = {
+            trace: {at: role for at, role in roles_of(trace).items() if at in tensors}
+            for trace, tensors in self._tensors.items()
+        }
         self._streams: dict[Trace, list[Stream]] = {}
 
     def streams(self, trace: Trace) -> list[Stream]:
@@ -127,7 +137,7 @@ class MaskInputs:
         for trace, batches in self._batches.items():
             read = {m.place for s in self.streams(trace) for m in s.masks if m.how.known}
             for place, name in enumerate(trace.input_names):
-                if place in read:
+                if place in read or place not in self._tensors[trace]:
                     continue
                 if place not in self._roles[trace] and not self._may_be_mask(trace, place):
                     continue
@@ -144,7 +154,7 @@ class MaskInputs:
 
     def _find(self, trace: Trace) -> list[Stream]:
         roles = self._roles[trace]
-        others = frozenset(range(len(trace.input_names))) - roles.keys()
+        others = self._tensors[trace] - roles.keys()
         masks_of: dict[frozenset[int], list[Mask]] = {}
         for place, role in sorted(roles.items(), key=lambda item: order_of(item[1][0])):
             tokens = self._tokens_of(trace, place, role, others)
@@ -277,7 +287,8 @@ class MaskInputs:
         value = first[place]
         if value.dim() < 2:
             return False
-        leading = [tuple(v.shape[:2]) for at, v in enumerate(first) if at != place and v.dim() > 1]
+        given = (first[at] for at in self._tensors[trace] if at != place)
+        leading = [tuple(tensor.shape[:2]) for tensor in given if tensor.dim() > 1]
         fits = any(value.shape[0] == b and value.shape[-1] in (b, n) for b, n in leading)
         return fits and all(_is_binary(batch.values[place]) for batch in batches)
 

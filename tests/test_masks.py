@@ -318,3 +318,11 @@ def test_an_input_that_may_be_a_mask_is_in_the_report(caplog: pytest.LogCaptureF
     other = Wrapper(lambda x, valid: (x * valid,))
     magr_transform(other, [(IDS, torch.ones_like(REAL))], target=target)
     assert report_of(other).notes == []
+
+
+def test_a_mask_of_an_exported_graph_beside_other_values() -> None:
+    model = tiny_llama(num_hidden_layers=1)
+    item = {"input_ids": IDS, "attention_mask": REAL, "use_cache": False}
+    graph_module: Any = torch.export.export(model, (), item).module()
+    collected = collect(analyse(graph_module, [item]))
+    assert {shared.tokens for shared in collected.values()} == {16}

@@ -84,7 +84,11 @@ def x(*shape: int, seed: int = 0) -> Tensor:
 SPECIALISING: dict[str, tuple[Callable[..., Any], list[Any], int]] = {
     "batch of one": (lambda m, x: m.a(x), [x(2, 5), x(1, 5), x(1, 7), x(4, 3)], 2),
     "length of one": (lambda m, x: m.a(x), [x(2, 1), x(2, 5), x(3, 1), x(3, 4)], 2),
-    "no rows": (lambda m, x: m.a(x), [x(2, 5), x(0, 5), x(3, 4)], 2),
+    "no rows": (
+        lambda m, x, y: m.a(x).sum() + m.a(y).sum(),
+        [(x(2, 5), x(4, 3)), (x(0, 5), x(4, 3)), (x(3, 4), x(2, 5))],
+        2,
+    ),
     "branch on a length": (
         lambda m, x: m.a(x) if x.shape[1] > 8 else m.b(x),
         [x(2, 9), x(2, 8), x(3, 10), x(4, 2)],
