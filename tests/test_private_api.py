@@ -530,8 +530,24 @@ def test_hooks_of_accelerate(tmp_path: Any) -> None:
         torch.testing.assert_close(model(inputs), expected)
 
 
+def test_a_whole_model_can_be_on_the_disk(tmp_path: Any) -> None:
+    """What transformers asks of accelerate for ``device_map={"": "disk"}``; before 1.15 refused."""
+    from accelerate import dispatch_model
+    from accelerate.utils import offload_state_dict
+
+    model = nn.Sequential(nn.Linear(4, 4))
+    expected, inputs = model[0].weight.detach().clone(), torch.randn(3, 4)
+    outputs = model(inputs)
+    offload_state_dict(tmp_path, model.state_dict())
+    dispatch_model(model, {"": "disk"}, offload_dir=tmp_path)
+    assert model[0].weight.is_meta
+    hook = next(one for m in model.modules() for one in _hooks(m) if getattr(one, "offload", False))
+    assert torch.equal(hook.weights_map.dataset["0.weight"], expected)
+    torch.testing.assert_close(model(inputs), outputs)
+
+
 def _hooks(module: nn.Module) -> Any:
-    hook: Any = module._hf_hook
+    hook: Any = getattr(module, "_hf_hook", None)
     return getattr(hook, "hooks", (hook,))
 
 
