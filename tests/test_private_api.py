@@ -536,7 +536,7 @@ def test_a_whole_model_can_be_on_the_disk(tmp_path: Any) -> None:
     from accelerate.utils import offload_state_dict
 
     model = nn.Sequential(nn.Linear(4, 4))
-    expected, inputs = model[0].weight.detach().clone(), torch.randn(3, 4)
+    expected, inputs = model[0].weight.detach().clone(), torch.randn(3, 4)  # type: ignore[operator]
     outputs = model(inputs)
     offload_state_dict(tmp_path, model.state_dict())
     dispatch_model(model, {"": "disk"}, offload_dir=tmp_path)
