@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TorchAoConfig
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.quantizers import AutoHfQuantizer, HfQuantizer
+from transformers.quantizers import AutoHfQuantizer
 
 from magr_fx.api import magr_transform, quantize_apart
 from magr_fx.errors import ModelError, brief
@@ -29,6 +28,7 @@ from magr_fx.passes.offloaded import keep_in, offloaded_weights, run_on
 from magr_fx.passes.ranks import together
 from magr_fx.passes.to_torchao import describe
 from magr_fx.passes.torchao_rounding import quantized_copy
+from magr_fx.passes.transformers_private import HfQuantizer, revert_weight_conversion
 from magr_fx.prepare_directory import Job, Prepared, prepared
 from magr_fx.report import MagRReport
 from magr_fx.report_files import has_report, read_report, write_report

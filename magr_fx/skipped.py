@@ -12,11 +12,11 @@ import logging
 from collections.abc import Iterator
 
 from torch import nn
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from magr_fx.errors import ConfigError
 from magr_fx.passes.find_linears import FilterFn
+from magr_fx.passes.transformers_private import HfQuantizer
 
 _SHOWN = 3  # names in a message
 _log = logging.getLogger("magr_fx")

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig
-from transformers.core_model_loading import revert_weight_conversion
 
 from magr_fx.errors import ModelError, brief
 from magr_fx.model_class import model_class
 from magr_fx.model_directory import CONFIG, FLOATS, StoredTensor
+from magr_fx.passes.transformers_private import revert_weight_conversion
 
 _META = torch.device("meta")
 _DTYPES = {

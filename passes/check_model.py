@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from magr_fx.errors import ConfigError, ModelError
 from magr_fx.passes.find_linears import Site
 from magr_fx.passes.sharded import is_shard
-from magr_fx.passes.to_torchao import is_quantized
+from magr_fx.passes.torchao_private import is_quantized
 
 
 def check_model(model: nn.Module, *, offloaded: bool = False, sharded: bool = False) -> None:

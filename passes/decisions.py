@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from magr_fx.passes.torch_private import tree_leaves
+from magr_fx.passes.torch_private import schema_of, tree_leaves
 from magr_fx.passes.vmap import is_batched
 
 aten = torch.ops.aten
@@ -54,7 +54,8 @@ def is_random(node: fx.Node) -> bool:
     op = node.target
     if torch.Tag.nondeterministic_seeded not in getattr(op, "tags", ()):
         return False
-    for at, argument in enumerate(op._schema.arguments):  # type: ignore[union-attr]
+    schema = schema_of(op)
+    for at, argument in enumerate(() if schema is None else schema.arguments):
         default = argument.default_value if argument.has_default_value() else None
         given = node.args[at] if at < len(node.args) else node.kwargs.get(argument.name, default)
         if argument.name in _TRAINS and given is False:

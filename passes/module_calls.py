@@ -46,6 +46,8 @@ class CallLog:
             places.setdefault(id(tensor), place)
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if torch.compiler.is_dynamo_compiling():  # a branch of torch.cond, which is only traced
+                return
             with contextlib.suppress(TypeError, ValueError):  # no signature, or another one
                 bound = inspect.signature(module.forward).bind(*args, **kwargs)
                 leaves = named_leaves(dict(bound.arguments))

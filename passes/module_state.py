@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from magr_fx.passes.torch_private import version_of
+
 # Whose objects are left alone: they are no state of a model, or keep it in places of their own.
 _FOREIGN = frozenset({"torch", "torchao", "accelerate", "numpy", "logging", "builtins"})
 _NO_STATE = (
@@ -40,7 +42,7 @@ class _State:
             pending.extend(self._keep(pending.pop()))
         own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         others = [t for t in self.tensors if id(t) not in own and _has_values(t)]
-        self._values = [(tensor, tensor._version, tensor.detach().clone()) for tensor in others]
+        self._values = [(tensor, version_of(tensor), tensor.detach().clone()) for tensor in others]
 
     def restore(self) -> None:
         """Have the same objects in the same containers again."""
@@ -57,7 +59,7 @@ class _State:
     @torch.no_grad()
     def _restore_values(self) -> None:
         for tensor, version, before in self._values:
-            if tensor._version != version:
+            if version_of(tensor) != version:
                 tensor.copy_(before)
 
     def _restore_attributes(self) -> None:

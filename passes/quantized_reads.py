@@ -21,13 +21,13 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 from torchao.core.config import AOBaseConfig
-from torchao.utils import TorchAOBaseTensor
 
 from magr_fx.passes.calibration import Batch
 from magr_fx.passes.module_state import attributes_kept
 from magr_fx.passes.resident import Resident, all_resident
 from magr_fx.passes.tensors_only import PLAIN, own_arguments
 from magr_fx.passes.torch_private import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+from magr_fx.passes.torchao_private import is_quantized
 from magr_fx.passes.torchao_rounding import dequantized, quantized_copy
 from magr_fx.passes.vmap import in_transform
 
@@ -101,7 +101,7 @@ class QuantizedReads(TorchFunctionMode):
             if tried is None or not self._compare(func, names, own, *tried):
                 return own
             results = tree_flatten(tried[0])[0]
-            if not any(isinstance(result, TorchAOBaseTensor) for result in results):
+            if not any(is_quantized(result) for result in results):
                 self._tried[key] = [getattr(r, "dtype", None) for r in results]
         return _with_dtypes(own, self._tried.get(key))
 
@@ -202,7 +202,7 @@ class QuantizedReads(TorchFunctionMode):
                 shapes = f"{tuple(result.shape)} instead of {tuple(value.shape)}"
                 self._refuse(names, f"{_name(func)} returns the shape {shapes}")
                 return False
-            made = isinstance(result, TorchAOBaseTensor)
+            made = is_quantized(result)
             # One that the function gave back is a weight as before.
             if made and id(value) not in self._weights:
                 self._derived[value] = _StandIn(names, result, right)

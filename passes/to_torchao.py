@@ -15,11 +15,11 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup, PerRow, PerTensor
 from torchao.quantization.utils import recommended_inductor_config_setter
-from torchao.utils import TorchAOBaseTensor
 
 from magr_fx.errors import ConfigError, HandoverError
 from magr_fx.passes.as_linears import Rebuilt, replace_module
 from magr_fx.passes.quantizable import Place, Quantizable
+from magr_fx.passes.torchao_private import is_quantized
 from magr_fx.passes.torchao_rounding import GPTQ_CONFIGS, has_grid, quantized_copy
 from magr_fx.row_pieces import MULTIPLE
 
@@ -133,11 +133,6 @@ def described_in_full(target: AOBaseConfig) -> str:
     """All that a config says: equal for two only if they ask for the same."""
     said = ", ".join(f"{name}={value!r}" for name, value in fields_of(target).items())
     return f"{type(target).__module__}.{type(target).__qualname__}({said})"
-
-
-def is_quantized(tensor: object) -> bool:
-    """Whether this is one of torchao's quantized tensors."""
-    return isinstance(tensor, TorchAOBaseTensor)
 
 
 def try_target(

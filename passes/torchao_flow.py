@@ -20,8 +20,8 @@ from magr_fx.passes.check_model import check_model
 from magr_fx.passes.find_linears import Site
 from magr_fx.passes.pipeline import resolve_config, rewrite_alone, target_for_rewriting
 from magr_fx.passes.shared_gram import SharedGram
-from magr_fx.passes.to_torchao import is_quantized, try_target
-from magr_fx.passes.torchao_private import apply_config
+from magr_fx.passes.to_torchao import try_target
+from magr_fx.passes.torchao_private import apply_config, is_quantized
 from magr_fx.passes.weight_views import WeightView
 from magr_fx.report import SiteReport
 

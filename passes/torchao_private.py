@@ -11,6 +11,7 @@ import inspect
 from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization.transform_module import _QUANTIZE_CONFIG_HANDLER
+from torchao.utils import TorchAOBaseTensor
 
 
 def apply_config(module: nn.Module, config: AOBaseConfig) -> nn.Module:
@@ -23,3 +24,8 @@ def takes_parameter_names(config: AOBaseConfig) -> bool:
     """Whether ``quantize_`` can apply the config to a parameter that is named in FqnToConfig."""
     handler = _QUANTIZE_CONFIG_HANDLER[type(config)]
     return "parameter_name" in inspect.signature(handler).parameters
+
+
+def is_quantized(tensor: object) -> bool:
+    """Whether this is one of torchao's quantized tensors."""
+    return isinstance(tensor, TorchAOBaseTensor)

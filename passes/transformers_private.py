@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.quantizers import HfQuantizer
+
+__all__ = ["HfQuantizer", "activated", "has_expert_interface", "revert_weight_conversion"]
 
 _FUSED = ("_apply_gate", "is_transposed", "has_gate", "has_bias", "has_post_expert_norm")
 

@@ -12,7 +12,7 @@ from weight_oracle import oracle
 
 from magr_fx import magr_quantize, magr_transform
 from magr_fx.passes.calibration import read_calib
-from magr_fx.passes.to_torchao import is_quantized
+from magr_fx.passes.torchao_private import is_quantized
 
 HEADER = ["family", "tracer", "weights found", "by hooks", "quantized share"]
 TARGET = IntxWeightOnlyConfig(weight_dtype=INT[4], mapping_type=MappingType.ASYMMETRIC)

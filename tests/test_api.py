@@ -442,7 +442,8 @@ def test_the_totals_are_logged_and_nothing_is_printed(
     log_lines: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = magr_transform(mlp(), vectors())
-    *blocks, last = log_lines
+    first, *blocks, last = log_lines
+    assert first == "INFO tracing Sequential for calibration batch 0"
     assert last == f"INFO {report_of(model).totals()}"
     assert blocks  # one line for each: tests/test_cli.py has what they say
     assert all(re.fullmatch(r"INFO .* \(\d of 3\): 1 sites, .* s", line) for line in blocks)

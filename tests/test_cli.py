@@ -33,7 +33,7 @@ from magr_fx import MagRConfig, magr_quantize, magr_transform
 from magr_fx.calibration_text import text_batches
 from magr_fx.directories import report_of
 from magr_fx.named_targets import named_target
-from magr_fx.passes.to_torchao import is_quantized
+from magr_fx.passes.torchao_private import is_quantized
 from magr_fx.skipped import rewritable
 
 TARGET = named_target("int3-per-channel")

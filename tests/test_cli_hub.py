@@ -84,8 +84,8 @@ def shards(folder: Path) -> list[str]:
 def test_a_plan_downloads_no_weights_and_is_that_of_the_directory(origin: Path, hub: Hub) -> None:
     rest = (*INT3, *SMALL, "--tflops", "1")
     plans = [done("plan", name, *rest).stdout for name in (origin / "model", NAME)]
-    of_directory, of_name = (plan.partition("time: about")[0] for plan in plans)  # rates differ
-    assert "disk: room for" in of_name
+    of_directory, of_name = (plan.partition("disk: room for")[0] for plan in plans)  # rates differ
+    assert "disk: room for" in plans[1]
     assert of_name == of_directory.replace(str(origin / "model"), NAME)
     assert "config.json" in hub.downloaded()
     asked = [path for _, path in hub.requests if re.search(r"safetensors|\.bin|gguf|onnx", path)]

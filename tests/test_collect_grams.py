@@ -130,10 +130,10 @@ def test_a_site_that_only_some_batches_reach() -> None:
 
 
 def test_no_rows() -> None:
-    shared = collect(analyse(nn.Linear(8, 3), [activations(0, 8)]))["weight"]
-    assert shared.tokens == 0
-    assert shared.gram is not None
-    assert not shared.gram.any()
+    with pytest.raises(CalibrationError, match="their inputs are empty"):
+        analyse(nn.Linear(8, 3), [activations(0, 8)])
+    some = collect(analyse(nn.Linear(8, 3), [activations(0, 8), activations(5, 8)]))["weight"]
+    assert some.tokens == 5
 
 
 # ---- block by block

@@ -409,9 +409,10 @@ def test_a_killed_rank_ends_the_run_which_goes_on_to_the_same_bits(tmp_path: Pat
     assert isinstance(first.error, DistributedError)
     assert "checkpoint_dir" in str(first.error)
     assert second.code == -signal.SIGKILL
-    # The first rank has saved a step that the second has not: it does not count.
-    saved = sorted(path.name for path in folder.glob("state-*"))
-    assert saved == [f"state-{step:06d}-rank{rank}.pt" for step, rank in ((2, 0), (2, 1), (3, 0))]
+    # The first rank may have saved a step that the second has not: it does not count.
+    saved = {path.name for path in folder.glob("state-*.pt")}
+    both = {f"state-000002-rank{rank}.pt" for rank in (0, 1)}
+    assert both <= saved <= {*both, "state-000003-rank0.pt"}
     with pytest.raises(CheckpointError, match=r"differs in: number of ranks \(was 2, now 1\)"):
         for_target(checkpoint_dir=folder)
     first, second = on_ranks(2, go_on, tmp_path, folder)

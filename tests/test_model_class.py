@@ -17,7 +17,7 @@ from magr_fx import magr_quantize, magr_transform
 from magr_fx.calibration_text import text_batches
 from magr_fx.model_class import model_class
 from magr_fx.named_targets import named_target
-from magr_fx.passes.to_torchao import is_quantized
+from magr_fx.passes.torchao_private import is_quantized
 
 TARGET = named_target("int3-per-channel")
 

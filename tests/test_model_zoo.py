@@ -24,7 +24,7 @@ from magr_fx.passes.calibration import read_calib
 from magr_fx.passes.collect_grams import CalibrationRun
 from magr_fx.passes.find_linears import find_linears
 from magr_fx.passes.read_exported import trace_or_read
-from magr_fx.passes.to_torchao import is_quantized
+from magr_fx.passes.torchao_private import is_quantized
 from magr_fx.passes.trace import TracedBatch, calibration_mode
 from magr_fx.passes.trace_batches import Tracing
 

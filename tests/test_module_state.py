@@ -54,7 +54,7 @@ class Assigning(nn.Module):
         hidden = self.first(x * self.mask)
         self.attn_map = hidden
         self.first.told_by_parent = hidden
-        self.cache[x.shape[-1]] = hidden
+        self.cache["last"] = hidden
         self.cache["inner"] = {"x": [hidden]}
         self.seen.append(hidden)
         self.last.append(hidden)

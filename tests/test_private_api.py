@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
@@ -37,7 +38,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from magr_fx.config import MagRConfig
 from magr_fx.passes import experts, read_exported, spill, torchao_rounding, trace, vmap
+from magr_fx.passes.dataclass_inputs import dataclasses_open
+from magr_fx.passes.make_fx import compiled_parts_run
 from magr_fx.passes.torch_private import (
+    GetAttrKey,
     HigherOrderOperator,
     MappingKey,
     OperatorBase,
@@ -382,7 +386,7 @@ def test_reduced_range() -> None:
 
 
 def test_quantized_tensors_have_one_base() -> None:
-    from magr_fx.passes.to_torchao import is_quantized
+    from magr_fx.passes.torchao_private import is_quantized
 
     for config in (INT4, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)):
         linear = nn.Linear(32, 4)
@@ -562,7 +566,46 @@ PYTREE = (
     "tree_unflatten",
     "MappingKey",
 )
+
+
+def test_types_are_taken_out_of_trees_again() -> None:
+    @dataclass
+    class Pair:
+        first: int
+        second: int
+
+    with dataclasses_open([Pair(1, 2)]):
+        assert tree_leaves(Pair(1, 2)) == [1, 2]
+        (path, _), _ = tree_flatten_with_path(Pair(1, 2))[0]
+        assert isinstance(path[0], GetAttrKey)
+        assert path[0].name == "first"
+    assert tree_leaves(Pair(1, 2)) == [Pair(1, 2)]
+
+
+def test_fake_tensors_are_told() -> None:
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    with FakeTensorMode():
+        assert isinstance(torch.ones(2), FakeTensor)
+    assert not isinstance(torch.ones(2), FakeTensor)
+
+
+def test_compiled_functions_run_as_they_were_written_in_make_fx() -> None:
+    compiled = torch.compile(torch.relu)
+    with compiled_parts_run():
+        graph = make_fx(compiled)(torch.ones(2)).graph
+    assert any(node.target is aten.relu.default for node in graph.nodes)
+    with pytest.raises(RuntimeError, match="FX to symbolically trace a dynamo-optimized"):
+        make_fx(compiled)(torch.ones(2))
+
+
 PROMISES: dict[str, Callable[..., None]] = {
+    "torch.utils._pytree": test_types_are_taken_out_of_trees_again,
+    "torch.utils._pytree.GetAttrKey": test_types_are_taken_out_of_trees_again,
+    "_deregister_pytree_node": test_types_are_taken_out_of_trees_again,
+    "_private_register_pytree_node": test_types_are_taken_out_of_trees_again,
+    "torch._subclasses.fake_tensor.FakeTensor": test_fake_tensors_are_told,
+    "torch._dynamo.config": test_compiled_functions_run_as_they_were_written_in_make_fx,
     **{f"torch.utils._pytree.{name}": test_pytree for name in PYTREE},
     "torch.utils._pytree.TreeSpec": test_tree_spec,
     "torch._ops.HigherOrderOperator": test_ops,

@@ -30,7 +30,7 @@ from magr_fx import (
 from magr_fx.passes import solve_sites
 from magr_fx.passes.as_linears import as_linears
 from magr_fx.passes.quantized_weights import quantized_weights
-from magr_fx.passes.to_torchao import is_quantized
+from magr_fx.passes.torchao_private import is_quantized
 from magr_fx.passes.torchao_rounding import quantized_copy
 
 CALIB = [token_ids(4, 19, seed=1)]
