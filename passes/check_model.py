@@ -104,6 +104,12 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
             f"{name} was made under torch.inference_mode, which forbids writing to it outside; "
             "load the model without it, or call MagR inside it"
         )
+    if parameter.is_floating_point() and parameter.element_size() < 2:
+        raise ModelError(
+            f"{name} {tuple(parameter.shape)} is stored as {parameter.dtype}: MagR works on "
+            "floating numbers of 16 to 64 bits; start from the full-precision model, or convert it "
+            "(parameter.data = parameter.data.to(torch.bfloat16)) if it has no scales of its own"
+        )
     if parameter.is_meta:
         raise ModelError(
             f"{name} is on the meta device, without values; load the weights first "

@@ -21,6 +21,7 @@ from magr_fx.passes.weight_views import WeightView, overlap, unread_parts
 
 FilterFn = Callable[[nn.Module, str], bool]
 UNREACHED = "no calibration input reaches it"
+EMPTY = "has no elements, so that there is nothing to rewrite"
 
 
 def check_filter(filter_fn: FilterFn | None) -> None:
@@ -127,8 +128,12 @@ def find_linears(
             reason = f"shares its memory with the {held}, which would change"
         if reason is None:
             for view, calls in use.calls.items():
-                site_name = name + view.name(parameter)
-                candidates.append(Site(site_name, parameter, owner, owner_name, view, calls))
+                site_name = name + (view.name(parameter) if parameter.numel() else "")
+                site = Site(site_name, parameter, owner, owner_name, view, calls)
+                if 0 in site.shape:
+                    rejections.append(replace(site.rejected(EMPTY), matmul=False))
+                else:
+                    candidates.append(site)
             rejections += [
                 Rejection(f"{name}{part}", shape, UNREACHED, parameter, owner, owner_name)
                 for part, shape in unread_parts(parameter, use.calls)

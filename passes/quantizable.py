@@ -100,6 +100,7 @@ def leave_out_unquantizable(
         weight = Quantizable(unreached.name, parameter, places[WeightView.of(parameter)])
         if (
             parameter.dim() == 2
+            and parameter.numel() > 0
             and weight.is_linear
             and parameter.shape[1] % (group_size or 1) == 0
             and (filter_fn is None or filter_fn(unreached.owner, unreached.name.rpartition(".")[0]))
