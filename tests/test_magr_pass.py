@@ -101,7 +101,7 @@ def test_magr_transform_reads_an_exported_graph_as_the_pass_does() -> None:
 def test_magr_quantize_refuses_an_exported_graph() -> None:
     graph_module = exported(mlp())
     before = state(graph_module)
-    message = "none of the 2 weights .* Module does not run with weight quantized"
+    message = "none of the 2 weights .* the model does not run with it quantized"
     with pytest.raises(ConfigError, match=message):
         magr_quantize(graph_module, vectors(), IntxWeightOnlyConfig())
     assert changed(graph_module, before) == []
