@@ -332,13 +332,12 @@ def _quantize_graph(
     target_for_rewriting(config, None, None, 0.0)
     batches = _read(model, calib, options["filter_fn"])
     inner = unwrap(model)
-    with calibration_mode(inner):
-        with state_kept(inner):
-            try_quantizer(inner, quantizer, batches)
-        graph_module, inputs = export_for_pt2e(inner, batches)
+    with calibration_mode(inner), state_kept(inner):
+        graph_module, check, inputs = export_for_pt2e(inner, batches)
+        try_quantizer(type(inner).__name__, graph_module, check, quantizer, inputs)
     report, _ = _run(model, batches, config, None, quantize=False, **options)
     with report.timed("quantize"), calibration_mode(inner), state_kept(inner):
-        converted = quantize_graph(graph_module, quantizer, inputs)
+        converted = quantize_graph(graph_module, check, quantizer, inputs)
     report.target = type(quantizer).__name__
     read = still_read(converted)
     owned = dict(inner.named_parameters())

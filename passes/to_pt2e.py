@@ -22,7 +22,7 @@ from magr_fx.errors import (
 )
 from magr_fx.passes.calibration import Batch
 from magr_fx.passes.tensors_only import own_arguments
-from magr_fx.passes.torch_private import tree_flatten, tree_map
+from magr_fx.passes.torch_private import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from magr_fx.passes.trace import GUARDS, attributes
 from magr_fx.passes.trace_batches import bind
 
@@ -32,8 +32,10 @@ def is_pt2e_quantizer(target: object) -> bool:
     return isinstance(target, Quantizer)
 
 
-def export_for_pt2e(model: nn.Module, batches: list[Batch]) -> tuple[fx.GraphModule, list[Batch]]:
-    """The graph that PT2E works on, called as the model is, and the batches as it takes them.
+def export_for_pt2e(
+    model: nn.Module, batches: list[Batch]
+) -> tuple[fx.GraphModule, InputCheck, list[Batch]]:
+    """The graph that PT2E works on, called as the model is, what it is right for, and its batches.
 
     Its parameters are the model's own: what is rewritten in place is rewritten in both. Where the
     model is an exported graph, that is the graph.
@@ -53,69 +55,133 @@ def export_for_pt2e(model: nn.Module, batches: list[Batch]) -> tuple[fx.GraphMod
             "one form of input"
         )
     if isinstance(model, fx.GraphModule):
-        return model, batches
-    first = batches[0]
-    shapes = tree_map(_dynamic, bind(model, first))
+        return model, InputCheck(model), batches
+    # Sizes of 1 are not made open: the batch that has the fewest of them.
+    first = max(batches, key=lambda batch: sum(n > 1 for t in _tensors(batch) for n in t.shape))
     try:
-        exported = torch.export.export(
-            model, first.args, first.kwargs, dynamic_shapes=shapes, strict=False
-        )
+        graph_module = _export(model, first)
     except Exception as error:  # export lets through whatever the model's own code raises
         raise TraceError(
             f"PT2E needs the graph of torch.export, which refuses {type(model).__name__}: "
             f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}; use a torchao "
             "config as target instead"
         ) from error
-    return exported.module(), batches
+    check = InputCheck(graph_module)
+    names = dict.fromkeys(str(size) for one in check.expected for size in one.sizes)
+    for size in filter(str.isidentifier, names):
+        alone = _with_a_size_of_one(model, graph_module, first, check.expected, size)
+        if alone is not None:
+            check.others.append(alone)
+    return graph_module, check, batches
 
 
-def try_quantizer(model: nn.Module, quantizer: Quantizer, batches: list[Batch]) -> None:
-    """Do all of it once on a graph of its own, so that what fails does so before anything changed.
+def _export(model: nn.Module, batch: Batch) -> fx.GraphModule:
+    shapes = tree_map(_dynamic, bind(model, batch))
+    exported = torch.export.export(
+        model, batch.args, batch.kwargs, dynamic_shapes=shapes, strict=False
+    )
+    return exported.module()
+
+
+def _with_a_size_of_one(
+    model: nn.Module,
+    graph_module: fx.GraphModule,
+    batch: Batch,
+    expected: list[_Expected],
+    size: str,
+) -> InputCheck | None:
+    """Which inputs the graph is right for where an open size is 1; None where it is not known to.
+
+    A graph is traced with open sizes of 2 or more. So the model is exported with the 1 as well:
+    where the graph computes what the model does, the guards of that export say for what else.
+    """
+    leaves, spec = tree_flatten((batch.args, batch.kwargs))
+    if len(leaves) != len(expected):
+        return None
+    for at, one in enumerate(expected):
+        for dim, name in enumerate(one.sizes):
+            if name == size:
+                leaves[at] = leaves[at].narrow(dim, 0, 1)
+    args, kwargs = tree_unflatten(leaves, spec)
+    narrow = Batch(batch.index, *own_arguments((args, kwargs)))
+    try:
+        check = InputCheck(_export(model, narrow))
+        outputs = [
+            [leaf for leaf in tree_leaves(run(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
+            for run in (graph_module, model)
+            for args, kwargs in [own_arguments((narrow.args, narrow.kwargs))]
+        ]
+    except Exception:  # the model, or its graph, does not take a 1 there
+        return None
+    same = all(
+        one.shape == other.shape and torch.allclose(one, other, equal_nan=True)
+        for one, other in zip(*outputs, strict=False)
+    )
+    return check if same and len(outputs[0]) == len(outputs[1]) else None
+
+
+def _tensors(batch: Batch) -> list[torch.Tensor]:
+    leaves = tree_leaves((batch.args, batch.kwargs))
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def try_quantizer(
+    name: str,
+    graph_module: fx.GraphModule,
+    check: InputCheck,
+    quantizer: Quantizer,
+    batches: list[Batch],
+) -> None:
+    """Do all of it once on a copy of the graph, so that what fails fails before anything changed.
 
     Raises:
         ConfigError: the quantizer, or torchao, does not do with this model or this calibration.
         CalibrationError, TraceError, HandoverError: as the functions here.
     """
-    if isinstance(model, fx.GraphModule):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of torch's own code, to copy a graph
-            model = fx.GraphModule(model, copy.deepcopy(model.graph))
-    graph_module, inputs = export_for_pt2e(model, batches)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch's own code, to copy a graph
+        graph_module = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
     with contextlib.suppress(Exception):  # one that cannot be copied serves twice
         quantizer = copy.deepcopy(quantizer)
     try:
-        quantize_graph(graph_module, quantizer, inputs)
+        quantize_graph(graph_module, check, quantizer, batches)
+    except HandoverError as error:
+        raise HandoverError(f"{error}. Nothing was changed") from error
     except (MagRError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever torchao, or the graph on one of the batches, raises
         raise ConfigError(
-            f"PT2E cannot quantize {type(model).__name__} with {type(quantizer).__name__} and this "
+            f"PT2E cannot quantize {name} with {type(quantizer).__name__} and this "
             f"calibration: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}. "
             "Nothing was changed; use a torchao config as target instead"
         ) from error
 
 
 def quantize_graph(
-    graph_module: fx.GraphModule, quantizer: Quantizer, batches: list[Batch]
+    graph_module: fx.GraphModule, check: InputCheck, quantizer: Quantizer, batches: list[Batch]
 ) -> fx.GraphModule:
     """Prepare, calibrate and convert: the quantized graph, with the model's rewritten weights.
 
     It refuses what it was not made for, see :class:`InputCheck`. The batches stay as they are.
 
     Raises:
+        CalibrationError: the graph is not right for a batch.
         HandoverError: the quantizer left the graph as it was.
     """
-    check = InputCheck(graph_module)
+    check.put_into(graph_module)
     prepared = prepare_pt2e(graph_module, quantizer)
     for batch in batches:
         args, kwargs = own_arguments((batch.args, batch.kwargs))
-        prepared(*args, **kwargs)
+        try:
+            prepared(*args, **kwargs)
+        except ModelError as error:  # of the check
+            raise CalibrationError(f"calibration batch {batch.index}: {error}") from error
     converted: fx.GraphModule = convert_pt2e(prepared)
     check.put_into(converted)
     if not any("dequantize" in str(node.target) for node in converted.graph.nodes):
         raise HandoverError(
             f"{type(quantizer).__name__} quantized nothing in the graph; give it a configuration "
-            "(set_global, for one). The weights are rewritten (see magr_report)"
+            "(set_global, for one)"
         )
     return converted
 
@@ -131,7 +197,9 @@ class _Expected(NamedTuple):
     def of(cls, value: Any) -> _Expected:
         if not isinstance(value, torch.Tensor):
             return cls(None, constant=value)
-        return cls(value.dtype, tuple(n if isinstance(n, int) else str(n) for n in value.shape))
+        # What was open to begin with can have become a number.
+        names = (str(size) for size in value.shape)
+        return cls(value.dtype, tuple(int(n) if n.isdigit() else n for n in names))
 
     def fits(self, leaf: Any, sizes: dict[str, int]) -> bool:
         if self.dtype is None:
@@ -146,7 +214,9 @@ class _Expected(NamedTuple):
         )
 
     def __str__(self) -> str:
-        return f"({', '.join(map(str, self.sizes))})" if self.dtype else repr(self.constant)
+        if self.dtype is None:
+            return repr(self.constant)
+        return f"{self.dtype} ({', '.join(map(str, self.sizes))})"
 
 
 class InputCheck(nn.Module):
@@ -164,30 +234,39 @@ class InputCheck(nn.Module):
         values = [node.meta.get("val") for node in graph_module.graph.find_nodes(op="placeholder")]
         self.expected = [_Expected.of(value) for value in values]
         self.guards: Any = getattr(graph_module, GUARDS, None)
+        self.others: list[InputCheck] = []  # what it is right for as well
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *leaves: Any) -> None:
-        """Raise :class:`ModelError` for inputs that the graph is not right for."""
-        if torch.compiler.is_exporting():
-            return
-        if len(leaves) != len(self.expected) or not self._fits(leaves):
-            given = [tuple(t.shape) if isinstance(t, torch.Tensor) else t for t in leaves]
-            known = ", ".join(map(str, self.expected))
+        """Raise :class:`ModelError` for inputs that the graph is not right for.
+
+        Exported once more, the graph keeps as guards what is asked here of symbolic sizes.
+        """
+        if len(leaves) != len(self.expected) or not self.fits(leaves):
+            given = ", ".join(str(_Expected.of(leaf)) for leaf in leaves)
+            forms = [", ".join(map(str, one.expected)) for one in (self, *self.others)]
             raise ModelError(
-                f"the quantized graph was made for inputs of [{known}], and is not right for "
-                f"{given}: its calibration had none of these sizes or values. Calibrate with "
-                "batches of different sizes, or quantize the model once more with such ones"
+                f"the quantized graph was made for inputs of [{'] or ['.join(forms)}], each open "
+                f"size 2 or more, and is not right for [{given}]: its calibration had none of "
+                "these sizes, types or values. Calibrate with batches of different sizes, or "
+                "quantize the model once more with such ones"
             )
 
     def put_into(self, graph_module: fx.GraphModule) -> None:
         """Have the graph begin with it, in the place of torch.export's own guards."""
         graph = graph_module.graph
         setattr(graph_module, GUARDS, self)
-        if not any(node.op == "call_module" and node.target == GUARDS for node in graph.nodes):
-            inputs = graph.find_nodes(op="placeholder")
+        for node in graph.find_nodes(op="call_module", target=GUARDS):
+            graph.erase_node(node)
+        inputs = graph.find_nodes(op="placeholder")
+        if inputs:  # first of all: what quantizes an input has errors of its own
             with graph.inserting_after(inputs[-1]):
                 graph.call_module(GUARDS, tuple(inputs))
-            graph_module.recompile()
+        graph_module.recompile()
+
+    def fits(self, leaves: tuple[Any, ...]) -> bool:
+        """Whether the graph is right for these inputs."""
+        return self._fits(leaves) or any(other.fits(leaves) for other in self.others)
 
     def _fits(self, leaves: tuple[Any, ...]) -> bool:
         sizes: dict[str, int] = {}

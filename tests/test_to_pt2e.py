@@ -255,3 +255,58 @@ def test_what_fails_in_torchao_does_so_before_anything_is_changed(
     with pytest.raises(ConfigError, match=r"PT2E cannot quantize BySize .*KeyError.*Nothing was"):
         magr_quantize(model, [activations(2, 5, 16)], quantizer())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+CODE = {
+    "any": lambda m, x: m.a(x),
+    "a batch of one": lambda m, x: m.a(x) * (3 if x.shape[0] == 1 else 1),
+    "a long batch of one": lambda m, x: m.a(x) if x.shape[0] > 1 or x.shape[1] < 8 else m.a(x) * 3,
+    "a length": lambda m, x: m.a(x) * (3 if x.shape[1] > 4 else 1),
+    "an even length": lambda m, x: m.a(x) * (3 if x.shape[1] % 2 else 1),
+    "squeezed": lambda m, x: m.a(x).squeeze(0),
+    "broadcast": lambda m, x: m.a(x) + m.a(x[:1]),
+    "flat": lambda m, x: m.a(x).reshape(-1, 8),
+}
+
+
+@pytest.mark.parametrize("shapes", [[(2, 6)], [(1, 6)], [(1, 6), (4, 6)]], ids=str)
+@pytest.mark.parametrize("name", CODE)
+def test_every_size_is_right_or_refused(name: str, shapes: list[tuple[int, int]]) -> None:
+    model = Formula(CODE[name], a=nn.Linear(32, 8)).eval()
+    try:
+        converted = magr_quantize(model, [torch.randn(*s, 32) for s in shapes], WeightOnly())
+    except CalibrationError:
+        assert len(shapes) > 1
+        return
+    right = []
+    for size in [(b, n) for b in (0, 1, 2, 4) for n in (0, 1, 3, 4, 6, 9)]:
+        x = torch.randn(*size, 32)
+        try:
+            result = converted(x)
+        except ModelError:
+            continue
+        torch.testing.assert_close(result, model(x), rtol=0, atol=0.05)
+        right.append(size)
+    assert set(shapes) <= set(right)
+    if name == "any" and shapes != [(1, 6)]:
+        assert {(1, 6), (4, 9), (2, 1)} <= set(right)
+
+
+def test_exported_once_more_it_keeps_what_it_is_right_for() -> None:
+    model = Formula(CODE["a length"], a=nn.Linear(32, 8)).eval()
+    converted = magr_quantize(model, [torch.randn(2, 6, 32)], WeightOnly())
+    auto = torch.export.Dim.AUTO
+    shapes = {"inputs_0": {0: auto, 1: auto}}
+    again = torch.export.export(converted, (torch.randn(2, 6, 32),), dynamic_shapes=shapes).module()
+    x = torch.randn(3, 9, 32)
+    torch.testing.assert_close(again(x), converted(x))
+    with pytest.raises(AssertionError, match="Guard failed"):
+        again(torch.randn(2, 3, 32))
+    with pytest.raises(ModelError, match="is not right for"):
+        torch.export.export(converted, (torch.randn(2, 3, 32),))
+
+
+def test_the_check_comes_first_and_names_dtypes() -> None:
+    converted = magr_quantize(mlp(), vectors(), x86())
+    with pytest.raises(ModelError, match=r"not right for \[torch\.float64"):
+        converted(vectors()[0].double())
