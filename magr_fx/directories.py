@@ -236,6 +236,11 @@ def _load(work: Prepared) -> Any:
         raise ModelError(
             f"transformers cannot load {work.source} as {kind.__name__}: {brief(error)}"
         ) from error
+    weights = offloaded_weights(model)
+    for name, partner in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if name in weights.index and partner not in weights.index:  # only the head is stored
+            weights.index[partner] = weights.index[name]
+            weights.all_keys.append(partner)
     run_on(model, work.job.device)
     return model
 

@@ -40,5 +40,6 @@ class DistributedError(MagRError, RuntimeError):
 
 
 def brief(error: BaseException) -> str:
-    """The kind and the first line of an error of another library."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    """The kind and the first line of an error of another library; where that ends in a colon, two."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {' '.join(lines[: 1 + lines[0].endswith(':')])}"

@@ -171,10 +171,10 @@ def _check_index(folder: Path, found: dict[str, str]) -> None:
     for name in sorted(index.keys() | found.keys()):
         named, there = index.get(name), found.get(name)
         if named != there:
-            says = "does not name" if named is None else f"has in {named}"
-            is_in = "no file has" if there is None else f"is in {there}"
+            says = "does not name it" if named is None else f"says that it is in {named}"
+            is_in = "in no file" if there is None else f"in {there}"
             raise ModelError(
-                f"{folder / INDEX} {says} {name}, which {is_in}: it is of another model, or "
+                f"{name} is {is_in}, and {folder / INDEX} {says}: that is of another model, or "
                 f"damaged; {_DOWNLOAD}, or load the model with transformers and save_pretrained "
                 "it anew"
             )
@@ -251,6 +251,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             if not 2 <= length <= size - 8:
                 raise ValueError("the header is cut short")
             header = json.loads(opened.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("the header has no names")
         header.pop("__metadata__", None)
         found = {}
         for name, entry in header.items():

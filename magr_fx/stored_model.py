@@ -77,11 +77,13 @@ def check_stored(model: Any, folder: Path, tensors: dict[str, StoredTensor]) -> 
     """
     found = _loaded(model, tensors)
     if found is None:
-        fault = _fault_by_name(model, folder, tensors) or (
+        fault = _fault_by_name(model, folder, tensors)
+        raise ModelError(
             f"transformers cannot put the weights of {type(model).__name__} together from the "
-            f"tensors of {folder}"
+            f"tensors of {folder}; {_ANEW}"
+            if fault is None
+            else f"{fault}; {_MEND}"
         )
-        raise ModelError(f"{fault}; {_ANEW}")
     loaded, missing, unexpected, mismatched = found
     _check_dtypes(loaded, tensors, missing, unexpected)
     kind = type(model).__name__
@@ -182,10 +184,19 @@ def _fault_by_name(model: Any, folder: Path, tensors: dict[str, StoredTensor]) -
                 f"{name} in {tensors[name].file} has the shape {[*tensors[name].shape]}, and "
                 f"{CONFIG} makes it {[*shape]}"
             )
-    lacking = min(wanted.keys() - tensors.keys(), default=None)
-    if lacking is None or not wanted.keys() & tensors.keys():
+    if not wanted.keys() & tensors.keys():  # they are stored in another way
         return None
-    return f"{folder} lacks {lacking}, which {type(model).__name__} has"
+    lacking = min(wanted.keys() - tensors.keys(), default=None)
+    if lacking is not None:
+        return f"{folder} lacks {lacking}, which {type(model).__name__} has"
+    kinds = {_unnumbered(name) for name in wanted}
+    others = (n for n in tensors.keys() - wanted.keys() if _unnumbered(n) in kinds)
+    extra = min(others, default=None)
+    return extra and f"{extra} in {tensors[extra].file} is one more than {CONFIG} has"
+
+
+def _unnumbered(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _as_stored(model: Any, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
