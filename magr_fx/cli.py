@@ -293,9 +293,9 @@ def _told(
 
 
 def _how_to_go_on(out: Path | None) -> str:
-    from magr_fx.run_folder import is_resumable
+    from magr_fx.run_folder import is_ours, is_resumable, run_of
 
-    if out is None or not is_resumable(out):
+    if out is None or not (is_ours(run_of(out)) and is_resumable(out)):
         return ""
     return "; the same command with --resume goes on from what was saved last"
 

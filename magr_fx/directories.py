@@ -19,7 +19,7 @@ from transformers import TorchAoConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from magr_fx.api import magr_transform, quantize_apart
-from magr_fx.errors import ModelError, brief
+from magr_fx.errors import CheckpointError, MagRError, ModelError, brief
 from magr_fx.model_class import model_class
 from magr_fx.model_directory import CONFIG, StoredTensor, read_config, read_directory
 from magr_fx.passes.checkpoint import checkpoint_report
@@ -212,7 +212,14 @@ def report_of(folder: Path) -> MagRReport:
     if folder.name and is_resumable(folder) and not has_report(folder):
         folder = run_of(folder)
     if any((folder / CHECKPOINT).glob("state-*.pt")):
-        return checkpoint_report(folder / CHECKPOINT)
+        try:
+            return checkpoint_report(folder / CHECKPOINT)
+        except MagRError:
+            raise
+        except Exception as error:  # whatever a file raises that holds something else
+            raise CheckpointError(
+                f"{folder / CHECKPOINT} holds no state of a run: {brief(error)}"
+            ) from error
     return read_report(folder)
 
 

@@ -40,6 +40,6 @@ class DistributedError(MagRError, RuntimeError):
 
 
 def brief(error: BaseException) -> str:
-    """The kind and the first line of an error of another library; where that ends in a colon, two."""
+    """The kind and the first line of another library's error, or two where that ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     return f"{type(error).__name__}: {' '.join(lines[: 1 + lines[0].endswith(':')])}"

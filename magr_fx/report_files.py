@@ -46,7 +46,8 @@ def read_report(folder: Path) -> MagRReport:
     """
     try:
         record: dict[str, Any] = json.loads((folder / ROWS).read_text(encoding="utf-8"))
-        with np.load(folder / CHANNELS) as arrays:
+        # Opened here: of a damaged one np.load would leave it open.
+        with (folder / CHANNELS).open("rb") as file, np.load(file) as arrays:
             sites = [_site(row, at, arrays) for at, row in enumerate(record["sites"])]
         rest = {key: value for key, value in record.items() if key not in ("config", "sites")}
         report = MagRReport(MagRConfig(**record["config"]), sites=sites, **rest)

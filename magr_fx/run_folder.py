@@ -39,7 +39,7 @@ def run_id(out: Path) -> str:
 
 def is_ours(run: Path) -> bool:
     """Whether a directory was made by a run, so that it may be removed."""
-    return (run / _LOCK).is_file()
+    return os.path.isfile(run / _LOCK)  # also asked of names that are too long to be there
 
 
 @contextlib.contextmanager

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from cli_helpers import INT3, SMALL, contents, run
+from cli_helpers import INT3, SMALL, Place, edit, refused, run, shard_with
 from safetensors.torch import load_file, save_file
 from tiny_directories import save_model, save_text
 from tiny_models import tiny_llama
@@ -21,12 +20,6 @@ from magr_fx.errors import ModelError
 from magr_fx.model_directory import find_model, read_directory
 
 LAYER = "model.layers.0.mlp.up_proj.weight"
-
-
-class Place(NamedTuple):
-    model: Path
-    out: Path
-    text: Path
 
 
 @pytest.fixture(scope="module")
@@ -42,30 +35,6 @@ def place(whole: Path, tmp_path: Path) -> Place:
     shutil.copytree(whole / "model", tmp_path / "model")
     shutil.copy(whole / "text.txt", tmp_path)
     return Place(tmp_path / "model", tmp_path / "out", tmp_path / "text.txt")
-
-
-def refused(place: Place, *more: Any, message: str, command: str = "transform") -> None:
-    """The command fails as it should, and leaves everything as it was."""
-    before = contents(place.model.parent)
-    options = ["--calib", place.text, *INT3, *SMALL, *more]
-    result = run(command, place.model, place.out, *options)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, lines
-    assert re.match(rf"magr-fx: error: .*{message}", lines[0]), lines[0]
-    assert contents(place.model.parent) == before
-
-
-def edit(path: Path, change: Callable[[Any], None]) -> None:
-    record = json.loads(path.read_text())
-    change(record)
-    path.write_text(json.dumps(record))
-
-
-def shard_with(model: Path, name: str) -> Path:
-    index = json.loads((model / "model.safetensors.index.json").read_text())
-    return model / str(index["weight_map"][name])
 
 
 def drop_a_shard(place: Place) -> None:
