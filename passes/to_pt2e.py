@@ -19,12 +19,14 @@ from magr_fx.errors import (
     MagRError,
     ModelError,
     TraceError,
+    first_line,
 )
 from magr_fx.passes.calibration import Batch
 from magr_fx.passes.tensors_only import own_arguments
 from magr_fx.passes.torch_private import tree_flatten, tree_map
 from magr_fx.passes.trace import GUARDS, attributes
 from magr_fx.passes.trace_batches import bind
+from magr_fx.quiet import torch_silenced
 
 
 def is_pt2e_quantizer(target: object) -> bool:
@@ -57,13 +59,14 @@ def export_for_pt2e(model: nn.Module, batches: list[Batch]) -> tuple[fx.GraphMod
     first = batches[0]
     shapes = tree_map(_dynamic, bind(model, first))
     try:
-        exported = torch.export.export(
-            model, first.args, first.kwargs, dynamic_shapes=shapes, strict=False
-        )
+        with torch_silenced():
+            exported = torch.export.export(
+                model, first.args, first.kwargs, dynamic_shapes=shapes, strict=False
+            )
     except Exception as error:  # export lets through whatever the model's own code raises
         raise TraceError(
             f"PT2E needs the graph of torch.export, which refuses {type(model).__name__}: "
-            f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}; use a torchao "
+            f"{type(error).__name__}: {first_line(error)}; use a torchao "
             "config as target instead"
         ) from error
     return exported.module(), batches
@@ -84,13 +87,14 @@ def try_quantizer(model: nn.Module, quantizer: Quantizer, batches: list[Batch]) 
     with contextlib.suppress(Exception):  # one that cannot be copied serves twice
         quantizer = copy.deepcopy(quantizer)
     try:
-        quantize_graph(graph_module, quantizer, inputs)
+        with torch_silenced():  # a graph prints which of its lines failed
+            quantize_graph(graph_module, quantizer, inputs)
     except (MagRError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever torchao, or the graph on one of the batches, raises
         raise ConfigError(
             f"PT2E cannot quantize {type(model).__name__} with {type(quantizer).__name__} and this "
-            f"calibration: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}. "
+            f"calibration: {type(error).__name__}: {first_line(error)}. "
             "Nothing was changed; use a torchao config as target instead"
         ) from error
 
