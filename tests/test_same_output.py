@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from graph_helpers import Formula
 from tiny_models import ARCHITECTURES, activations, text_calib, tiny_mixtral
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from toys import WIDTH, changed, report_of, state, vectors
 from transformers import (
@@ -23,6 +24,8 @@ from transformers import (
 from magr_fx import MagRConfig, TraceError, magr_transform
 from magr_fx.passes.calibration import read_calib
 from magr_fx.passes.decisions import is_random
+from magr_fx.passes.same_output import check_same_output
+from magr_fx.passes.torch_private import tree_flatten
 from magr_fx.passes.trace import calibration_mode
 from magr_fx.passes.trace_batches import trace_batches
 
@@ -201,6 +204,20 @@ def test_a_graph_that_fails_where_the_model_runs_is_refused() -> None:
     report = report_of(magr_transform(Formula(forward, **linears()), vectors(8, 8), QUICK))
     assert report.tracer == "make_fx"
     assert "it fails with _LinAlgError" in report.refusal
+
+
+def test_a_graph_that_fails_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    graph = fx.Graph()
+    graph.output([graph.call_function(operator.add, (graph.placeholder("x"), None))])
+    graph_module, x = fx.GraphModule({}, graph), vectors()[0]
+    with pytest.raises(TypeError):
+        graph_module(x)
+    assert "eval_with_key" in capfd.readouterr().err  # what torch prints otherwise
+    model = Formula(lambda m, x: m.b(m.a(x)), **linears()).eval()
+    leaves, spec = tree_flatten({"inputs": (x,)})
+    with pytest.raises(TraceError, match="it fails with TypeError"), torch.no_grad():
+        check_same_output(graph_module, model, 0, leaves, spec)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_no_memory_for_both_outputs_is_told(
