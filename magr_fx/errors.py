@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first: of torch's, that is all that fits into another message."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), "no message")
+
+
 class MagRError(Exception):
     """Base of every error that magr-fx raises on purpose."""
 

@@ -16,12 +16,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from magr_fx.passes.torch_private import schema_of, tree_leaves
+from magr_fx.passes.torch_private import HigherOrderOperator, schema_of, tree_leaves
 from magr_fx.passes.vmap import is_batched
 
 aten = torch.ops.aten
 # What arguments are called that keep an op from drawing: by False, and by a share of 0.
 _TRAINS, _SHARES = ("train", "training"), ("dropout", "dropout_p")
+# What gives other ops random numbers, whatever share they drop.
+_SEEDS = frozenset(
+    {aten._fill_mem_eff_dropout_mask_.default, aten._cudnn_init_dropout_state.default}
+)
 State = dict[str, torch.Tensor]  # of torch's generators, by the names of their devices
 
 
@@ -49,11 +53,14 @@ def is_decision(value: Any) -> bool:
 def is_random(node: fx.Node) -> bool:
     """Whether the node may draw random numbers.
 
-    Many an op that can does not: dropout when not training, attention without dropout.
+    Many an op that can does not: dropout when not training, attention without dropout. A loop or
+    another region does where its sub-graphs do.
     """
     op = node.target
-    if torch.Tag.nondeterministic_seeded not in getattr(op, "tags", ()):
-        return False
+    if isinstance(op, HigherOrderOperator):
+        return any(is_random(inner) for graph in _sub_graphs(node) for inner in graph.nodes)
+    if torch.Tag.nondeterministic_seeded not in getattr(op, "tags", ()) or op in _SEEDS:
+        return op in _SEEDS
     schema = schema_of(op)
     for at, argument in enumerate(() if schema is None else schema.arguments):
         default = argument.default_value if argument.has_default_value() else None
@@ -65,6 +72,16 @@ def is_random(node: fx.Node) -> bool:
         if argument.name == "p" and "dropout" in str(op) and given in (0, 1):
             return False
     return True
+
+
+def _sub_graphs(node: fx.Node) -> Iterator[fx.Graph]:
+    """The graphs that the node calls."""
+    for source in node.all_input_nodes:
+        value: Any = node.graph.owning_module if source.op == "get_attr" else None
+        for name in str(source.target).split("."):
+            value = getattr(value, name, None)
+        if isinstance(value, fx.GraphModule):
+            yield value.graph
 
 
 def torch_state(devices: Iterable[torch.device]) -> State:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from magr_fx.errors import TraceError
+from magr_fx.errors import TraceError, first_line
 from magr_fx.passes.module_calls import CALLS
 from magr_fx.passes.module_state import attributes_kept
 from magr_fx.passes.tensors_only import TensorsOnly
 from magr_fx.passes.torch_private import TreeSpec
 from magr_fx.passes.trace import all_nodes
+from magr_fx.quiet import torch_silenced
 
 
 def export(
@@ -45,45 +42,25 @@ def export(
     try:
         with (
             attributes_kept(model),
-            warnings.catch_warnings(),
-            contextlib.redirect_stderr(io.StringIO()),  # it prints the graph, if it fails
-            _unlogged("torch.fx.experimental.symbolic_shapes"),
+            torch_silenced(),
         ):
             wrapper = TensorsOnly(model, leaves, spec)
             wrapper.training = False  # as the model is already
-            # That forward assigned a tensor to an attribute, which export then puts back.
-            warnings.filterwarnings("ignore", "The tensor attribute")
             exported = torch.export.export(
                 wrapper, tensors, strict=False, dynamic_shapes=(shapes,) if tensors else None
             )
         graph_module = exported.module()
         graph_module.meta[CALLS] = tuple(wrapper.log.calls)
     except Exception as error:  # export lets through whatever the model's own code raises
-        message = next((line for line in str(error).splitlines() if line.strip()), "no message")
         remedy = "check that the model itself runs on this batch"
         if "data-dependent" in str(error).lower():
             remedy = 'control flow that depends on tensor values needs trace="make_fx"'
         raise TraceError(
             f"torch.export cannot trace {type(model).__name__} with calibration batch {index}: "
-            f"{type(error).__name__}: {message.strip()} — {remedy}"
+            f"{type(error).__name__}: {first_line(error)} — {remedy}"
         ) from error
     _strip_wrapper(graph_module)
     return graph_module
-
-
-@contextlib.contextmanager
-def _unlogged(name: str) -> Iterator[None]:
-    """Keep what the logger has to say of a model that is refused: the refusal is reported."""
-    logger = logging.getLogger(name)
-
-    def nothing(record: logging.LogRecord) -> bool:
-        return record.levelno < logging.WARNING
-
-    logger.addFilter(nothing)
-    try:
-        yield
-    finally:
-        logger.removeFilter(nothing)
 
 
 def _strip_wrapper(graph_module: fx.GraphModule) -> None:

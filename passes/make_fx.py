@@ -18,13 +18,14 @@ from torch.fx import traceback
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from magr_fx.errors import TraceError
+from magr_fx.errors import TraceError, first_line
 from magr_fx.passes.addresses import address
 from magr_fx.passes.module_calls import CALLS
 from magr_fx.passes.module_state import attributes_kept
 from magr_fx.passes.tensors_only import TensorsOnly
 from magr_fx.passes.torch_private import TreeSpec, schema_of, tree_leaves
 from magr_fx.passes.vmap import in_transform, is_batched, run_inside, unwrapped
+from magr_fx.quiet import torch_unlogged
 
 # What reads values without an op that says so.
 _READERS = frozenset(
@@ -80,6 +81,7 @@ def run_and_trace(
         with (
             torch.compiler.set_stance("force_eager"),
             compiled_parts_run(),
+            torch_unlogged(),
             attributes_kept(model) as held,
             traceback.preserve_node_meta(),
             _module_paths(model),
@@ -89,13 +91,12 @@ def run_and_trace(
         ):
             graph_module = _make_fx(function, list(stored.values()), inputs)
     except Exception as error:  # whatever the model's own code raises
-        message = next((line for line in str(error).splitlines() if line.strip()), "no message")
         remedy = "check that the model itself runs on this batch"
         if "flex_attention" in str(error):
             remedy = 'take another attention: attn_implementation="sdpa" or "eager"'
         raise TraceError(
             f"{type(model).__name__} cannot be run and traced with calibration batch {index}: "
-            f"{type(error).__name__}: {message.strip()} — {remedy}"
+            f"{type(error).__name__}: {first_line(error)} — {remedy}"
         ) from error
     graph_module = _with_attributes(graph_module, stored)
     graph_module.meta[CALLS] = tuple(function.log.calls)

@@ -19,12 +19,14 @@ from magr_fx.errors import (
     MagRError,
     ModelError,
     TraceError,
+    first_line,
 )
 from magr_fx.passes.calibration import Batch
 from magr_fx.passes.tensors_only import own_arguments
 from magr_fx.passes.torch_private import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from magr_fx.passes.trace import GUARDS, attributes
 from magr_fx.passes.trace_batches import bind
+from magr_fx.quiet import torch_silenced
 
 
 def is_pt2e_quantizer(target: object) -> bool:
@@ -63,7 +65,7 @@ def export_for_pt2e(
     except Exception as error:  # export lets through whatever the model's own code raises
         raise TraceError(
             f"PT2E needs the graph of torch.export, which refuses {type(model).__name__}: "
-            f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}; use a torchao "
+            f"{type(error).__name__}: {first_line(error)}; use a torchao "
             "config as target instead"
         ) from error
     check = InputCheck(graph_module)
@@ -77,9 +79,10 @@ def export_for_pt2e(
 
 def _export(model: nn.Module, batch: Batch) -> fx.GraphModule:
     shapes = tree_map(_dynamic, bind(model, batch))
-    exported = torch.export.export(
-        model, batch.args, batch.kwargs, dynamic_shapes=shapes, strict=False
-    )
+    with torch_silenced():
+        exported = torch.export.export(
+            model, batch.args, batch.kwargs, dynamic_shapes=shapes, strict=False
+        )
     return exported.module()
 
 
@@ -106,11 +109,16 @@ def _with_a_size_of_one(
     narrow = Batch(batch.index, *own_arguments((args, kwargs)))
     try:
         check = InputCheck(_export(model, narrow))
-        outputs = [
-            [leaf for leaf in tree_leaves(run(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
-            for run in (graph_module, model)
-            for args, kwargs in [own_arguments((narrow.args, narrow.kwargs))]
-        ]
+        with torch_silenced():
+            outputs = [
+                [
+                    leaf
+                    for leaf in tree_leaves(run(*args, **kwargs))
+                    if isinstance(leaf, torch.Tensor)
+                ]
+                for run in (graph_module, model)
+                for args, kwargs in [own_arguments((narrow.args, narrow.kwargs))]
+            ]
     except Exception:  # the model, or its graph, does not take a 1 there
         return None
     same = all(
@@ -144,7 +152,8 @@ def try_quantizer(
     with contextlib.suppress(Exception):  # one that cannot be copied serves twice
         quantizer = copy.deepcopy(quantizer)
     try:
-        quantize_graph(graph_module, check, quantizer, batches)
+        with torch_silenced():  # a graph prints which of its lines failed
+            quantize_graph(graph_module, check, quantizer, batches)
     except HandoverError as error:
         raise HandoverError(f"{error}. Nothing was changed") from error
     except (MagRError, torch.OutOfMemoryError):
@@ -152,7 +161,7 @@ def try_quantizer(
     except Exception as error:  # whatever torchao, or the graph on one of the batches, raises
         raise ConfigError(
             f"PT2E cannot quantize {name} with {type(quantizer).__name__} and this "
-            f"calibration: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}. "
+            f"calibration: {type(error).__name__}: {first_line(error)}. "
             "Nothing was changed; use a torchao config as target instead"
         ) from error
 

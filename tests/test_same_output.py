@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import operator
+import os
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from graph_helpers import Formula
-from tiny_models import activations
-from torch import Tensor, nn
+from tiny_models import ARCHITECTURES, activations, text_calib, tiny_mixtral
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from toys import WIDTH, changed, report_of, state, vectors
 from transformers import (
@@ -19,8 +22,12 @@ from transformers import (
 )
 
 from magr_fx import MagRConfig, TraceError, magr_transform
+from magr_fx.passes.calibration import read_calib
 from magr_fx.passes.decisions import is_random
-from magr_fx.passes.same_output import _sizes as sizes
+from magr_fx.passes.same_output import check_same_output
+from magr_fx.passes.torch_private import tree_flatten
+from magr_fx.passes.trace import calibration_mode
+from magr_fx.passes.trace_batches import trace_batches
 
 QUICK = MagRConfig(alpha=1e-3)
 
@@ -161,19 +168,102 @@ def test_hooks_that_change_what_is_computed_are_a_part_of_the_model() -> None:
     assert report_of(magr_transform(model, vectors(), QUICK)).tracer == "export"
 
 
-@pytest.mark.parametrize(("drawn", "tracer"), [(0.0, "make_fx"), (0.5, "export")])
-def test_what_really_draws_random_numbers_is_not_refused_for_them(
-    drawn: float, tracer: str
+@pytest.mark.parametrize("drawn", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("same", [True, False])
+def test_a_graph_that_draws_random_numbers_is_compared_with_the_same_ones(
+    drawn: float, same: bool
 ) -> None:
     def forward(m: Any, x: Tensor) -> Any:
         x = nn.functional.dropout(m.a(x), drawn, training=True)
-        return m.b(x.tril() if torch.compiler.is_exporting() else x)
+        return m.b(x if same or not torch.compiler.is_exporting() else x + 1)
 
     model, calib = Formula(forward, **linears()), vectors()
     state = torch.get_rng_state()
     report = report_of(magr_transform(model, calib, QUICK))
-    assert report.tracer == tracer
+    assert report.tracer == ("export" if same else "make_fx")
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_random_numbers_from_elsewhere_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        noise = torch.from_numpy(np.frombuffer(os.urandom(WIDTH), dtype=np.uint8) / 255)
+        return m.b(nn.functional.dropout(m.a(x), 0.5, training=True) + noise.to(x))
+
+    report = report_of(magr_transform(Formula(forward, **linears()), vectors(), QUICK))
+    assert report.tracer == "export"
+    (record,) = [r for r in caplog.records if "could not be compared" in r.getMessage()]
+    assert record.levelname == "WARNING"
+    assert "random numbers from elsewhere" in record.getMessage()
+
+
+def test_a_graph_that_fails_where_the_model_runs_is_refused() -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        y = m.b(m.a(x))
+        return y + torch.linalg.cholesky(-torch.eye(8)) if torch.compiler.is_exporting() else y
+
+    report = report_of(magr_transform(Formula(forward, **linears()), vectors(8, 8), QUICK))
+    assert report.tracer == "make_fx"
+    assert "it fails with _LinAlgError" in report.refusal
+
+
+def test_a_graph_that_fails_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    graph = fx.Graph()
+    graph.output([graph.call_function(operator.add, (graph.placeholder("x"), None))])
+    graph_module, x = fx.GraphModule({}, graph), vectors()[0]
+    with pytest.raises(TypeError):
+        graph_module(x)
+    assert "eval_with_key" in capfd.readouterr().err  # what torch prints otherwise
+    model = Formula(lambda m, x: m.b(m.a(x)), **linears()).eval()
+    leaves, spec = tree_flatten({"inputs": (x,)})
+    with pytest.raises(TraceError, match="it fails with TypeError"), torch.no_grad():
+        check_same_output(graph_module, model, 0, leaves, spec)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_no_memory_for_both_outputs_is_told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> str:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("magr_fx.passes.same_output.difference", full)
+    report = report_of(magr_transform(Formula(otherwise, **linears()), vectors(), QUICK))
+    assert report.tracer == "export"
+    assert "could not be compared with the model itself (calibration batch 0)" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["nan", "integers", "truth", "complex"])
+def test_outputs_of_every_kind_are_compared(kind: str) -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        y = m.b(m.a(x))
+        other = torch.compiler.is_exporting()
+        if kind == "nan":
+            return torch.where(y > 1, torch.nan, y) if other else y
+        if kind == "complex":
+            return torch.complex(y, -y if other else y)
+        y = y.flip(-1) if other else y
+        return y.argmax(-1) if kind == "integers" else y > 0
+
+    assert report_of(magr_transform(Formula(forward, **linears()), vectors(), QUICK)).refusal
+
+
+@pytest.mark.parametrize("otherwise", [False, True])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "mixtral"])
+def test_families_of_transformers_are_compared(name: str, otherwise: bool) -> None:
+    """With a fault put in that only the graph has, none of them may stay with its graph."""
+    make, calib, *_ = ARCHITECTURES.get(name, (tiny_mixtral, text_calib))
+    model = make()
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Any:
+        return output * (1.2 if otherwise and torch.compiler.is_exporting() else 1.0)
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(hook)
+    batches = read_calib(calib()[:1], model)
+    with calibration_mode(model):
+        traced = trace_batches(model, batches)
+    assert {t.trace.tracer for t in traced} == {"make_fx" if otherwise else "export"}
 
 
 DRAWS: list[tuple[Any, bool]] = [
@@ -202,16 +292,6 @@ def test_which_ops_draw_random_numbers(function: Any, draws: bool) -> None:
     state = torch.get_rng_state()
     function(-torch.ones(1, 2, 3, 4))
     assert (not torch.equal(torch.get_rng_state(), state)) == draws
-
-
-def test_outputs_are_compared_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    one, other = activations(7, 11, seed=1), activations(7, 11, seed=2)
-    one[0, 0], other[3, 4], other[5, 5] = torch.inf, torch.nan, 1e30
-    known = one.isfinite() & other.isfinite()
-    wanted = (one.double() - other.double())[known].norm(), other.double()[known].norm()
-    for part in (1, 5, 100):
-        monkeypatch.setattr("magr_fx.passes.same_output.PART", part)
-        assert sizes(one, other) == pytest.approx([float(size) for size in wanted])
 
 
 TEXT = {
