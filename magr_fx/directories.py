@@ -28,7 +28,11 @@ from magr_fx.passes.offloaded import keep_in, offloaded_weights, run_on
 from magr_fx.passes.ranks import together
 from magr_fx.passes.to_torchao import describe
 from magr_fx.passes.torchao_rounding import quantized_copy
-from magr_fx.passes.transformers_private import HfQuantizer, revert_weight_conversion
+from magr_fx.passes.transformers_private import (
+    HfQuantizer,
+    revert_weight_conversion,
+    tied_names,
+)
 from magr_fx.prepare_directory import Job, Prepared, prepared
 from magr_fx.report import MagRReport
 from magr_fx.report_files import has_report, read_report, write_report
@@ -244,7 +248,7 @@ def _load(work: Prepared) -> Any:
             f"transformers cannot load {work.source} as {kind.__name__}: {brief(error)}"
         ) from error
     weights = offloaded_weights(model)
-    for name, partner in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+    for name, partner in tied_names(model).items():
         if name in weights.index and partner not in weights.index:  # only the head is stored
             weights.index[partner] = weights.index[name]
             weights.all_keys.append(partner)

@@ -21,6 +21,7 @@ from magr_fx.model_directory import read_header
 from magr_fx.passes.addresses import address
 from magr_fx.passes.fetch_ahead import FetchAhead
 from magr_fx.passes.resident import Outline, Place, Resident, all_resident, outlined
+from magr_fx.passes.transformers_private import tied_names
 
 
 def is_offloaded(model: object) -> bool:
@@ -139,8 +140,7 @@ def _find(model: nn.Module, ahead: FetchAhead | None) -> list[Place]:
     """The offloaded weights; what several names share, in the model or where it is kept, is one."""
     weights: dict[Any, _Weight] = {}
     places: list[Place] = []
-    # Of transformers: name → the name it shares its weight with. accelerate keeps two copies.
-    tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = tied_names(model)  # accelerate keeps two copies
     for hook, module, prefix, path in _hooked(model):
         for key, parameter in module._parameters.items():
             if parameter is None or not parameter.is_meta:

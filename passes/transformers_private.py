@@ -13,7 +13,13 @@ from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers import HfQuantizer
 
-__all__ = ["HfQuantizer", "activated", "has_expert_interface", "revert_weight_conversion"]
+__all__ = [
+    "HfQuantizer",
+    "activated",
+    "has_expert_interface",
+    "revert_weight_conversion",
+    "tied_names",
+]
 
 _FUSED = ("_apply_gate", "is_transposed", "has_gate", "has_bias", "has_post_expert_norm")
 
@@ -31,3 +37,12 @@ def activated(experts: Any, inner: torch.Tensor) -> torch.Tensor:
     made: torch.Tensor
     made = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
     return made
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Of each weight that shares another's values: its name → the other's name.
+
+    Empty for a model that is not of transformers.
+    """
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    return tied
