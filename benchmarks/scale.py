@@ -170,7 +170,7 @@ def in_directory(folder: Path) -> None:
         target=named_target(TARGET),
         tokens=TOKENS,
         length=LENGTH,
-        options={"progress": False},
+        progress=False,
     )
     with processor_time(stages, peak):
         report = transform_directory(job)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import MutableMapping
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -13,26 +13,20 @@ from torch import nn
 
 from magr_fx.config import Handling, MagRConfig
 from magr_fx.errors import ConfigError, ModelError
-from magr_fx.passes.calibration import Batch, notes_of, read_calib
-from magr_fx.passes.check_model import check_group_size, check_model, check_not_frozen
-from magr_fx.passes.checkpoint import Checkpoint, fingerprint
-from magr_fx.passes.find_linears import FilterFn, Site, check_filter, find_linears
+from magr_fx.passes.calibration import Batch, read_calib
+from magr_fx.passes.check_model import check_model, check_not_frozen
+from magr_fx.passes.execution import Execution, execution_of, is_elsewhere
+from magr_fx.passes.find_linears import FilterFn
+from magr_fx.passes.ledger import Ledger
 from magr_fx.passes.module_state import state_kept
-from magr_fx.passes.offloaded import at_hand, execution_device, is_offloaded
-from magr_fx.passes.on_device import on_device
-from magr_fx.passes.pipeline import resolve_config, rewrite_sites, target_for_rewriting
-from magr_fx.passes.quantizable import (
-    Quantizable,
-    Trial,
-    keep_stacks,
-    leave_out_unquantizable,
-    leave_out_unrunnable,
-)
+from magr_fx.passes.offloaded import is_offloaded
+from magr_fx.passes.pipeline import resolve_config, target_for_rewriting
+from magr_fx.passes.quantizable import Quantizable
 from magr_fx.passes.quantized_weights import Target
-from magr_fx.passes.ranks import ALONE, Group, Ranks, together
-from magr_fx.passes.read_exported import trace_or_read
-from magr_fx.passes.resident import Resident, all_resident
-from magr_fx.passes.sharded import device_of_shards, gathered, is_sharded
+from magr_fx.passes.ranks import Group, together
+from magr_fx.passes.request import Folders, Request
+from magr_fx.passes.run import run
+from magr_fx.passes.sharded import is_sharded
 from magr_fx.passes.to_pt2e import (
     export_for_pt2e,
     is_pt2e_quantizer,
@@ -40,7 +34,7 @@ from magr_fx.passes.to_pt2e import (
     still_read,
     try_quantizer,
 )
-from magr_fx.passes.to_torchao import describe, described_in_full, hand_over, try_target
+from magr_fx.passes.to_torchao import describe, hand_over
 from magr_fx.passes.trace import calibration_mode, unwrap
 from magr_fx.passes.trace_batches import Tracing
 from magr_fx.report import MagRReport
@@ -140,34 +134,20 @@ def magr_transform(
     """
     with together(process_group) as ranks:
         config = resolve_config(config, target)
-        taking_part = target_for_rewriting(config, target, propagate, holdout)
-        tracing = Tracing(trace, calibrate_all_experts)
-        check_filter(filter_fn)
-        inner = unwrap(model)
-        offloaded, sharded = is_offloaded(inner), is_sharded(inner)
-        check_model(inner, offloaded=offloaded, sharded=sharded)
-        check_not_frozen(model)
-        if offloaded or sharded:
-            tracing = tracing.without_values()
-        device = device_of_shards(inner) if sharded else execution_device(inner)
-        around = gathered(inner, ranks, device) if sharded else at_hand(inner, device)
-        with around as resident:
-            _run(
-                model,
-                read_calib(calib, inner),
-                config,
-                taking_part,
-                filter_fn=filter_fn,
-                tracing=tracing,
-                resident=resident,
-                device=device,
-                ranks=ranks,
-                strict=strict,
-                checkpoint_dir=checkpoint_dir,
-                spill_dir=spill_dir,
-                progress=progress,
-                quantize=False,
-            )
+        request = Request(
+            config,
+            target_for_rewriting(config, target, propagate, holdout),
+            Tracing(trace, calibrate_all_experts),
+            filter_fn,
+            strict,
+            Folders(checkpoint_dir, spill_dir),
+            progress,
+        )
+        inner = _checked(model)
+        if is_elsewhere(inner):
+            request = request.without_values()
+        with execution_of(inner, ranks) as execution:
+            _rewrite(model, read_calib(calib, inner), request, execution)
     return model
 
 
@@ -230,52 +210,52 @@ def magr_quantize(
     """
     with together(process_group) as ranks:
         handling = Handling(rounding, act_order, refine, propagate is not False, holdout)
-        options: dict[str, Any] = {
-            "filter_fn": filter_fn,
-            "tracing": Tracing(trace, calibrate_all_experts),
-            "strict": strict,
-            "ranks": ranks,
-            "checkpoint_dir": checkpoint_dir,
-            "spill_dir": spill_dir,
-            "progress": progress,
-        }
-        if is_pt2e_quantizer(target):
-            if rounding != "nearest" or propagate:
-                raise ConfigError(
-                    'rounding="gptq" and propagate=True need a torchao config as target, which can '
-                    "be asked what it makes of a weight; a PT2E quantizer cannot"
-                )
-            return _quantize_graph(model, calib, target, resolve_config(config, None), options)
-        config = resolve_config(config, target, required=True)
+        by_graph = is_pt2e_quantizer(target)
+        if by_graph and (rounding != "nearest" or propagate):
+            raise ConfigError(
+                'rounding="gptq" and propagate=True need a torchao config as target, which can '
+                "be asked what it makes of a weight; a PT2E quantizer cannot"
+            )
+        config = resolve_config(config, None if by_graph else target, required=not by_graph)
         if config.alpha == 0 and rounding == "nearest":
             raise ConfigError('alpha=0 shrinks nothing; with it only rounding="gptq" makes sense')
-        batches = _read(model, calib, filter_fn)
-        _run(model, batches, config, Target(target, handling), quantize=True, **options)
+        request = Request(
+            config,
+            None if by_graph else Target(target, handling),
+            Tracing(trace, calibrate_all_experts),
+            filter_fn,
+            strict,
+            Folders(checkpoint_dir, spill_dir),
+            progress,
+            quantize=not by_graph,
+        )
+        inner = _checked(model)
+        _refuse_elsewhere(inner)
+        batches, execution = read_calib(calib, inner), Execution(ranks)
+        if by_graph:
+            return _quantize_graph(model, batches, target, request, execution)
+        ledger, weights = _rewrite(model, batches, request, execution)
+        with ledger.timed("quantize"):
+            hand_over(inner, target, weights, ledger.tensors)
+        done = {name for weight in weights for name in (weight.name, *weight.covers)}
+        ledger.report.mark_quantized(done)
+        logger.info("%s", ledger.report.totals())
         return model
 
 
 def quantize_apart(
     model: nn.Module,
     calib: Any,
-    target: Any,
-    config: MagRConfig | None,
+    request: Request,
     tensors: MutableMapping[str, torch.Tensor],
-    *,
-    rounding: str,
-    refine: int = 0,
-    propagate: bool | None = None,
-    filter_fn: FilterFn | None = None,
-    checkpoint_dir: str | os.PathLike[str] | None = None,
-    spill_dir: str | os.PathLike[str] | None = None,
-    progress: bool | None = None,
 ) -> list[str]:
     """:func:`magr_quantize` of a model that may be offloaded, and is quantized elsewhere.
 
     The ranks of the default group work together, if there is one.
 
     Args:
-        model, calib, target, config, rounding, refine, propagate, filter_fn, checkpoint_dir,
-        spill_dir, progress: as for :func:`magr_quantize`.
+        model, calib: as for :func:`magr_quantize`.
+        request: what is asked for, with a target that quantizes.
         tensors: with GPTQ takes torchao's tensor of each site by its name, block by block, and the
             model stays as it is; to the nearest its weights are rewritten.
 
@@ -288,54 +268,68 @@ def quantize_apart(
             as for :func:`magr_quantize`.
     """
     with together() as ranks:
-        taking_part = Target(target, Handling(rounding, True, refine, propagate is not False))
-        config = resolve_config(config, target, required=True)
-        check_filter(filter_fn)
-        check_model(model, offloaded=is_offloaded(model))
-        device = execution_device(model)
-        with at_hand(model, device) as resident:
-            _, weights = _run(
-                model,
-                read_calib(calib, model),
-                config,
-                taking_part,
-                filter_fn=filter_fn,
-                tracing=Tracing("auto", False).without_values(),
-                resident=resident,
-                device=device,
-                ranks=ranks,
-                strict=False,
-                checkpoint_dir=checkpoint_dir,
-                spill_dir=spill_dir,
-                progress=progress,
-                quantize=True,
-                apart=tensors,
-            )
+        inner, request = _checked(model), request.without_values()
+        with execution_of(inner, ranks) as execution:
+            batches = read_calib(calib, inner)
+            ledger, weights = _rewrite(model, batches, request, execution, tensors)
+        logger.info("%s", ledger.report.totals())
     return [place.name for weight in weights for place in weight.places]
 
 
-def _each_once(names: list[str]) -> list[str]:
-    """All of them, in order; one where they are the same."""
-    return names if len(set(names)) > 1 else names[:1]
+def _checked(model: nn.Module) -> nn.Module:
+    """The model itself, where it is compiled, once it has been looked at."""
+    inner = unwrap(model)
+    check_model(inner, offloaded=is_offloaded(inner), sharded=is_sharded(inner))
+    check_not_frozen(model)
+    return inner
 
 
-def _devices(model: nn.Module, device: torch.device | None) -> str:
-    """Where this rank works: the saved values of a run are of these devices."""
-    places = {str(p.device) for p in model.parameters()} if device is None else {str(device)}
-    return ", ".join(sorted(places))
+def _refuse_elsewhere(model: nn.Module) -> None:
+    if is_offloaded(model):
+        raise ModelError(
+            "the model is offloaded by accelerate, which cannot offload torchao's tensors: call "
+            "magr_transform(model, calib, target=target) and model.save_pretrained(folder), then "
+            "load that with from_pretrained(folder, quantization_config=TorchAoConfig(target))"
+        )
+    if is_sharded(model):
+        raise ModelError(
+            "the model is sharded (DTensor, FSDP2), which torchao's tensors are not here: call "
+            "magr_transform(model, calib, target=target), save the gathered weights, and let "
+            "quantize_ quantize the loaded model"
+        )
+
+
+def _rewrite(
+    model: nn.Module,
+    batches: list[Batch],
+    request: Request,
+    execution: Execution,
+    tensors: MutableMapping[str, torch.Tensor] | None = None,
+) -> tuple[Ledger, list[Quantizable]]:
+    """Rewrite the weights, and hang the report on the model; what the target is to quantize."""
+    quantizer = request.quantizer
+    report = MagRReport(request.config, "" if quantizer is None else describe(quantizer.config))
+    ledger = Ledger(report, tensors)
+    if execution.ranks.rank != 0:
+        request = replace(request, progress=False)
+    try:
+        weights = run(unwrap(model), batches, request, execution, ledger)
+    finally:
+        if report.sites:  # also of a run that was cut short
+            model.magr_report = report  # type: ignore[assignment]
+    return ledger, weights
 
 
 def _quantize_graph(
-    model: Model, calib: Any, quantizer: Any, config: MagRConfig, options: dict[str, Any]
+    model: Model, batches: list[Batch], quantizer: Any, request: Request, execution: Execution
 ) -> Model:
     """The way of PT2E: the graph is made first, so that what cannot be exported stays as it was."""
-    target_for_rewriting(config, None, None, 0.0)
-    batches = _read(model, calib, options["filter_fn"])
     inner = unwrap(model)
     with calibration_mode(inner), state_kept(inner):
         graph_module, check, inputs = export_for_pt2e(inner, batches)
         try_quantizer(type(inner).__name__, graph_module, check, quantizer, inputs)
-    report, _ = _run(model, batches, config, None, quantize=False, **options)
+    ledger, _ = _rewrite(model, batches, request, execution)
+    report = ledger.report
     with report.timed("quantize"), calibration_mode(inner), state_kept(inner):
         converted = quantize_graph(graph_module, check, quantizer, inputs)
     report.target = type(quantizer).__name__
@@ -345,119 +339,3 @@ def _quantize_graph(
     report.mark_quantized({n for n, p in parts.items() if p is not None and id(p) not in read})
     converted.meta["magr"] = converted.magr_report = report  # type: ignore[assignment]
     return converted  # type: ignore[return-value]
-
-
-def _read(model: nn.Module, calib: Any, filter_fn: FilterFn | None) -> list[Batch]:
-    check_filter(filter_fn)
-    inner = unwrap(model)
-    if is_offloaded(inner):
-        raise ModelError(
-            "the model is offloaded by accelerate, which cannot offload torchao's tensors: call "
-            "magr_transform(model, calib, target=target) and model.save_pretrained(folder), then "
-            "load that with from_pretrained(folder, quantization_config=TorchAoConfig(target))"
-        )
-    if is_sharded(inner):
-        raise ModelError(
-            "the model is sharded (DTensor, FSDP2), which torchao's tensors are not here: call "
-            "magr_transform(model, calib, target=target), save the gathered weights, and let "
-            "quantize_ quantize the loaded model"
-        )
-    check_model(inner)
-    check_not_frozen(model)
-    return read_calib(calib, inner)
-
-
-def _run(
-    model: nn.Module,
-    batches: list[Batch],
-    config: MagRConfig,
-    target: Target | None,
-    *,
-    filter_fn: FilterFn | None,
-    tracing: Tracing,
-    strict: bool,
-    checkpoint_dir: str | os.PathLike[str] | None,
-    spill_dir: str | os.PathLike[str] | None,
-    progress: bool | None,
-    quantize: bool,
-    resident: Resident = all_resident,
-    device: torch.device | None = None,
-    ranks: Ranks = ALONE,
-    apart: MutableMapping[str, torch.Tensor] | None = None,
-) -> tuple[MagRReport, list[Quantizable]]:
-    inner = unwrap(model)
-    progress = progress if ranks.rank == 0 else False
-    quantizer = target if quantize else None
-    report = MagRReport(config, "" if quantizer is None else describe(quantizer.config))
-    report.notes += notes_of(batches)
-    tensors = {} if apart is None else apart
-    weights: list[Quantizable] = []
-    with calibration_mode(inner, device):
-        with report.timed("trace"):
-            traced = trace_or_read(inner, batches, tracing)
-        found = find_linears(dict.fromkeys(b.trace for b in traced), inner, filter_fn)
-        if quantizer is not None:
-            found, weights = leave_out_unquantizable(
-                found, inner, quantizer.config, group_size=config.group_size, filter_fn=filter_fn
-            )
-        check_group_size(found.sites, config.group_size)
-        if target is not None:
-            with report.timed("quantize"):
-                kinds: dict[Any, Site | Quantizable] = {}
-                candidates: list[Site | Quantizable] = [*found.sites, *weights]
-                for one in candidates:
-                    kinds.setdefault((one.weight.shape, one.weight.dtype), one)
-                with resident([one.weight for one in kinds.values()]):
-                    # Looked at only now: where a weight is depends on its being in memory.
-                    matrices = [(one.name, one.weight) for one in kinds.values()]
-                    try_target(matrices, target.config, gptq=target.handling.rounding == "gptq")
-                if quantizer is not None:
-                    trial = Trial.of(batches, traced, resident, device)
-                    found, weights = leave_out_unrunnable(
-                        found, weights, inner, quantizer.config, trial
-                    )
-                    if quantizer.handling.rounding == "nearest":
-                        weights = keep_stacks(weights, inner, quantizer.config, trial)
-        checkpoint = None
-        if checkpoint_dir is not None or ranks.world > 1:
-            options = {
-                "config": config.as_dict(),
-                "target": None if target is None else described_in_full(target.config),
-                "handling": None if target is None else asdict(target.handling),
-                "sites": [site.name for site in found.sites],
-                "strict": strict,
-                "devices": "; ".join(_each_once(ranks.gather(_devices(inner, device)))),
-            }
-            owned = [*inner.named_parameters(), *inner.named_buffers()]
-            known = fingerprint(traced, owned, options, resident)
-            ranks.agree_on(known)
-            if checkpoint_dir is not None:
-                checkpoint = Checkpoint(checkpoint_dir, known, ranks)
-        if device is not None:
-            traced = on_device(traced, device)
-        try:
-            rewrite_sites(
-                traced,
-                found,
-                config,
-                report,
-                tensors,
-                target=target,
-                resident=resident,
-                checkpoint=checkpoint,
-                ranks=ranks,
-                spill_dir=spill_dir,
-                strict=strict,
-                filter_fn=filter_fn,
-                progress=progress,
-            )
-        finally:
-            if report.sites:  # also of a run that was cut short
-                model.magr_report = report  # type: ignore[assignment]
-    if quantizer is not None and apart is None:
-        with report.timed("quantize"):
-            hand_over(inner, quantizer.config, weights, tensors)
-        done = {name for weight in weights for name in (weight.name, *weight.covers)}
-        report.mark_quantized(done)
-    logger.info("%s", report.totals())
-    return report, weights

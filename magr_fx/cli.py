@@ -182,15 +182,12 @@ def _job(
     launched: Launched,
     *,
     head: bool = False,
-    **options: Any,
+    refine: int = 0,
 ) -> Any:
     from magr_fx.named_device import named_device
     from magr_fx.named_targets import named_target
     from magr_fx.prepare_directory import Job
 
-    options = {"progress": given["progress"], "spill_dir": given["spill"], **options}
-    if given["propagate"] is not None:
-        options["propagate"] = given["propagate"]
     return Job(
         model=given["model"],
         out=given["out"],
@@ -210,7 +207,10 @@ def _job(
         device=named_device(
             given["device"], local_rank=launched.local_rank, several=launched.world > 1
         ),
-        options=options,
+        refine=refine,
+        propagate=given["propagate"],
+        spill_dir=given["spill"],
+        progress=given["progress"],
     )
 
 

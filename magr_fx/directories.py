@@ -19,13 +19,17 @@ from transformers import TorchAoConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from magr_fx.api import magr_transform, quantize_apart
+from magr_fx.config import Handling
 from magr_fx.errors import CheckpointError, MagRError, ModelError, brief
 from magr_fx.model_class import model_class
 from magr_fx.model_directory import CONFIG, StoredTensor, read_config, read_directory
 from magr_fx.passes.checkpoint import checkpoint_report
 from magr_fx.passes.find_linears import FilterFn
 from magr_fx.passes.offloaded import keep_in, offloaded_weights, run_on
+from magr_fx.passes.pipeline import resolve_config
+from magr_fx.passes.quantized_weights import Target
 from magr_fx.passes.ranks import together
+from magr_fx.passes.request import Folders, Request
 from magr_fx.passes.to_torchao import describe
 from magr_fx.passes.torchao_rounding import quantized_copy
 from magr_fx.passes.transformers_private import (
@@ -119,8 +123,10 @@ def _transformed(model: Any, work: Prepared) -> tuple[Path, MagRReport]:
         job.config,
         target=job.target,
         filter_fn=chosen,
+        propagate=job.propagate,
         checkpoint_dir=job.run / CHECKPOINT,
-        **job.options,
+        spill_dir=job.spill_dir,
+        progress=job.progress,
     )
     if shards is not None:
         shards.finish()
@@ -139,17 +145,16 @@ def _quantized(model: Any, work: Prepared, rounding: str) -> tuple[Path, MagRRep
         shards = _rewritten_to(model, work, chosen)
     else:
         tensors = TensorFiles(_emptied(job.run / "rounded")) if work.writes else LetGo()
-    able = quantize_apart(
-        model,
-        work.calib,
-        job.target,
-        job.config,
-        tensors,
-        rounding=rounding,
+    handling = Handling(rounding, refine=job.refine, propagate=job.propagate is not False)
+    request = Request(
+        resolve_config(job.config, job.target, required=True),
+        None if job.target is None else Target(job.target, handling),
         filter_fn=chosen,
-        checkpoint_dir=job.run / CHECKPOINT,
-        **job.options,
+        folders=Folders(job.run / CHECKPOINT, job.spill_dir),
+        progress=job.progress,
+        quantize=True,
     )
+    able = quantize_apart(model, work.calib, request, tensors)
     done: set[str] = set()
     if work.writes:
         if shards is not None:
@@ -196,8 +201,7 @@ def _write_quantized(
     }
     folder = _emptied(job.run / QUANTIZED)
     parts = functools.partial(revert_weight_conversion, model)
-    progress = job.options.get("progress")
-    done = write_quantized(stored, wanted, value, parts, folder, progress=progress)
+    done = write_quantized(stored, wanted, value, parts, folder, progress=job.progress)
     config = TorchAoConfig(job.target, modules_to_not_convert=left)
     write_quantized_config(work.source, folder, json.loads(config.to_json_string()))
     copy_rest(work.source, folder, keep=(CONFIG,))

@@ -10,7 +10,7 @@ import importlib.util
 import shutil
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class Job:
         head: whether to rewrite what transformers does not quantize by default: the head.
         resume: whether to go on with a run for ``out`` that was cut short.
         device: where the model's blocks are run and solved.
-        options: more of :func:`magr_fx.magr_transform` or :func:`magr_fx.magr_quantize`.
+        refine, propagate, spill_dir, progress: as for :func:`magr_fx.magr_quantize`.
     """
 
     model: str
@@ -71,7 +71,10 @@ class Job:
     head: bool = False
     resume: bool = False
     device: torch.device = _CPU
-    options: dict[str, Any] = field(default_factory=dict)
+    refine: int = 0
+    propagate: bool | None = None
+    spill_dir: Path | None = None
+    progress: bool | None = None
 
     @property
     def run(self) -> Path:
@@ -190,12 +193,12 @@ def copies_of(config: dict[str, Any], *, quantized: bool, ranks: int = 1) -> int
 
 def _check_apart(job: Job, source: Path) -> None:
     """Nothing may be written into the model's own directory, all of which is copied."""
-    spill = job.options.get("spill_dir")
+    spill = job.spill_dir
     for place in (job.out, job.run):  # the one has to be empty in the end, the other goes
-        if spill is not None and Path(spill).resolve().is_relative_to(place.resolve()):
+        if spill is not None and spill.resolve().is_relative_to(place.resolve()):
             raise ConfigError(f"--spill, {spill}, lies in {place}; name a directory outside of it")
     for what, folder in (("OUT", job.out), ("--spill", spill)):
-        if folder is not None and Path(folder).resolve().is_relative_to(source.resolve()):
+        if folder is not None and folder.resolve().is_relative_to(source.resolve()):
             raise ConfigError(
                 f"{what}, {folder}, lies in the model's directory; name one outside of {source}"
             )

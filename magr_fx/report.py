@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from os import PathLike
@@ -216,11 +216,11 @@ class MagRReport:
         return [site for site in self.sites if site.outcome == outcome]
 
     @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Add the time spent inside to ``seconds[stage]``."""
+    def timed(self, stage: str) -> Iterator[Callable[[], float]]:
+        """Add the time spent inside to ``seconds[stage]``; gives what tells the seconds so far."""
         start = perf_counter()
         try:
-            yield
+            yield lambda: perf_counter() - start
         finally:
             self.seconds[stage] += perf_counter() - start
 

@@ -59,6 +59,7 @@ from magr_fx.passes.weight_views import VIEWS, WeightView
 
 Take = Callable[[Taken], None]
 Weights = Mapping[WeightView, torch.Tensor]  # what to read in the place of parameters
+Replacements = Mapping[nn.Parameter, torch.Tensor]  # the same, by the parameters themselves
 
 
 class CalibrationRun:
@@ -67,8 +68,8 @@ class CalibrationRun:
     Args:
         batches: what to run, each with its trace.
         sites: whose activations to take.
-        propagate: take what the model computes with the weights that :meth:`replace` was given,
-            and by how much that misses what it computed originally.
+        propagate: take what the model computes with what takes the place of each weight, see
+            :meth:`collect`, and by how much that misses what it computed originally.
         holdout: the share of each activation's tokens, its last ones, that is kept aside.
         resident: has those weights in memory that a block reads.
         ranks: who shares the batches. Each knows all traces, so that all come to the same steps,
@@ -173,12 +174,13 @@ class CalibrationRun:
         after: tuple[int, Any] | None = None,
         save: Callable[[int, Callable[[], Any], bool], None] | None = None,
         progress: bool | None = None,
-    ) -> Generator[list[SharedGram], None, None]:
+    ) -> Generator[list[SharedGram], Replacements | None, None]:
         """Sum the grams block by block; yields those whose last activation a block had, together.
 
         One block's grams and one boundary (the values that later blocks read) per batch are
         alive at a time. The caller may rewrite the yielded sites' weights at once: every call
-        that reads them has run.
+        that reads them has run. With ``propagate`` it sends back what takes the place of their
+        parameters, a torchao tensor for one; the quantized run goes on with that.
 
         Args:
             after: a step's number and its boundary, to go on after.
@@ -225,7 +227,7 @@ class CalibrationRun:
                         self._run(block, batch, environments[1], None, record=decided)
                     if finished:
                         add_up(finished, self._ranks)
-                        yield finished
+                        self._replace((yield finished) or {})
                     for shared in finished:
                         shared.let_go()
                     if self.propagate:
@@ -240,13 +242,10 @@ class CalibrationRun:
                     save(number, state, number + 1 == len(steps))
                 bar.set_postfix_str(f"peak {high_water_mark(self._shown):.0f} MiB", refresh=False)
 
-    def replace(self, parameter: nn.Parameter, quantized: torch.Tensor) -> None:
-        """Go on with ``quantized`` in the place of a parameter whose sites were just yielded."""
-        self._replaced[self._views[parameter]] = quantized
-
-    def replacement(self, parameter: nn.Parameter) -> torch.Tensor:
-        """What is in the parameter's place, or else itself."""
-        return self._replaced.get(self._views[parameter], parameter)
+    def _replace(self, replacements: Replacements) -> None:
+        """Go on with these in the place of parameters whose sites were just yielded."""
+        if self.propagate:
+            self._replaced = {self._views[p]: value for p, value in replacements.items()}
 
     def _runs(
         self, step: list[Block], streams: list[list[Environment]]

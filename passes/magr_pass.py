@@ -10,13 +10,14 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from magr_fx.config import MagRConfig
 from magr_fx.errors import ModelError
-from magr_fx.passes.calibration import notes_of, read_calib
-from magr_fx.passes.check_model import check_group_size, check_model, check_not_frozen
-from magr_fx.passes.find_linears import FilterFn, check_filter, find_linears
-from magr_fx.passes.pipeline import resolve_config, rewrite_sites, target_for_rewriting
-from magr_fx.passes.read_exported import trace_or_read
-from magr_fx.passes.to_torchao import try_target
-from magr_fx.passes.trace import calibration_mode
+from magr_fx.passes.calibration import read_calib
+from magr_fx.passes.check_model import check_model, check_not_frozen
+from magr_fx.passes.execution import Execution
+from magr_fx.passes.find_linears import FilterFn
+from magr_fx.passes.ledger import Ledger
+from magr_fx.passes.pipeline import resolve_config, target_for_rewriting
+from magr_fx.passes.request import Request
+from magr_fx.passes.run import run
 from magr_fx.passes.trace_batches import Tracing
 from magr_fx.report import MagRReport
 
@@ -68,13 +69,15 @@ class MagRPass(PassBase):
         progress: bool | None = None,
     ) -> None:
         self.calib = calib
-        check_filter(filter_fn)
-        self.config = resolve_config(config, target)
-        self.target = target_for_rewriting(self.config, target, propagate, holdout)
-        self.filter_fn = filter_fn
-        self.tracing = Tracing(trace, calibrate_all_experts)
-        self.strict = strict
-        self.progress = progress
+        config = resolve_config(config, target)
+        self.request = Request(
+            config,
+            target_for_rewriting(config, target, propagate, holdout),
+            Tracing(trace, calibrate_all_experts),
+            filter_fn,
+            strict,
+            progress=progress,
+        )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph's weights; ``modified`` says whether there were any."""
@@ -85,34 +88,13 @@ class MagRPass(PassBase):
             )
         check_model(graph_module)
         check_not_frozen(graph_module)
-        report = MagRReport(self.config)
         batches = read_calib(self.calib, graph_module)
-        report.notes += notes_of(batches)
-        with calibration_mode(graph_module):
-            with report.timed("trace"):
-                traced = trace_or_read(graph_module, batches, self.tracing)
-            found = find_linears(
-                dict.fromkeys(b.trace for b in traced), graph_module, self.filter_fn
-            )
-            check_group_size(found.sites, self.config.group_size)
-            if self.target is not None:
-                matrices = [(site.name, site.weight) for site in found.sites]
-                try_target(matrices, self.target.config)
-            try:
-                rewrite_sites(
-                    traced,
-                    found,
-                    self.config,
-                    report,
-                    {},  # torchao's tensors, with GPTQ only
-                    target=self.target,
-                    strict=self.strict,
-                    filter_fn=self.filter_fn,
-                    progress=self.progress,
-                )
-            finally:
-                if report.sites:  # also of a run that was cut short
-                    graph_module.meta["magr"] = report
+        report = MagRReport(self.request.config)
+        try:
+            run(graph_module, batches, self.request, Execution(), Ledger(report))
+        finally:
+            if report.sites:  # also of a run that was cut short
+                graph_module.meta["magr"] = report
         logger.info("%s", report.totals())
         graph_module.graph.lint()
         return PassResult(graph_module, modified=bool(report.rewritten))

@@ -15,14 +15,14 @@ from magr_fx.config import MagRConfig
 from magr_fx.errors import DistributedError
 from magr_fx.gram import damped, output_error, within_range
 from magr_fx.memory import high_water_mark
-from magr_fx.passes.collect_grams import CalibrationRun
 from magr_fx.passes.find_linears import Site
+from magr_fx.passes.ledger import Ledger, Step
 from magr_fx.passes.quantized_weights import Target, quantized_weights
 from magr_fx.passes.ranks import ALONE, UNSOLVABLE, Ranks
 from magr_fx.passes.rewrite_weights import laid_out, refusal, rewrite_weight
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.torchao_rounding import dequantized, quantized_copy
-from magr_fx.report import MagRReport, Outcome, SiteReport
+from magr_fx.report import Outcome, SiteReport
 from magr_fx.row_scale import row_scale
 from magr_fx.solution import Solution, summary
 from magr_fx.solver import problems_at_once, solve_magr
@@ -51,75 +51,74 @@ def alike(finished: list[SharedGram]) -> list[list[SharedGram]]:
 
 
 def solve_and_rewrite(
-    together: list[SharedGram], config: MagRConfig, report: MagRReport, ranks: Ranks = ALONE
+    together: list[SharedGram], config: MagRConfig, ledger: Ledger, ranks: Ranks = ALONE
 ) -> None:
     """Solve the sites of each gram as one stacked problem, and alike problems as one batch.
 
     Several ranks solve a part of its rows each, of one gram only.
     """
-    fed = [shared for shared in together if _is_fed(shared, report)]
+    fed = [shared for shared in together if _is_fed(shared, ledger.step)]
     if not fed:
         return
-    before = report.seconds["solve"]
     try:
-        with report.timed("solve"), ranks.failing_together():
+        with ledger.timed("solve") as spent, ranks.failing_together():
             solutions = _solve(fed, config, ranks)
     except DistributedError:
         raise
     except UNSOLVABLE as error:
         if len(fed) > 1:  # one of them is to blame: the others are solved all the same
             for shared in fed:
-                solve_and_rewrite([shared], config, report)
+                solve_and_rewrite([shared], config, ledger)
             return
-        _failed(fed[0], error, report)
+        _failed(fed[0], error, ledger.step)
         return
     rows = sum(len(solution.weight) for solution in solutions)
-    seconds = (report.seconds["solve"] - before) / rows
-    with report.timed("rewrite"):
+    seconds = spent() / rows
+    with ledger.timed("rewrite"):
         for shared, solution in zip(fed, solutions, strict=True):
             parts = _split(solution, [site.shape[0] for site in shared.sites])
             damping = shared.damping(config)
             for site, part in zip(shared.sites, parts, strict=True):
-                # Into the report one by one: an interruption may come between two writes.
-                report.sites.append(_write(site, part, shared, damping, seconds * site.shape[0]))
+                # Noted one by one: an interruption may come between two writes.
+                ledger.step.rows.append(
+                    _write(site, part, shared, damping, seconds * site.shape[0])
+                )
 
 
 def quantize_and_rewrite(
     shared: SharedGram,
     config: MagRConfig,
     target: Target,
-    report: MagRReport,
-    run: CalibrationRun | None = None,
+    ledger: Ledger,
     ranks: Ranks = ALONE,
-) -> dict[str, torch.Tensor]:
-    """Choose and round the sites of one gram, write them, and let the run go on with them.
+) -> None:
+    """Choose and round the sites of one gram; write them, or with GPTQ note torchao's tensors.
 
-    Without a run there is nothing to propagate to. Several ranks choose for a part of the rows
-    each.
+    Several ranks choose for a part of the rows each.
     """
-    if not _is_fed(shared, report):
-        return {}
-    before = report.seconds["solve"]
+    step = ledger.step
+    if not _is_fed(shared, ledger.step):
+        return
     try:
-        with report.timed("solve"), ranks.failing_together():
+        with ledger.timed("solve") as spent, ranks.failing_together():
             quantized = quantized_weights(shared, config, target, ranks)
     except DistributedError:
         raise
     except UNSOLVABLE as error:
-        _failed(shared, error, report)
+        _failed(shared, error, step)
         for site in shared.sites:
-            go_on_with_torchao_alone(site, target, run)
-        return {}
+            go_on_with_torchao_alone(site, target, step)
+        return
     rows = sum(site.shape[0] for site in shared.sites)
-    seconds = (report.seconds["solve"] - before) / rows
-    tensors, damping = {}, shared.damping(config)
-    with report.timed("rewrite"):
+    seconds = spent() / rows
+    damping = shared.damping(config)
+    with ledger.timed("rewrite"):
         for one in quantized:
             site, tokens = one.site, int(shared.tokens)
             if one.refusal is not None:
                 logger.warning("%s failed and keeps its weight: %s", site.name, one.refusal)
-                report.sites.append(_untouched(site, "failed", one.refusal, tokens, damping))
-                go_on_with_torchao_alone(site, target, run)
+                step.rows.append(_untouched(site, "failed", one.refusal, tokens, damping))
+                go_on_with_torchao_alone(site, target, step)
                 continue
             status, steps = summary(one.choice.status), int(one.choice.steps.max())
             gptq = target.handling.rounding == "gptq"
@@ -130,43 +129,42 @@ def quantize_and_rewrite(
                 quantization=one.report,
                 seconds=seconds * site.shape[0],
             )
-            if run is not None and target.handling.propagate:
-                go_on_with(site, one.tensor, run)
+            if target.handling.propagate:
+                go_on_with(site, one.tensor, step)
             if gptq:
-                tensors[site.name] = one.tensor
+                step.tensors[site.name] = one.tensor
             else:
                 rewrite_weight(site, one.weight)
-            report.sites.append(done)
-    return tensors
+            step.rows.append(done)
 
 
-def go_on_with(site: Site, tensor: torch.Tensor, run: CalibrationRun) -> None:
-    """Let the run read torchao's tensor, or its values, in the place of the site's weight."""
+def go_on_with(site: Site, tensor: torch.Tensor, step: Step) -> None:
+    """Have the calibration read torchao's tensor, or its values, in place of the site's weight."""
     if not (site.view.covers(site.parameter) and all(call.direct for call in site.calls)):
         # Not F.linear with the whole parameter, which is all that torchao's tensors run in.
-        tensor = laid_out(site, dequantized(tensor), run.replacement(site.parameter))
-    run.replace(site.parameter, tensor)
+        tensor = laid_out(site, dequantized(tensor), step.value_of(site.parameter))
+    step.replaced[site.parameter] = tensor
 
 
-def go_on_with_torchao_alone(site: Site, target: Target, run: CalibrationRun | None) -> None:
+def go_on_with_torchao_alone(site: Site, target: Target, step: Step) -> None:
     """A site that failed keeps its weight, which torchao will quantize."""
-    if run is not None and target.handling.propagate:
-        go_on_with(site, quantized_copy(site.weight, target.config), run)
+    if target.handling.propagate:
+        go_on_with(site, quantized_copy(site.weight, target.config), step)
 
 
-def _is_fed(shared: SharedGram, report: MagRReport) -> bool:
-    """Whether a token reached these sites; if not they are reported."""
+def _is_fed(shared: SharedGram, step: Step) -> bool:
+    """Whether a token reached these sites; if not they are noted."""
     if int(shared.tokens) > 0:
         return True
     reason = "no calibration token reaches it: there are none, or all are padding"
-    report.sites += [_untouched(site, "skipped", reason) for site in shared.sites]
+    step.rows += [_untouched(site, "skipped", reason) for site in shared.sites]
     return False
 
 
-def _failed(shared: SharedGram, error: Exception, report: MagRReport) -> None:
+def _failed(shared: SharedGram, error: Exception, step: Step) -> None:
     reason, tokens = f"{type(error).__name__}: {error}", int(shared.tokens)
     logger.warning("%s failed: %s", ", ".join(s.name for s in shared.sites), reason)
-    report.sites += [_untouched(site, "failed", reason, tokens) for site in shared.sites]
+    step.rows += [_untouched(site, "failed", reason, tokens) for site in shared.sites]
 
 
 def _solve(together: list[SharedGram], config: MagRConfig, ranks: Ranks) -> list[Solution]:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from magr_fx.passes.collect_grams import CalibrationRun
 from magr_fx.passes.find_linears import Site
+from magr_fx.passes.ledger import Step
 from magr_fx.passes.quantized_weights import Target
 from magr_fx.passes.ranks import Ranks
 from magr_fx.passes.rewrite_weights import rewrite_weight
@@ -15,7 +15,6 @@ from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.solve_sites import go_on_with, go_on_with_torchao_alone
 from magr_fx.passes.to_torchao import row_multiple, rows_are_independent
 from magr_fx.passes.torchao_rounding import quantized_copy
-from magr_fx.report import MagRReport
 
 # What a torchao tensor on a grid consists of, see torchao_rounding.GridTensor.
 _PARTS = ("qdata", "scale", "zero_point")
@@ -59,11 +58,8 @@ def cost(shared: SharedGram) -> float:
 def exchange(
     finished: Sequence[SharedGram],
     owners: Sequence[int],
-    report: MagRReport,
-    first: int,
-    tensors: dict[str, torch.Tensor],
+    step: Step,
     target: Target | None,
-    run: CalibrationRun,
     ranks: Ranks,
 ) -> None:
     """Have, on every rank, what the owner of each gram made of its sites.
@@ -71,39 +67,35 @@ def exchange(
     Args:
         finished: the grams, the same on all ranks.
         owners: who solved the sites of each.
-        report: its rows from ``first`` on are of the own sites; those of the others are added,
-            each once its weight is written.
-        tensors: with GPTQ, torchao's tensors by the names of their sites; others are added.
+        step: what is done of the own sites; that of the others is added, each row once its weight
+            is written.
         target: what will quantize the sites, and takes part.
-        run: goes on with what was made.
         ranks: those that work together.
     """
     if ranks.world == 1:
         return
-    own = {row.name for row in report.sites[first:]}
-    rows = {row.name: row for part in ranks.gather(report.sites[first:]) for row in part}
+    gptq = target is not None and target.handling.rounding == "gptq"
+    own = {row.name for row in step.rows}
+    rows = {row.name: row for part in ranks.gather(step.rows) for row in part}
     for site, owner in _sites(finished, owners):
         row = rows[site.name]
         if row.outcome == "rewritten":
-            if target is not None and target.handling.rounding == "gptq":
-                _share_tensor(site, owner, tensors, target, ranks)
+            if target is not None and gptq:
+                _share_tensor(site, owner, step.tensors, target, ranks)
             else:
                 _share_weight(site, owner, ranks)
         if site.name in own:
             continue
-        report.sites.append(row)
+        step.rows.append(row)
         if target is None or row.outcome == "skipped":
             continue
         if row.outcome == "failed":
-            go_on_with_torchao_alone(site, target, run)
+            go_on_with_torchao_alone(site, target, step)
         elif target.handling.propagate:
-            if target.handling.rounding == "gptq":
-                made = tensors[site.name]
-            else:
-                made = quantized_copy(site.weight, target.config)
-            go_on_with(site, made, run)
+            made = step.tensors[site.name] if gptq else quantized_copy(site.weight, target.config)
+            go_on_with(site, made, step)
     order = {site.name: at for at, (site, _) in enumerate(_sites(finished, owners))}
-    report.sites[first:] = sorted(report.sites[first:], key=lambda row: order[row.name])
+    step.rows.sort(key=lambda row: order[row.name])
 
 
 def _sites(finished: Sequence[SharedGram], owners: Sequence[int]) -> Iterator[tuple[Site, int]]:

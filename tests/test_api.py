@@ -34,7 +34,11 @@ from magr_fx import (
     solve_magr,
 )
 from magr_fx.api import quantize_apart
+from magr_fx.config import Handling
 from magr_fx.passes import solve_sites
+from magr_fx.passes.pipeline import resolve_config
+from magr_fx.passes.quantized_weights import Target
+from magr_fx.passes.request import Request
 from magr_fx.solution import Solution, Status
 
 LinAlgError: Any = torch.linalg.LinAlgError  # type: ignore[attr-defined]
@@ -528,7 +532,9 @@ def test_a_weight_that_two_modules_share_is_quantizable_by_both_names(rounding: 
     model = Shared().eval()
     apart: dict[str, Tensor] = {}
     target = intx(3, ASYMMETRIC, None)
-    able = quantize_apart(model, vectors(), target, None, apart, rounding=rounding)
+    config = resolve_config(None, target, required=True)
+    request = Request(config, Target(target, Handling(rounding)), quantize=True)
+    able = quantize_apart(model, vectors(), request, apart)
     assert sorted(able) == ["first.weight", "last.weight", "second.weight"]
     assert model.second.weight is model.first.weight
     assert sorted(apart) == ([] if rounding == "nearest" else ["first.weight", "last.weight"])

@@ -31,6 +31,7 @@ from magr_fx.model_directory import read_directory
 from magr_fx.passes.calibration import read_calib
 from magr_fx.passes.collect_grams import CalibrationRun
 from magr_fx.passes.find_linears import find_linears
+from magr_fx.passes.ledger import Ledger
 from magr_fx.passes.plan import Plan, plan
 from magr_fx.passes.quantized_weights import Target, quantized_weights
 from magr_fx.passes.shared_gram import SharedGram
@@ -104,12 +105,16 @@ def test_grams_and_boundaries_are_as_large_as_the_real_ones(make: Any, method: M
                 size_of([v for env in alive for node, v in env if node.op != "placeholder"])
             )
 
-        for finished in run.collect(save=save):
-            for site in [site for shared in finished for site in shared.sites]:
-                if method.propagate:
-                    run.replace(site.parameter, site.parameter.detach() * 0.9)
+        steps = run.collect(save=save)
+        finished = next(steps, None)
+        while finished is not None:
+            sites = [site for shared in finished for site in shared.sites]
             alive = [m for g in run.grams for m in (g.gram, g.drift, g.held) if m is not None]
             grams.append(sum(m.numel() * m.element_size() for m in alive))
+            try:
+                finished = steps.send({s.parameter: s.parameter.detach() * 0.9 for s in sites})
+            except StopIteration:
+                finished = None
     costs = planned(make, method).costs
     assert costs.grams == max(grams)
     assert costs.boundary == pytest.approx(max(boundaries), rel=0.2)
@@ -148,10 +153,10 @@ def test_solves_take_about_the_operations_that_are_predicted(
 def test_a_solve_for_one_alpha_takes_about_what_is_predicted() -> None:
     site, shared = solvable()
     config = MagRConfig(tol=0, max_steps=planning.STEPS)
-    report = MagRReport(config)
+    ledger = Ledger(MagRReport(config))
     with OperationCounter() as counter:
-        solve_and_rewrite([shared], config, report)
-    assert [site.steps for site in report.rewritten] == [planning.STEPS]
+        solve_and_rewrite([shared], config, ledger)
+    assert [(row.outcome, row.steps) for row in ledger.rows] == [("rewritten", planning.STEPS)]
     predicted = planning.solve_work([Shape(*site.shape)], ALONE)
     assert_about(counter.work, predicted)
     # The second factorisation is for a ρ that need not change.

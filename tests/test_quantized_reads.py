@@ -28,8 +28,12 @@ from toys import INT, WIDTH, changed, report_of, state
 
 from magr_fx import CoverageError, ModelError, magr_quantize
 from magr_fx.api import quantize_apart
+from magr_fx.config import Handling
 from magr_fx.passes import quantized_reads
+from magr_fx.passes.pipeline import resolve_config
 from magr_fx.passes.quantized_reads import QuantizedReads
+from magr_fx.passes.quantized_weights import Target
+from magr_fx.passes.request import Request
 
 INT4 = IntxWeightOnlyConfig(weight_dtype=INT[4])
 TARGETS = [
@@ -326,7 +330,9 @@ def test_an_offloaded_model(tmp_path: Path) -> None:
     attention.q_proj.forward = by_keyword
     hooked = disk_offload(model, tmp_path / "offload")
     calib = [{"input_ids": torch.arange(12).view(2, 6)}]
-    able = quantize_apart(hooked, calib, INT4, None, {}, rounding="nearest")
+    config = resolve_config(None, INT4, required=True)
+    request = Request(config, Target(INT4, Handling()), quantize=True)
+    able = quantize_apart(hooked, calib, request, {})
     skipped = {s.name: s.reason for s in report_of(hooked).skipped}
     assert "linear fails (IndexError" in skipped["model.layers.0.self_attn.q_proj.weight"]
     assert "model.layers.0.self_attn.q_proj.weight" not in able
