@@ -147,7 +147,8 @@ def magr_transform(
         if is_elsewhere(inner):
             request = request.without_values()
         with execution_of(inner, ranks) as execution:
-            _rewrite(model, read_calib(calib, inner), request, execution)
+            ledger, _ = _rewrite(model, read_calib(calib, inner), request, execution)
+        logger.info("%s", ledger.report.totals())
     return model
 
 
@@ -337,5 +338,6 @@ def _quantize_graph(
     owned = dict(inner.named_parameters())
     parts = {site.name: owned.get(site.name.partition("[")[0]) for site in report.sites}
     report.mark_quantized({n for n, p in parts.items() if p is not None and id(p) not in read})
+    logger.info("%s", report.totals())
     converted.meta["magr"] = converted.magr_report = report  # type: ignore[assignment]
     return converted  # type: ignore[return-value]

@@ -25,11 +25,12 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 from toys import mlp, report_of, vectors
 
-from magr_fx import CheckpointError, MagRConfig, api, magr_quantize, magr_transform
+from magr_fx import CheckpointError, MagRConfig, magr_quantize, magr_transform
 from magr_fx.disk import BETWEEN_STATES
 from magr_fx.passes import solve_sites
 from magr_fx.passes.boundary import boundary, restore
 from magr_fx.passes.checkpoint import Checkpoint, checkpoint_report, fingerprint
+from magr_fx.passes.execution import Execution
 from magr_fx.passes.resident import all_resident
 
 CALIB = [token_ids(3, 17, seed=1), token_ids(2, 9, seed=2)]
@@ -551,6 +552,6 @@ def test_graphs_are_the_same_on_every_ranks_own_device() -> None:
 def test_another_device_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is saved lies on the device; its random numbers are drawn there as well."""
     magr_transform(mlp(), vectors(), checkpoint_dir=tmp_path)
-    monkeypatch.setattr(api, "_devices", lambda model, device: "cuda:1")
+    monkeypatch.setattr(Execution, "names_of_devices", lambda execution, model: "cuda:1")
     with pytest.raises(CheckpointError, match=r"devices was cpu, now cuda:1"):
         magr_transform(mlp(), vectors(), checkpoint_dir=tmp_path)
