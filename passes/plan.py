@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from magr_fx.passes.blocks import Block, in_step
+from magr_fx.passes.blocks import Block
 from magr_fx.passes.calibration import read_calib
 from magr_fx.passes.collect_grams import CalibrationRun
 from magr_fx.passes.find_linears import FilterFn, Rejection, Site, find_linears
@@ -85,7 +85,7 @@ def plan(
         traced = trace_or_read(model, batches, Tracing("export", has_values=False))
         found = find_linears([traced[0].trace], model, filter_fn)
     run = CalibrationRun(traced, found.sites, propagate=method.propagate)
-    steps = list(in_step(run._blocks.values()))
+    steps = run.steps()
     share = tokens / (window[0] * window[1])  # of the one batch that was traced
     all_shapes = [_shape(shared, routed) for shared in run.grams]
     grams = max(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import fx
 
 from magr_fx.passes.padding import TokenMask, rows_that_count
 from magr_fx.passes.shared_gram import SharedGram
-from magr_fx.passes.trace import TracedBatch
+from magr_fx.passes.trace import Trace, TracedBatch
 from magr_fx.passes.weight_uses import Call
 
 
@@ -113,6 +114,37 @@ class Tap:
         if keep is None or self.mask is None:
             return Taken(grams, tokens, None)
         return Taken(grams, tokens, self.mask.rows(batch, keep))
+
+
+def place_taps(
+    trace: Trace,
+    calls: Iterable[Call],
+    grams: Sequence[SharedGram],
+    masks: Mapping[Call, TokenMask],
+) -> dict[fx.Node, list[Tap]]:
+    """What to take before each node of a graph, each activation once, for all that read it.
+
+    Args:
+        trace: the graph.
+        calls: its calls of sites.
+        grams: of all sites; each waits for the calls of its own from then on.
+        masks: of the calls that have one.
+    """
+    gram_of = {id(call): gram for gram in grams for s in gram.sites for call in s.calls}
+    # Sites of one gram read the same as often: the calls of one of them tell how often.
+    counted = {id(call) for gram in grams for call in gram.sites[0].calls}
+    order = {node: at for at, node in enumerate(trace.graph_module.graph.nodes)}
+    placed: dict[fx.Node, list[Tap]] = defaultdict(list)
+    taps: dict[tuple[object, ...], Tap] = {}
+    for call in sorted(calls, key=lambda call: order[call.node]):
+        if call.activation not in taps:
+            taps[call.activation] = tap = Tap(call, masks.get(call))
+            placed[call.node].append(tap)
+        gram = gram_of[id(call)]
+        gram.pending.add(call.node)
+        if id(call) in counted:
+            taps[call.activation].add(call, gram)
+    return dict(placed)
 
 
 def _counted(
