@@ -34,12 +34,11 @@ from magr_fx import (
     ConfigError,
     DistributedError,
     MagRConfig,
-    api,
     magr_quantize,
     magr_transform,
     solve_magr,
 )
-from magr_fx.passes import pipeline, solve_sites, spread
+from magr_fx.passes import execution, pipeline, solve_sites, spread
 from magr_fx.passes.checkpoint import Checkpoint
 from magr_fx.passes.ranks import Ranks
 from magr_fx.passes.resident import Weights
@@ -467,7 +466,7 @@ def sharded() -> None:
         before = dict(model.named_parameters())
         with pytest.MonkeyPatch.context() as patched:
             if shard is by_columns:  # as if they were on another device than the CPU
-                patched.setattr(api, "device_of_shards", lambda model: torch.device("cpu"))
+                patched.setattr(execution, "device_of_shards", lambda model: torch.device("cpu"))
             magr_transform(model, vectors())
         same_when_gathered(model, before, magr_transform(Uneven(), vectors()))
     assert raised(lambda: magr_quantize(model, vectors(), INT3))[0] == "ModelError"

@@ -154,7 +154,7 @@ def test_transform_rewrites_everything_and_keeps_the_outputs(
 ) -> None:
     """On the trace that the finder was tested with; the next test makes its own."""
     model, batches = _FOUND.pop(name) if name in _FOUND else traced(name)
-    monkeypatch.setattr("magr_fx.api.trace_or_read", lambda *_: batches)
+    monkeypatch.setattr("magr_fx.passes.run.trace_or_read", lambda *_: batches)
     calib = ZOO[name].calib()
     before = first_output(model, calib[0])
     magr_transform(model, calib, MagRConfig(damping=1e-3), progress=False)

@@ -20,9 +20,10 @@ from tiny_models import tiny_mixtral, token_ids
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from magr_fx import CheckpointError, ConfigError, ModelError, api, magr_quantize, magr_transform
+from magr_fx import CheckpointError, ConfigError, ModelError, magr_quantize, magr_transform
 from magr_fx.model_directory import read_header
-from magr_fx.passes import offloaded, resident, spill
+from magr_fx.passes import execution, offloaded, resident, spill
+from magr_fx.passes import run as run_module
 from magr_fx.passes.checkpoint import Checkpoint
 from magr_fx.passes.offloaded import _Weight
 from magr_fx.passes.trace_batches import Tracing
@@ -232,7 +233,7 @@ def moved_to(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     device = torch.device(request.param)
-    monkeypatch.setattr(api, "execution_device", lambda model: device)
+    monkeypatch.setattr(execution, "execution_device", lambda model: device)
     return device
 
 
@@ -500,7 +501,7 @@ def test_the_target_is_tried_on_the_weights_themselves(
         tried.extend((name, weight.clone()) for name, weight in weights)
         whole(weights, *given, **more)
 
-    monkeypatch.setattr(api, "try_target", seen)
+    monkeypatch.setattr(run_module, "try_target", seen)
     model = llama()
     magr_transform(offload(model, "disk_offload", tmp_path), CALIB, target=INT3)
     assert len(tried) == 5  # shapes
