@@ -494,7 +494,7 @@ def test_the_target_is_tried_on_the_weights_themselves(
     tmp_path: Path, moved_to: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[tuple[str, torch.Tensor]] = []
-    whole: Any = vars(api)["try_target"]
+    whole: Any = vars(run_module)["try_target"]
 
     def seen(weights: Any, *given: Any, **more: Any) -> None:
         weights = list(weights)
