@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from magr_fx.errors import ConfigError, ModelError
-from magr_fx.passes.find_linears import Site
+from magr_fx.passes.find_linears import Site, can_be_solved
 from magr_fx.passes.sharded import is_shard
 from magr_fx.passes.torchao_private import is_quantized
 
@@ -36,7 +36,7 @@ def check_model(model: nn.Module, *, offloaded: bool = False, sharded: bool = Fa
         if (parameter.is_meta and offloaded) or (sharded and is_shard(parameter)):
             continue
         _check_parameter(name, parameter)
-        if parameter.is_floating_point():
+        if can_be_solved(parameter):
             finite[name] = parameter.detach().isfinite().all()
     for name, flag in finite.items():
         if not bool(flag):
@@ -93,6 +93,13 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
             f"{name} is already quantized by torchao ({type(parameter.data).__name__}); "
             "MagR has to run before quantize_: start from the full-precision model"
         )
+    if parameter.layout is not torch.strided or parameter.is_nested or parameter.is_quantized:
+        kind = "nested" if parameter.is_nested else str(parameter.layout)
+        kind = str(parameter.dtype) if parameter.is_quantized else kind
+        raise ModelError(
+            f"{name} is stored as {kind}, which cannot be traced beside other weights; store it "
+            "densely (to_dense, to_padded_tensor, dequantize), or hold it as a plain attribute"
+        )
     if type(parameter.data) is not torch.Tensor:
         raise ModelError(
             f"{name} is a {type(parameter.data).__name__}, which cannot be rewritten in place; "
@@ -103,12 +110,6 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
         raise ModelError(
             f"{name} was made under torch.inference_mode, which forbids writing to it outside; "
             "load the model without it, or call MagR inside it"
-        )
-    if parameter.is_floating_point() and parameter.element_size() < 2:
-        raise ModelError(
-            f"{name} {tuple(parameter.shape)} is stored as {parameter.dtype}: MagR works on "
-            "floating numbers of 16 to 64 bits; start from the full-precision model, or convert it "
-            "(parameter.data = parameter.data.to(torch.bfloat16)) if it has no scales of its own"
         )
     if parameter.is_meta:
         raise ModelError(

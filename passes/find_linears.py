@@ -126,6 +126,11 @@ def find_linears(
         held = next((what for what, tensor in near if _share(parameter, tensor)), None)
         if reason is None and held is not None:
             reason = f"shares its memory with the {held}, which would change"
+        if reason is None and not can_be_solved(parameter):
+            reason = (
+                f"stored as {parameter.dtype}: MagR works on floating numbers of 16 to 64 bits; "
+                "start from the full-precision model"
+            )
         if reason is None:
             for view, calls in use.calls.items():
                 site_name = name + (view.name(parameter) if parameter.numel() else "")
@@ -147,6 +152,11 @@ def find_linears(
     if not sites:
         raise ModelError(_nothing_found(model, rejections))
     return Found(_filtered(sites, filter_fn, rejections), rejections)
+
+
+def can_be_solved(weight: torch.Tensor) -> bool:
+    """Whether it holds floating numbers of 16 to 64 bits."""
+    return weight.is_floating_point() and weight.element_size() >= 2
 
 
 def _owners(model: nn.Module) -> dict[nn.Parameter, tuple[nn.Module, str, str]]:

@@ -18,7 +18,7 @@ from torchao.core.config import AOBaseConfig
 from magr_fx.errors import ConfigError, ModelError
 from magr_fx.passes.as_linears import Rebuilt, rebuildable
 from magr_fx.passes.calibration import Batch
-from magr_fx.passes.find_linears import UNREACHED, FilterFn, Found, Site
+from magr_fx.passes.find_linears import UNREACHED, FilterFn, Found, Site, can_be_solved
 from magr_fx.passes.quantized_reads import QuantizedReads, brief, run_apart
 from magr_fx.passes.resident import Resident, all_resident
 from magr_fx.passes.torchao_private import takes_parameter_names
@@ -101,6 +101,7 @@ def leave_out_unquantizable(
         if (
             parameter.dim() == 2
             and parameter.numel() > 0
+            and can_be_solved(parameter)
             and weight.is_linear
             and parameter.shape[1] % (group_size or 1) == 0
             and (filter_fn is None or filter_fn(unreached.owner, unreached.name.rpartition(".")[0]))

@@ -129,10 +129,24 @@ def _exported(
                 f"it was traced with (calibration batch {index})"
             )
         if compare:
-            check_same_output(graph_module, model, index, leaves, spec)
+            check_same_output(graph_module, model, index, _two_images(graph_module, leaves), spec)
         return graph_module, True
 
     return _traced(model, batches, make, "export", "", explain=last)
+
+
+def _two_images(graph_module: fx.GraphModule, leaves: list[Any]) -> list[Any]:
+    """The first two images of a batch, where that is all that the model takes; else the batch.
+
+    A forward pass of a whole batch can take longer than the trace. Rows of text differ in kind (by
+    padding, for one), so all are needed to tell a graph from its model; images do not.
+    """
+    tensors = _tensors(leaves)
+    if not tensors or any(not t.is_floating_point() or t.dim() < 4 for t in tensors):
+        return leaves
+    fewer = [leaf[:2] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    same = len({len(tensor) for tensor in tensors}) == 1 and len(tensors[0]) > 2
+    return fewer if same and fits(graph_module, _tensors(fewer)) else leaves
 
 
 def _run(model: nn.Module, batches: list[Batch], refusal: str) -> list[TracedBatch]:
@@ -185,11 +199,10 @@ def _traced(
 def _open_sizes(model: nn.Module, batches: list[Batch]) -> dict[Hashable, list[set[int]]]:
     """For each form of input, and each of its leaves, the dimensions that a graph is to leave open.
 
-    All of them, but in a model with convolutions, where that can take minutes: there the first one
-    and those in which the batches differ. Where such a model has a mask, its sequences and tokens
-    as well: by their symbols a graph tells its tokens from what is as long by chance.
+    The first one and those in which the batches differ: each costs time, with all of them open
+    a convolutional model takes minutes. Where there is a mask, its sequences and tokens as well: by
+    their symbols a graph tells its tokens from what is as long by chance.
     """
-    convolves = any(isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for m in model.modules())
     first: dict[Hashable, list[Any]] = {}
     dynamic: dict[Hashable, list[set[int]]] = {}
     for batch in batches:
@@ -200,7 +213,7 @@ def _open_sizes(model: nn.Module, batches: list[Batch]) -> dict[Hashable, list[s
             first[key], dynamic[key] = leaves, _of_masked_tokens(input_names(arguments), leaves)
             for leaf, dims in zip(leaves, dynamic[key], strict=True):
                 if isinstance(leaf, torch.Tensor):
-                    dims.update(range(min(leaf.dim(), 1) if convolves else leaf.dim()))
+                    dims.update(range(min(leaf.dim(), 1)))
         for known, leaf, dims in zip(first[key], leaves, dynamic[key], strict=True):
             if isinstance(leaf, torch.Tensor):
                 sizes = zip(known.shape, leaf.shape, strict=True)

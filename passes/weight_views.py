@@ -234,15 +234,24 @@ def gathered(
 
 
 def _has_traced_shape(value: torch.Tensor, chain: tuple[fx.Node, ...], *, picked: bool) -> bool:
-    """Whether only batch sizes were taken as 1: the matrix itself is as large as in the graph."""
+    """Whether only batch sizes were taken as 1: the matrix itself is as large as in the graph.
+
+    What the weight is merely expanded over may have any size: it is one matrix for all of it.
+    """
     traced = chain[-1].meta.get("val") if chain else None
     if not isinstance(traced, torch.Tensor):
         return True
     if picked:
         return traced.dim() == value.dim() and traced.shape[-2:] == value.shape[-2:]
-    sizes = [1 if isinstance(size, torch.SymInt) else size for size in traced.shape]
-    fixed = all(isinstance(size, int) for size in traced.shape[-2:])
-    return fixed and sizes == list(value.shape)
+    matrix = traced.shape[-2:]  # symbols are not compared: that would be a guard on them
+    fixed = all(isinstance(size, int) for size in matrix)
+    if traced.dim() != value.dim() or not fixed or matrix != value.shape[-2:]:
+        return False
+    leading = zip(traced.shape[:-2], value.shape[:-2], value.stride()[:-2], strict=True)
+    return all(
+        (size == 1 or stride == 0) if isinstance(expected, torch.SymInt) else size == expected
+        for expected, size, stride in leading
+    )
 
 
 def matrices(weight: torch.Tensor) -> list[tuple[tuple[int, ...], WeightView]]:

@@ -200,6 +200,14 @@ FORMS: dict[str, Form] = {
         IN_STACKS,
         {"w": Expected(lambda m: m.w[0, 0].T, same)},
     ),
+    "bmm, expanded over the batch alone and flattened": Form(
+        lambda m, x: torch.bmm(
+            x.flatten(0, 1), m.w.expand(x.shape[0], 3, IN, OUT).reshape(-1, IN, OUT)
+        ),
+        {"w": lambda: weight(1, 1, IN, OUT)},
+        IN_STACKS,
+        {"w": Expected(lambda m: m.w[0, 0].T, same)},
+    ),
     "baddbmm": Form(
         lambda m, x: torch.baddbmm(m.b, x, m.w),
         {"w": lambda: weight(STACK, IN, OUT), "b": lambda: weight(STACK, 1, OUT)},

@@ -92,6 +92,6 @@ def test_no_copy_is_taken_of_what_is_compared(transposed: bool) -> None:
     one[-1, -1] = 2e4
     if transposed:
         other = other.t().contiguous().t()
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         assert difference([one], [other], 1e-3).startswith("differ by 6.9 of")
     assert max(event.self_cpu_memory_usage for event in profile.events()) <= 2**20 * 8

@@ -27,7 +27,7 @@ from magr_fx.passes.decisions import is_random
 from magr_fx.passes.same_output import check_same_output
 from magr_fx.passes.torch_private import tree_flatten
 from magr_fx.passes.trace import calibration_mode
-from magr_fx.passes.trace_batches import trace_batches
+from magr_fx.passes.trace_batches import Tracing, trace_batches
 
 QUICK = MagRConfig(alpha=1e-3)
 
@@ -89,6 +89,46 @@ def test_every_signature_is_compared_but_not_every_batch() -> None:
     assert calls == [1.0]
     with pytest.raises(TraceError, match="with calibration batch 1"):
         magr_transform(Formula(function, **linears()), [x, (y, 2.0)], QUICK, trace="export")
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "compared"),
+    [
+        ((9, 3, 8, 8), torch.float32, 2),  # images
+        ((9, 3, 2, 8, 8), torch.float32, 2),
+        ((9, 8, 8), torch.float32, 9),  # may be padded
+        ((9, 3, 8, 8), torch.int64, 9),
+        ((2, 3, 8, 8), torch.float32, 2),
+    ],
+)
+def test_of_images_two_are_compared(
+    shape: tuple[int, ...], dtype: torch.dtype, compared: int
+) -> None:
+    """A forward pass of all of them can take longer than the trace."""
+    seen = []
+
+    def function(m: Any, x: Tensor) -> Any:
+        if not torch.compiler.is_exporting():
+            seen.append(len(x))
+        return m.b(m.a(x.flatten(1).float()[:, :WIDTH]))
+
+    model = Formula(function, **linears())
+    x = torch.randint(0, 5, shape).to(dtype)
+    with calibration_mode(model):
+        trace_batches(model, read_calib([x], model))
+    assert seen == [compared]
+
+
+def test_a_model_that_looks_at_the_number_of_images_is_compared_with_all() -> None:
+    def function(m: Any, x: Tensor) -> Any:
+        x = m.a(x.flatten(1)[:, :WIDTH])
+        if len(x) > 4 and torch.compiler.is_exporting():
+            x = x * 2
+        return m.b(x)
+
+    model = Formula(function, **linears())
+    with calibration_mode(model), pytest.raises(TraceError, match="its outputs differ"):
+        trace_batches(model, read_calib([torch.randn(9, 3, 8, 8)], model), Tracing("export"))
 
 
 def test_state_random_numbers_and_inputs_stay() -> None:

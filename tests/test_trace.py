@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import math
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -15,7 +16,7 @@ from graph_helpers import Analysis, Formula, architecture, call, trace, weight
 from tiny_models import ARCHITECTURES, activations, text_calib, tiny_llama, tiny_t5
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from toys import report_of
+from toys import WIDTH, report_of
 
 from magr_fx import magr_transform
 from magr_fx.errors import CalibrationError, TraceError
@@ -223,6 +224,39 @@ def test_self_attention_is_not_run_on_three_inputs() -> None:
     _, traced = trace(model, calib)
     assert traces_of(traced) == 3
     assert_runs_rightly(model, calib, traced)
+
+
+class Weighed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, mask: Any = None, scale: Any = None) -> Any:
+        return self.b(x) * math.prod(w[..., None] for w in (mask, scale) if w is not None)
+
+
+@pytest.mark.parametrize(
+    ("calib", "open_dims"),
+    [
+        ([activations(4, 6, WIDTH)], [{0}]),
+        ([activations(4, 6, WIDTH), activations(5, 6, WIDTH)], [{0}]),
+        ([activations(4, 6, WIDTH), activations(4, 7, WIDTH)], [{0, 1}]),
+        ([{"x": activations(4, 6, WIDTH), "mask": torch.ones(4, 6)}], [{0, 1}, {0, 1}]),
+        ([{"x": activations(4, 6, WIDTH), "scale": torch.ones(4, 6)}], [{0}, {0}]),
+    ],
+    ids=["one size", "rows differ", "lengths differ", "tokens of a mask", "no mask"],
+)
+def test_only_sizes_that_are_needed_are_open(calib: list[Any], open_dims: list[set[int]]) -> None:
+    """Each one that is costs time to trace."""
+
+    model = Weighed()
+    with calibration_mode(model):
+        traced = trace_batches(model, read_calib(calib, model))
+    (trace,) = {batch.trace for batch in traced}
+    nodes = trace.graph_module.graph.find_nodes(op="placeholder")
+    sizes = [node.meta["val"].shape for node in nodes]
+    found = [{at for at, n in enumerate(shape) if isinstance(n, torch.SymInt)} for shape in sizes]
+    assert found == open_dims
 
 
 def test_fits_looks_at_number_kind_and_shape() -> None:
