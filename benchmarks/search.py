@@ -35,7 +35,8 @@ class Timed:
     """A rounding that counts its calls and their seconds."""
 
     def __init__(self, rounding: Rounding) -> None:
-        self.rounding, self.calls, self.seconds = rounding, 0, 0.0
+        self.rounding, self.makes_codes = rounding, rounding.makes_codes
+        self.calls, self.seconds = 0, 0.0
 
     def __call__(self, rows: Tensor, clipped: Tensor) -> Rounded:
         start = time.process_time()
@@ -97,7 +98,6 @@ def cost(layer: Layer, group: int | None, gptq: bool) -> Cost:
         start,
         config,
         dtype=layer.weight.dtype,
-        one_weight=not gptq,
     )
     total = time.process_time() - total
     return Cost(once, total - rounding.seconds, rounding.seconds, rounding.calls)

@@ -28,7 +28,12 @@ Candidate = tuple[Tensor, Tensor]
 
 
 class Rounding(Protocol):
-    """How rows are rounded."""
+    """How rows are rounded.
+
+    ``makes_codes`` says whether it makes codes itself; else it makes a weight for the quantizer.
+    """
+
+    makes_codes: bool
 
     def __call__(self, rows: Tensor, clipped: Tensor) -> Rounded:
         """One candidate, rounded."""
@@ -43,6 +48,8 @@ class Nearest:
     Args:
         quantize: weight ``[out, in]`` → the values that the quantizer makes of it.
     """
+
+    makes_codes = False
 
     def __init__(self, quantize: Callable[[Tensor], Tensor]) -> None:
         self.quantize = quantize
@@ -66,6 +73,8 @@ class OnGrid:
         grid_of: weight ``[out, in]`` → the grid that the quantizer chooses for it.
         compensation: of the gram.
     """
+
+    makes_codes = True
 
     def __init__(self, grid_of: Callable[[Tensor], Grid], compensation: Compensation) -> None:
         self.grid_of = grid_of

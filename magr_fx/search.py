@@ -77,7 +77,6 @@ def choose(
     *,
     dtype: torch.dtype,
     units: Sequence[int] | None = None,
-    one_weight: bool = False,
     everywhere: Everywhere | None = None,
 ) -> Choice:
     """Solve for the config's alpha, or for a path of them, and round; each row keeps its best.
@@ -92,7 +91,6 @@ def choose(
         config: its alpha, group size and solver.
         dtype: of the weight that the quantizer is given.
         units: as for :class:`Search`.
-        one_weight: whether all that the rounding takes is one weight to be quantized.
         everywhere: as for :func:`magr_fx.solve_magr_path`; not with ``units``.
 
     Raises:
@@ -115,15 +113,15 @@ def choose(
     for alpha, solution in zip(alphas, path, strict=True):
         search.add(alpha, solution)
     search.try_each(CLIPS)
-    separable = one_weight and config.group_size is not None and units is None
+    separable = not rounding.makes_codes and config.group_size is not None and units is None
     if separable:
         search.refine_groups(FINER_GROUPS)
     else:
         search.refine(FINER)
-    if one_weight:
-        search.settle(start)
-    else:
+    if rounding.makes_codes:
         search.try_aim()
+    else:
+        search.settle(start)
     return search.choice()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -163,7 +164,16 @@ def solve_magr_path(
     gram = gram.to(weight.device, options.dtype)
     # The caller's autocast is for the model; and the device to launch on is the weight's.
     with torch.autocast(weight.device.type, enabled=False), torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
-        return _solve_each(weight, gram, row_scale, alphas, group_size, options, exact, everywhere)
+        how = _How(options, exact, everywhere)
+        return _solve_each(weight, gram, row_scale, alphas, group_size, how)
+
+
+class _How(NamedTuple):
+    """How to iterate, and to judge what comes of it; with which ranks, if several have rows."""
+
+    options: SolverOptions
+    exact: bool
+    everywhere: Everywhere | None
 
 
 def _solve_each(
@@ -172,14 +182,12 @@ def _solve_each(
     row_scale: Tensor | None,
     alphas: Sequence[float],
     group_size: int,
-    options: SolverOptions,
-    exact: bool,
-    everywhere: Everywhere | None,
+    how: _How,
 ) -> list[Solution]:
     """Solve a weight, or each problem of a batch that data reached, a tile of them at a time."""
     peak = largest_eigenvalue(gram)
     if weight.dim() == 2:
-        return _solve(weight, gram, peak, row_scale, alphas, group_size, options, exact, everywhere)
+        return _solve(weight, gram, peak, row_scale, alphas, group_size, how)
     found = [_untouched(weight) for _ in alphas]
     together = problems_at_once(weight.shape[-2:], weight.device)
     if not bool((peak > 0).any()):
@@ -187,7 +195,7 @@ def _solve_each(
     for problems in torch.split((peak > 0).nonzero().squeeze(-1), together):
         scale = None if row_scale is None else row_scale[problems]
         own = weight[problems], gram[problems], peak[problems], scale
-        part = _solve(*own, alphas, group_size, options, exact)
+        part = _solve(*own, alphas, group_size, how._replace(everywhere=None))
         for whole, solution in zip(found, part, strict=True):
             for field in fields(Solution):
                 getattr(whole, field.name)[problems] = getattr(solution, field.name)
@@ -207,18 +215,16 @@ def _solve(
     row_scale: Tensor | None,
     alphas: Sequence[float],
     group_size: int,
-    options: SolverOptions,
-    exact: bool,
-    everywhere: Everywhere | None = None,
+    how: _How,
 ) -> list[Solution]:
     """Solve a weight, or a batch that fits one tile, for every alpha; in their order."""
     if weight.dim() == 2 and not bool(peak > 0):
         return [_untouched(weight) for _ in alphas]
     if len(weight) == 1 and weight.dim() == 3:  # a batch of one: its rows can be told apart
         scale = None if row_scale is None else row_scale[0]
-        path = _solve(weight[0], gram[0], peak[0], scale, alphas, group_size, options, exact)
+        path = _solve(weight[0], gram[0], peak[0], scale, alphas, group_size, how)
         return [Solution(*(getattr(s, f.name)[None] for f in fields(Solution))) for s in path]
-    found: dict[int, Solution] = {}
+    options, found = how.options, dict[int, Solution]()
     warm: Warm | None = None
     # The penalty of a row of scale r is that of the row w/r, whose solution is ŵ/r.
     rows = weight if row_scale is None else weight.to(options.dtype) / row_scale.unsqueeze(-1)
@@ -234,12 +240,12 @@ def _solve(
                 tol=options.tol,
                 warm=warm,
                 resumable=i != order[-1],
-                exact=exact,
-                everywhere=everywhere,
+                exact=how.exact,
+                everywhere=how.everywhere,
             )
         else:
             iterate = _pgd(problem, rows, options)
-        dtype = torch.float64 if exact else options.dtype
+        dtype = torch.float64 if how.exact else options.dtype
         found[i] = _assess(problem, weight, iterate, dtype, row_scale)
     return [found[i] for i in range(len(alphas))]
 

@@ -133,9 +133,7 @@ def _choose(
     }
     if spread is None:
         rounding = Nearest(torchao.values)
-        choice = choose(
-            aim, gram, rounding, Rounded(start, (weight,)), config, one_weight=True, **options
-        )
+        choice = choose(aim, gram, rounding, Rounded(start, (weight,)), config, **options)
         return start, choice
     grid = stacked([grid_of(tensor) for tensor in alone])
     codes = torch.cat([tensor.qdata for tensor in alone])  # type: ignore[attr-defined]

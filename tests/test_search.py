@@ -80,7 +80,6 @@ def pursue(
         MagRConfig(alpha="auto", group_size=group_size),
         dtype=weight.dtype,
         units=units,
-        one_weight=True,
     )
     return choice, start
 
@@ -250,7 +249,7 @@ def test_nothing_is_changed() -> None:
         torch.set_float32_matmul_precision(precision)
         modes = backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision
         try:
-            choose(aim, gram, Nearest(quantize), first, config, dtype=weight.dtype, one_weight=True)
+            choose(aim, gram, Nearest(quantize), first, config, dtype=weight.dtype)
             assert torch.get_float32_matmul_precision() == precision
             assert modes == (
                 backends.cuda.matmul.fp32_precision,
@@ -608,7 +607,7 @@ def test_a_fixed_alpha_is_a_solve_and_a_rounding(
     aim, quantize = other_aim(weight), quantizer(2, group_size, symmetric=True)
     config = MagRConfig(alpha=0.05, group_size=group_size, solver=solver)
     start = Rounded(torch.full_like(aim, torch.nan), (weight,))  # it plays no part
-    choice = choose(aim, gram, Nearest(quantize), start, config, dtype=dtype, one_weight=True)
+    choice = choose(aim, gram, Nearest(quantize), start, config, dtype=dtype)
     scale = row_scale(aim)
     solution = solve_magr(
         aim, gram, alpha=0.05, group_size=group_size, solver=solver, row_scale=scale
