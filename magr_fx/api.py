@@ -21,7 +21,7 @@ from magr_fx.passes.ledger import Ledger
 from magr_fx.passes.module_state import state_kept
 from magr_fx.passes.offloaded import is_offloaded
 from magr_fx.passes.pipeline import resolve_config, target_for_rewriting
-from magr_fx.passes.quantizable import Quantizable
+from magr_fx.passes.quantizable_weight import Quantizable
 from magr_fx.passes.quantized_weights import Target
 from magr_fx.passes.ranks import Group, together
 from magr_fx.passes.request import Folders, Request

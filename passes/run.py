@@ -15,17 +15,13 @@ from magr_fx.passes.find_linears import Found, Site, find_linears
 from magr_fx.passes.ledger import Ledger
 from magr_fx.passes.on_device import on_device
 from magr_fx.passes.pipeline import rewrite_sites
-from magr_fx.passes.quantizable import (
-    Quantizable,
-    Trial,
-    keep_stacks,
-    leave_out_unquantizable,
-    leave_out_unrunnable,
-)
+from magr_fx.passes.quantizable import keep_stacks, leave_out_unquantizable, leave_out_unrunnable
+from magr_fx.passes.quantizable_weight import Quantizable
 from magr_fx.passes.read_exported import trace_or_read
 from magr_fx.passes.request import Request
 from magr_fx.passes.to_torchao import described_in_full, try_target
 from magr_fx.passes.trace import TracedBatch, calibration_mode
+from magr_fx.passes.trial import Trial
 from magr_fx.report import MagRReport
 
 

@@ -18,7 +18,7 @@ from torchao.quantization.utils import recommended_inductor_config_setter
 
 from magr_fx.errors import ConfigError, HandoverError
 from magr_fx.passes.as_linears import Rebuilt, replace_module
-from magr_fx.passes.quantizable import Place, Quantizable
+from magr_fx.passes.quantizable_weight import Place, Quantizable
 from magr_fx.passes.torchao_private import is_quantized
 from magr_fx.passes.torchao_rounding import GPTQ_CONFIGS, has_grid, quantized_copy
 from magr_fx.row_pieces import MULTIPLE
