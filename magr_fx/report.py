@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from os import PathLike
@@ -15,20 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from magr_fx.config import MagRConfig
+from magr_fx.report_text import report_text, totals
 
 Outcome = Literal["rewritten", "skipped", "failed"]
 # How much smaller the gain on held-out tokens has to be for a warning.
 OVERFIT = 1.4
 STAGES = ("trace", "check", "grams", "solve", "rewrite", "quantize")
-_HEADER = (
-    "site", "shape", "calls", "tokens", "max before", "max after", "output error",
-    "rows by status", "steps", "seconds", "MiB",
-)  # fmt: skip
-_TEXT = (0, 7)  # the columns that hold no numbers
-_QUANTIZATION = (
-    "site", "rows by alpha", "mean clip", "torchao alone", "quantized", "held out: alone",
-    "quantized",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,37 +111,6 @@ class SiteReport:
         """The weight's largest magnitude after."""
         return _maximum(self.channel_max_after)
 
-    def cells(self) -> tuple[str, ...]:
-        """The row of a rewritten site in the report's table."""
-        return (
-            self.name,
-            _shape(self.shape),
-            str(self.calls),
-            str(self.tokens),
-            f"{self.max_before:.4g}",
-            f"{self.max_after:.4g}",
-            "-" if math.isnan(self.output_error) else f"{self.output_error:.2%}",
-            self.status,
-            str(self.steps),
-            f"{self.seconds:.2f}",
-            f"{self.memory:.0f}",
-        )
-
-    def quantization_cells(self) -> tuple[str, ...]:
-        """The row of a quantized site in the report's second table."""
-        found = self.quantization
-        if found is None:
-            return (self.name, *[""] * (len(_QUANTIZATION) - 1))
-        return (
-            self.name,
-            " ".join(f"{alpha}:{rows}" for alpha, rows in found.alphas.items()),
-            f"{found.clip:.2f}",
-            *(
-                "-" if math.isnan(error) else f"{error:.2%}"
-                for error in (found.error_alone, found.error, found.held_alone, found.held)
-            ),
-        )
-
     def as_dict(self) -> dict[str, Any]:
         """Everything but the per-channel arrays, as JSON knows it (no NaN, no Inf)."""
         names = [f.name for f in fields(self) if not f.name.startswith("channel_max")]
@@ -217,89 +178,24 @@ class MagRReport:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[Callable[[], float]]:
-        """Add the time spent inside to ``seconds[stage]``; gives what tells the seconds so far."""
-        start = perf_counter()
+        """Add the time spent inside to ``seconds[stage]``; gives what tells it afterwards."""
+        start, spent = perf_counter(), 0.0
         try:
-            yield lambda: perf_counter() - start
+            yield lambda: spent
         finally:
-            self.seconds[stage] += perf_counter() - start
+            spent = perf_counter() - start
+            self.seconds[stage] += spent
 
     def mark_quantized(self, names: set[str]) -> None:
         """Note that torchao quantized the parameters with these names."""
         self.sites = [replace(s, quantized=s.name in names) for s in self.sites]
 
     def __str__(self) -> str:
-        done = [site.cells() for site in self.rewritten]
-        notes = [site for site in self.rewritten if site.reason]
-        parts = [_table([_HEADER, *done], _TEXT)] if done else []
-        known = [site.quantization_cells() for site in self.rewritten if site.quantization]
-        if known:
-            table = _table([_QUANTIZATION, *known], (0, 1))
-            parts.append(f"output error after quantization:\n{table}")
-        for title, sites in (("failed", self.failed), ("skipped", self.skipped), ("notes", notes)):
-            if sites:
-                rows = [(s.name, _shape(s.shape), self._share(s), s.reason) for s in sites]
-                parts.append(f"{title}:\n{_table(rows, (0, 3))}")
-        return "\n\n".join([*parts, self.totals()])
-
-    def _share(self, site: SiteReport) -> str:
-        return f"{math.prod(site.shape) / sum(math.prod(s.shape) for s in self.sites):.1%}"
+        return report_text(self)
 
     def totals(self) -> str:
         """The run in a few lines: sites, magnitudes, errors, damping, time and memory."""
-        done, all_parameters = self.rewritten, sum(math.prod(s.shape) for s in self.sites)
-        parameters = sum(math.prod(site.shape) for site in done)
-        share = parameters / all_parameters if all_parameters else 0.0
-        lines = [
-            f"{len(done)} rewritten, {len(self.skipped)} skipped, {len(self.failed)} failed; "
-            f"{share:.1%} of {all_parameters:,} matrix parameters rewritten"
-        ]
-        if done:
-            ratio = np.concatenate([_ratio(site) for site in done])
-            error = np.array([s.output_error for s in done if not math.isnan(s.output_error)])
-            if len(ratio) and len(error):
-                lines.append(
-                    f"largest magnitude per channel: median x{np.median(ratio):.2f}; output error "
-                    f"before quantization: median {np.median(error):.2%}, worst {error.max():.2%}"
-                )
-        shares = [site.damping for site in done if site.damping is not None]
-        if shares:
-            least, most = f"{min(shares):.3g}", f"{max(shares):.3g}"
-            which = least if least == most else f"{least} to {most}"
-            lines.append(f"damping: {which} of each gram's mean diagonal")
-        known = [site.quantization for site in done if site.quantization is not None]
-        if known:
-            lines.append(_gain("calibration", [(q.error_alone, q.error) for q in known]))
-            if not all(math.isnan(q.held) for q in known):
-                lines.append(_gain("held-out tokens", [(q.held_alone, q.held) for q in known]))
-        if self.overfitted:
-            lines.append(f"{len(self.overfitted)} sites fit the calibration too closely")
-        if self.target:
-            quantized = sum(site.quantized for site in self.sites)
-            lines.append(f"{quantized} quantized by torchao: {self.target}")
-            left = [site for site in self.sites if not site.quantized]
-            if left:
-                size = sum(math.prod(site.shape) for site in left)
-                lines.append(
-                    f"{len(left)} left as they are, {size / all_parameters:.1%} of the matrix "
-                    f"parameters: {', '.join(s.name for s in left[:3])}"
-                    f"{', ...' if len(left) > 3 else ''}"
-                )
-        stages = ", ".join(f"{name} {t:.1f}" for name, t in self.seconds.items() if t)
-        memory = "" if math.isnan(self.peak_memory) else f"; peak memory {self.peak_memory:.0f} MiB"
-        by = f" (by {self.tracer})" if self.tracer else ""
-        lines += [
-            f"{self.batches} calibration batches, {self.traces} traced graphs{by}{memory}",
-            *([f"because {self.refusal}"] if self.refusal else []),
-            *(f"note: {note}" for note in self.notes),
-            f"seconds: {stages}",
-            *([self._saved()] if self.states else []),
-        ]
-        return "\n".join(lines)
-
-    def _saved(self) -> str:
-        size = f"{self.saved_bytes / 1e6:.3g} MB"
-        return f"saved to go on from after a crash: {size} in all, {self.states} states among it"
+        return "\n".join(totals(self))
 
     def to_json(self, path: str | PathLike[str]) -> None:
         """Write everything but the per-channel arrays to ``path``."""
@@ -342,39 +238,3 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
 
 def _maximum(channels: npt.NDArray[np.float32] | None) -> float:
     return math.nan if channels is None or channels.size == 0 else float(channels.max())
-
-
-def _ratio(site: SiteReport) -> npt.NDArray[np.float32]:
-    """after / before for each channel of a rewritten site; 1 for one that is zero."""
-    before, after = site.channel_max_before, site.channel_max_after
-    if before is None or after is None:
-        return np.empty(0, np.float32)
-    return np.divide(after, before, out=np.ones_like(after), where=before > 0)
-
-
-def _gain(where: str, errors: list[tuple[float, float]]) -> str:
-    """The mean over the sites of torchao's error and of ours, where both are known."""
-    known = np.array([pair for pair in errors if np.isfinite(pair).all()])
-    if not len(known):
-        return f"output error after quantization, on the {where}: unknown"
-    alone, ours = known.mean(0)
-    return (
-        f"output error after quantization, mean on the {where}: {ours:.2%} "
-        f"(torchao alone {alone:.2%})"
-    )
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _table(rows: Sequence[tuple[str, ...]], text: tuple[int, ...]) -> str:
-    """Rows as aligned columns: those in ``text`` to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column in text else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )

@@ -72,7 +72,7 @@ class Ledger:
         return [*self._rows, *self.step.rows]
 
     def timed(self, stage: str) -> AbstractContextManager[Callable[[], float]]:
-        """Add the time spent inside to the report's; what it gives tells the seconds so far."""
+        """Add the time spent inside to the report's; what it gives tells the seconds afterwards."""
         return self.report.timed(stage)
 
     def saved(self) -> dict[str, Any] | None:

@@ -120,7 +120,10 @@ def test_it_goes_on_to_the_same_bits(
     ours, theirs = report_of(model), report_of(wanted)
     assert [site.name for site in ours.rewritten] == [site.name for site in theirs.rewritten]
     for one, other in zip(ours.rewritten, theirs.rewritten, strict=True):
-        assert (one.cells()[:9], one.quantization) == (other.cells()[:9], other.quantization)
+        first, second = one.as_dict(), other.as_dict()
+        for figures in (first, second):
+            del figures["seconds"], figures["memory"]
+        assert first == second
         assert one.damping == other.damping is not None
 
 
