@@ -21,8 +21,9 @@ from torch import Tensor
 from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerAxis, PerGroup
 
 from magr_fx import MagRConfig, solve_magr
+from magr_fx.config import LEAST_DAMPING
 from magr_fx.gptq import compensation
-from magr_fx.gram import LEAST_DAMPING, damped
+from magr_fx.gram import damped
 from magr_fx.passes.torchao_rounding import TorchaoRounding
 from magr_fx.rounding import Candidate, Nearest, OnGrid, Rounded, Rounding
 from magr_fx.row_scale import row_scale

@@ -22,11 +22,11 @@ from magr_fx.passes.module_state import state_kept
 from magr_fx.passes.offloaded import is_offloaded
 from magr_fx.passes.pipeline import resolve_config, target_for_rewriting
 from magr_fx.passes.quantizable_weight import Quantizable
-from magr_fx.passes.quantized_weights import Target
 from magr_fx.passes.ranks import Group, together
 from magr_fx.passes.request import Folders, Request
 from magr_fx.passes.run import run
 from magr_fx.passes.sharded import is_sharded
+from magr_fx.passes.target import Target, describe
 from magr_fx.passes.to_pt2e import (
     export_for_pt2e,
     is_pt2e_quantizer,
@@ -34,7 +34,7 @@ from magr_fx.passes.to_pt2e import (
     still_read,
     try_quantizer,
 )
-from magr_fx.passes.to_torchao import describe, hand_over
+from magr_fx.passes.to_torchao import hand_over
 from magr_fx.passes.trace import calibration_mode, unwrap
 from magr_fx.passes.trace_batches import Tracing
 from magr_fx.report import MagRReport

@@ -12,7 +12,6 @@ import torch
 from torchao.core.config import AOBaseConfig
 
 from magr_fx.errors import ConfigError
-from magr_fx.gram import damping_for
 
 SOLVERS = ("admm", "pgd")
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
@@ -38,6 +37,9 @@ ADMM_TOL = 1e-3
 # The relative dual gap at which alpha="auto" takes a solution of ADMM: what is closer is lost in
 # rounding, and the rounded rows are judged anyway (benchmarks/README.md).
 SEARCH_TOL = 0.1
+
+
+LEAST_DAMPING, MOST_DAMPING = 0.1, 0.3
 
 
 def _is_number(value: object) -> bool:
@@ -67,6 +69,23 @@ def check_alpha(alpha: object) -> None:
             f"the paper uses {PUBLISHED_ALPHA_PER_CHANNEL} per channel "
             f"and {PUBLISHED_ALPHA_PER_GROUP} per group"
         )
+
+
+def damping_for(tokens: int, inputs: int) -> float:
+    """The share s of mean(diag G) to regularise with: ¼·sqrt(in / tokens) within [0.1, 0.3].
+
+    Of n tokens the gram's spectrum is off by about 2·sqrt(in / n) of itself (Bai and Yin, Ann.
+    Probab. 21, 1993), so that few tokens want more damping: with 512 of them 0.3 has both a lower
+    output error on held-out tokens than 0.1 and a lower perplexity, with 2,048 they are alike. With
+    many tokens it is no guard against chance any more but a weight for the small directions
+    against the few large ones, which held-out tokens do not choose (benchmarks/README.md).
+
+    Args:
+        tokens: in the gram.
+        inputs: of the site.
+    """
+    share = math.sqrt(inputs / max(1, tokens)) / 4
+    return min(MOST_DAMPING, max(LEAST_DAMPING, share))
 
 
 class SolverOptions:
@@ -121,7 +140,7 @@ class MagRConfig(AOBaseConfig):  # type: ignore[misc]
             for admm (0.1 while ``alpha="auto"`` compares) and 0 for pgd; 0 always takes
             ``max_steps``.
         damping: s in G + s·mean(diag G)·I, the gram that is solved with; None is, for admm, 0.3
-            where tokens are few and 0.1 where they are many, see :func:`magr_fx.gram.damping_for`,
+            where tokens are few and 0.1 where they are many, see :func:`damping_for`,
             and 0, the calibration gram itself, for pgd. More keeps the weight where it was in
             the directions that the calibration hardly reaches. The report's output errors
             always use the calibration gram itself.

@@ -22,15 +22,14 @@ from magr_fx.api import magr_transform, quantize_apart
 from magr_fx.config import Handling
 from magr_fx.errors import CheckpointError, MagRError, ModelError, brief
 from magr_fx.model_class import model_class
-from magr_fx.model_directory import CONFIG, StoredTensor, read_config, read_directory
+from magr_fx.model_directory import CONFIG, read_config, read_directory
 from magr_fx.passes.checkpoint import checkpoint_report
 from magr_fx.passes.find_linears import FilterFn
 from magr_fx.passes.offloaded import keep_in, offloaded_weights, run_on
 from magr_fx.passes.pipeline import resolve_config
-from magr_fx.passes.quantized_weights import Target
 from magr_fx.passes.ranks import together
 from magr_fx.passes.request import Folders, Request
-from magr_fx.passes.to_torchao import describe
+from magr_fx.passes.target import Target, describe
 from magr_fx.passes.torchao_rounding import quantized_copy
 from magr_fx.passes.transformers_private import (
     HfQuantizer,
@@ -41,6 +40,7 @@ from magr_fx.prepare_directory import Job, Prepared, prepared
 from magr_fx.report import MagRReport
 from magr_fx.report_files import has_report, read_report, write_report
 from magr_fx.run_folder import CHECKPOINT, is_ours, is_resumable, run_of
+from magr_fx.safetensors_header import StoredTensor
 from magr_fx.skipped import is_skipped, rewritable
 from magr_fx.tensor_files import LetGo, TensorFiles
 from magr_fx.write_directory import (

@@ -18,7 +18,6 @@ SLACK = 1e-3
 _ITERATIONS = 40
 # From here on, up or down, the products of a gram and two weights may leave float32.
 _FAR = 2.0**40
-LEAST_DAMPING, MOST_DAMPING = 0.1, 0.3
 
 
 @torch.no_grad()
@@ -162,23 +161,6 @@ def _chunks(tokens: Tensor, rows: Tensor | None) -> list[slice] | list[Tensor]:
     if rows is not None:
         return list(torch.split(rows, _CHUNK)) if len(rows) else []
     return [slice(i, i + _CHUNK) for i in range(0, tokens.shape[0], _CHUNK)]
-
-
-def damping_for(tokens: int, inputs: int) -> float:
-    """The share s of mean(diag G) to regularise with: ¼·sqrt(in / tokens) within [0.1, 0.3].
-
-    Of n tokens the gram's spectrum is off by about 2·sqrt(in / n) of itself (Bai and Yin, Ann.
-    Probab. 21, 1993), so that few tokens want more damping: with 512 of them 0.3 has both a lower
-    output error on held-out tokens than 0.1 and a lower perplexity, with 2,048 they are alike. With
-    many tokens it is no guard against chance any more but a weight for the small directions
-    against the few large ones, which held-out tokens do not choose (benchmarks/README.md).
-
-    Args:
-        tokens: in the gram.
-        inputs: of the site.
-    """
-    share = math.sqrt(inputs / max(1, tokens)) / 4
-    return min(MOST_DAMPING, max(LEAST_DAMPING, share))
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:

@@ -1,14 +1,8 @@
-"""What a model's directory holds, by the headers of its safetensors; no weight is read.
-
-A file of safetensors begins with the length of its header, 8 bytes, and the header, in JSON: each
-tensor's dtype, shape, and first and last byte after the header.
-"""
+"""What a model's directory holds, by the headers of its safetensors; no weight is read."""
 
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +10,13 @@ from safetensors import SafetensorError, safe_open
 
 from magr_fx.errors import ModelError
 from magr_fx.hub import download
+from magr_fx.safetensors_header import DOWNLOAD, StoredTensor, read_header
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Files that hold weights, whoever reads them.
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.index.json")
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-FLOATS = tuple(_BYTES)  # what MagR works on
-_DOWNLOAD = "finish the download (hf download NAME --local-dir DIRECTORY takes it up again)"
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a model's directory.
-
-    Attributes:
-        file: the file that holds it.
-        dtype: as safetensors calls it: F32, BF16, I8, ...
-        shape: its sizes.
-        start, stop: its first byte in the file, and the one after its last.
-    """
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.stop - self.start
 
 
 def find_model(name: str, *, weights: bool = True) -> Path:
@@ -95,9 +65,9 @@ def read_config(folder: Path) -> dict[str, Any]:
             "download made"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read: {error}; {_DOWNLOAD}") from error
+        raise ModelError(f"{path} cannot be read: {error}; {DOWNLOAD}") from error
     if not (isinstance(config, dict) and isinstance(text_config(config), dict)):
-        raise ModelError(f"{path} does not describe a model; {_DOWNLOAD}")
+        raise ModelError(f"{path} does not describe a model; {DOWNLOAD}")
     quantization = config.get("quantization_config")
     if quantization is not None:
         known = isinstance(quantization, dict)
@@ -136,7 +106,7 @@ def read_directory(folder: Path) -> dict[str, StoredTensor]:
     unfinished = _unfinished(folder)
     if unfinished is not None:
         raise ModelError(
-            f"{unfinished} is left of an interrupted download; {_DOWNLOAD}, or remove that file "
+            f"{unfinished} is left of an interrupted download; {DOWNLOAD}, or remove that file "
             "if all others are there"
         )
     tensors: dict[str, StoredTensor] = {}
@@ -146,9 +116,7 @@ def read_directory(folder: Path) -> dict[str, StoredTensor]:
             with safe_open(file, framework="pt"):  # whose reader knows more that may be wrong
                 pass
         except (OSError, SafetensorError) as error:
-            raise ModelError(
-                f"{file} is no whole safetensors file: {error}; {_DOWNLOAD}"
-            ) from error
+            raise ModelError(f"{file} is no whole safetensors file: {error}; {DOWNLOAD}") from error
         twice = next(iter(own.keys() & tensors.keys()), None)
         if twice is not None:  # what reads them disagrees on which it is
             raise ModelError(
@@ -175,7 +143,7 @@ def _check_index(folder: Path, found: dict[str, str]) -> None:
             is_in = "in no file" if there is None else f"in {there}"
             raise ModelError(
                 f"{name} is {is_in}, and {folder / INDEX} {says}: that is of another model, or "
-                f"damaged; {_DOWNLOAD}, or load the model with transformers and save_pretrained "
+                f"damaged; {DOWNLOAD}, or load the model with transformers and save_pretrained "
                 "it anew"
             )
 
@@ -191,7 +159,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return {name: str(file) for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{index} cannot be read: {error!r}; {_DOWNLOAD}") from error
+        raise ModelError(f"{index} cannot be read: {error!r}; {DOWNLOAD}") from error
 
 
 def _unfinished(folder: Path) -> Path | None:
@@ -221,56 +189,18 @@ def shards(folder: Path) -> list[Path]:
     if index.exists():
         files = [folder / file for file in sorted(set(_weight_map(folder).values()))]
         if not files:
-            raise ModelError(f"{folder} has no weights: {INDEX} names none; {_DOWNLOAD}")
+            raise ModelError(f"{folder} has no weights: {INDEX} names none; {DOWNLOAD}")
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ModelError(
                 f"{folder} lacks {len(missing)} of the {len(files)} files that {INDEX} names, "
-                f"{missing[0]} for one; {_DOWNLOAD}"
+                f"{missing[0]} for one; {DOWNLOAD}"
             )
         return files
     other = next((f.name for p in WEIGHTS for f in sorted(folder.glob(p))), None)
     if other is None:
-        raise ModelError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}; {_DOWNLOAD}")
+        raise ModelError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}; {DOWNLOAD}")
     raise ModelError(
         f"{folder} has {other} but neither {SINGLE} nor {INDEX}: load it with transformers and "
         "save_pretrained it anew, which writes safetensors"
     )
-
-
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Every tensor of one file of safetensors.
-
-    Raises:
-        ModelError: it is damaged, or cut short.
-    """
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            if not 2 <= length <= size - 8:
-                raise ValueError("the header is cut short")
-            header = json.loads(opened.read(length))
-        if not isinstance(header, dict):
-            raise ValueError("the header has no names")
-        header.pop("__metadata__", None)
-        found = {}
-        for name, entry in header.items():
-            start, stop = (8 + length + at for at in entry["data_offsets"])
-            shape = tuple(entry["shape"])
-            if any(type(size) is not int or size < 0 for size in (*shape, start, stop)):
-                raise ValueError(f"the header has no sizes of {name}")
-            found[name] = StoredTensor(file, entry["dtype"], shape, start, stop)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{file} is no whole safetensors file: {error}; {_DOWNLOAD}") from error
-    end = max((tensor.stop for tensor in found.values()), default=8 + length)
-    if size != end:
-        raise ModelError(
-            f"{file} has {size:,} bytes where its header says {end:,}: it is cut short or "
-            f"damaged; {_DOWNLOAD}"
-        )
-    for name, tensor in found.items():
-        width = _BYTES.get(tensor.dtype)
-        if width is not None and tensor.nbytes != width * math.prod(tensor.shape):
-            raise ModelError(f"{file} is damaged: {name} has the wrong size; {_DOWNLOAD}")
-    return found

@@ -25,7 +25,6 @@ from magr_fx.config import MagRConfig
 from magr_fx.disk import is_full
 from magr_fx.errors import CalibrationError, CheckpointError, ConfigError, ModelError, brief
 from magr_fx.model_directory import (
-    StoredTensor,
     experts_of,
     find_model,
     read_config,
@@ -35,6 +34,7 @@ from magr_fx.model_directory import (
 )
 from magr_fx.passes.ranks import Ranks, together
 from magr_fx.run_folder import is_ours, run_folder, run_of
+from magr_fx.safetensors_header import StoredTensor
 from magr_fx.skipped import check_skipped
 from magr_fx.stored_model import check_stored, empty_model
 from magr_fx.write_directory import check_rest

@@ -16,8 +16,9 @@ from transformers import AutoConfig
 
 from magr_fx.errors import ModelError, brief
 from magr_fx.model_class import model_class
-from magr_fx.model_directory import CONFIG, FLOATS, StoredTensor
+from magr_fx.model_directory import CONFIG
 from magr_fx.passes.transformers_private import revert_weight_conversion
+from magr_fx.safetensors_header import FLOATS, StoredTensor
 
 _META = torch.device("meta")
 _DTYPES = {

@@ -12,16 +12,8 @@ import torch
 
 from magr_fx.disk import copy_bytes, settle, take_room
 from magr_fx.errors import ModelError
-from magr_fx.model_directory import (
-    CONFIG,
-    INDEX,
-    SINGLE,
-    WEIGHTS,
-    StoredTensor,
-    read_directory,
-    read_header,
-    shards,
-)
+from magr_fx.model_directory import CONFIG, INDEX, SINGLE, WEIGHTS, read_directory, shards
+from magr_fx.safetensors_header import StoredTensor, read_header
 
 # Tensors by the model's names → what is stored for them, by the names in the files.
 Parts = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]

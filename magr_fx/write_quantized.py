@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 from tqdm import tqdm
 
-from magr_fx.model_directory import CONFIG, INDEX, SINGLE, StoredTensor
+from magr_fx.model_directory import CONFIG, INDEX, SINGLE
+from magr_fx.safetensors_header import StoredTensor
 
 # Bytes of the original weights that go into one shard, which is in memory as a whole.
 SHARD = 512 * 2**20

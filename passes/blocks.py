@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from itertools import chain
 from types import MappingProxyType
 
+import torch
 from torch import fx
 
-from magr_fx.passes.trace import Trace, is_mutation
+from magr_fx.passes.trace import Trace, attribute, is_mutation
 from magr_fx.passes.vmap import vmap_depth
 from magr_fx.passes.weight_uses import Call
+from magr_fx.passes.weight_views import COPIES, VIEWS
+
+_ALIASES = VIEWS | COPIES  # some copies are none where there is nothing to change
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,3 +154,21 @@ def _containers_of_layers(calls: Iterable[fx.Node]) -> set[str]:
         for container, item in _numbered(node):
             counts[container][item] += 1
     return {c for c, items in counts.items() if max(items.values()) * 2 <= items.total()}
+
+
+def read_by(blocks: Iterable[Block]) -> list[torch.Tensor]:
+    """The stored tensors that the blocks read, or something that may share their memory."""
+    found: dict[int, torch.Tensor] = {}
+    for block in blocks:
+        for node in block.nodes:
+            for value in (node, *node.all_input_nodes):
+                tensor = attribute(block.trace, _origin(value))
+                if tensor is not None:
+                    found[id(tensor)] = tensor
+    return list(found.values())
+
+
+def _origin(value: fx.Node) -> fx.Node:
+    while value.target in _ALIASES and value.all_input_nodes:
+        value = value.all_input_nodes[0]
+    return value

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from magr_fx.errors import CalibrationError
 from magr_fx.memory import high_water_mark
-from magr_fx.passes.blocks import Block, cut_into_blocks, in_step
+from magr_fx.passes.blocks import Block, cut_into_blocks, in_step, read_by
 from magr_fx.passes.boundary import Environment
 from magr_fx.passes.decisions import (
     Decisions,
@@ -38,7 +38,7 @@ from magr_fx.passes.find_linears import Site
 from magr_fx.passes.mask_inputs import MaskInputs
 from magr_fx.passes.padding import token_masks
 from magr_fx.passes.ranks import ALONE, Ranks
-from magr_fx.passes.resident import Resident, all_resident, read_by
+from magr_fx.passes.resident import Resident, all_resident
 from magr_fx.passes.runner import Runner, run_node
 from magr_fx.passes.shared_gram import SharedGram, add_up
 from magr_fx.passes.spill import Spill

@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from magr_fx.errors import ModelError
-from magr_fx.model_directory import read_header
 from magr_fx.passes.addresses import address
 from magr_fx.passes.fetch_ahead import FetchAhead
 from magr_fx.passes.resident import Outline, Place, Resident, all_resident, outlined
 from magr_fx.passes.transformers_private import tied_names
+from magr_fx.safetensors_header import read_header
 
 
 def is_offloaded(model: object) -> bool:

@@ -20,13 +20,12 @@ from magr_fx.passes.execution import Execution
 from magr_fx.passes.few_tokens import fill_up
 from magr_fx.passes.find_linears import Found
 from magr_fx.passes.ledger import Ledger
-from magr_fx.passes.quantized_weights import Target
 from magr_fx.passes.ranks import Ranks
 from magr_fx.passes.request import Request
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.solve_sites import alike, quantize_and_rewrite, solve_and_rewrite
 from magr_fx.passes.spread import exchange, plan
-from magr_fx.passes.to_torchao import target_group_size
+from magr_fx.passes.target import Target, target_group_size
 from magr_fx.passes.trace import TracedBatch
 from magr_fx.report import MagRReport, SiteReport
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from magr_fx.passes.blocks import Block
+from magr_fx.passes.blocks import Block, read_by
 from magr_fx.passes.calibration import read_calib
 from magr_fx.passes.collect_grams import CalibrationRun
 from magr_fx.passes.find_linears import FilterFn, Rejection, Site, find_linears
 from magr_fx.passes.read_exported import trace_or_read
-from magr_fx.passes.resident import Outline, read_by
+from magr_fx.passes.resident import Outline
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.torch_private import OpOverload
 from magr_fx.passes.trace import calibration_mode

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchao.core.config import AOBaseConfig
 
-from magr_fx.config import Handling, MagRConfig
+from magr_fx.config import MagRConfig
 from magr_fx.coordinate_descent import descend
 from magr_fx.drift import made_up_for
 from magr_fx.gptq import Compensation, compensation
@@ -18,7 +17,7 @@ from magr_fx.grid import stacked
 from magr_fx.passes.find_linears import Site
 from magr_fx.passes.ranks import ALONE, Ranks
 from magr_fx.passes.shared_gram import SharedGram
-from magr_fx.passes.to_torchao import row_multiple, rows_are_independent, shares_one_step
+from magr_fx.passes.target import Target, row_multiple, rows_are_independent, shares_one_step
 from magr_fx.passes.torchao_rounding import TorchaoRounding, dequantized, grid_of
 from magr_fx.report import Quantization
 from magr_fx.rounding import Nearest, OnGrid, Rounded
@@ -45,14 +44,6 @@ class QuantizedWeight(NamedTuple):
         if not bool(self.choice.rounded.values.isfinite().all()):
             return "what torchao makes of it is not finite"
         return None
-
-
-@dataclass(frozen=True)
-class Target:
-    """The torchao config that will quantize, and how its quantization is prepared."""
-
-    config: AOBaseConfig
-    handling: Handling
 
 
 def quantized_weights(

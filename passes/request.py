@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from magr_fx.config import MagRConfig
 from magr_fx.passes.find_linears import FilterFn, check_filter
-from magr_fx.passes.quantized_weights import Target
+from magr_fx.passes.target import Target
 from magr_fx.passes.trace_batches import AUTO, Tracing
 
 PathLike = str | os.PathLike[str]

@@ -17,16 +17,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from magr_fx.errors import CheckpointError, ModelError
 from magr_fx.memory import trim
-from magr_fx.passes.blocks import Block
 from magr_fx.passes.torch_private import version_of
-from magr_fx.passes.trace import attribute
-from magr_fx.passes.weight_views import COPIES, VIEWS
-
-_ALIASES = VIEWS | COPIES  # some copies are none where there is nothing to change
 
 
 class Resident(Protocol):
@@ -46,24 +41,6 @@ def all_resident(
     """The :class:`Resident` of a model that is in memory as a whole."""
     del tensors, ahead
     return contextlib.nullcontext()
-
-
-def read_by(blocks: Iterable[Block]) -> list[torch.Tensor]:
-    """The stored tensors that the blocks read, or something that may share their memory."""
-    found: dict[int, torch.Tensor] = {}
-    for block in blocks:
-        for node in block.nodes:
-            for value in (node, *node.all_input_nodes):
-                tensor = attribute(block.trace, _origin(value))
-                if tensor is not None:
-                    found[id(tensor)] = tensor
-    return list(found.values())
-
-
-def _origin(value: fx.Node) -> fx.Node:
-    while value.target in _ALIASES and value.all_input_nodes:
-        value = value.all_input_nodes[0]
-    return value
 
 
 class Outline:

@@ -19,7 +19,8 @@ from magr_fx.passes.quantizable import keep_stacks, leave_out_unquantizable, lea
 from magr_fx.passes.quantizable_weight import Quantizable
 from magr_fx.passes.read_exported import trace_or_read
 from magr_fx.passes.request import Request
-from magr_fx.passes.to_torchao import described_in_full, try_target
+from magr_fx.passes.target import described_in_full
+from magr_fx.passes.to_torchao import try_target
 from magr_fx.passes.trace import TracedBatch, calibration_mode
 from magr_fx.passes.trial import Trial
 from magr_fx.report import MagRReport

@@ -17,10 +17,11 @@ from magr_fx.gram import damped, output_error, within_range
 from magr_fx.memory import high_water_mark
 from magr_fx.passes.find_linears import Site
 from magr_fx.passes.ledger import Ledger, Step
-from magr_fx.passes.quantized_weights import Target, quantized_weights
+from magr_fx.passes.quantized_weights import quantized_weights
 from magr_fx.passes.ranks import ALONE, UNSOLVABLE, Ranks
 from magr_fx.passes.rewrite_weights import laid_out, refusal, rewrite_weight
 from magr_fx.passes.shared_gram import SharedGram
+from magr_fx.passes.target import Target
 from magr_fx.passes.torchao_rounding import dequantized, quantized_copy
 from magr_fx.report import Outcome, SiteReport
 from magr_fx.row_scale import row_scale

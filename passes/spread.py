@@ -8,12 +8,11 @@ import torch
 
 from magr_fx.passes.find_linears import Site
 from magr_fx.passes.ledger import Step
-from magr_fx.passes.quantized_weights import Target
 from magr_fx.passes.ranks import Ranks
 from magr_fx.passes.rewrite_weights import rewrite_weight
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.solve_sites import go_on_with, go_on_with_torchao_alone
-from magr_fx.passes.to_torchao import row_multiple, rows_are_independent
+from magr_fx.passes.target import Target, row_multiple, rows_are_independent
 from magr_fx.passes.torchao_rounding import quantized_copy
 
 # What a torchao tensor on a grid consists of, see torchao_rounding.GridTensor.

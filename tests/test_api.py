@@ -37,8 +37,8 @@ from magr_fx.api import quantize_apart
 from magr_fx.config import Handling
 from magr_fx.passes import solve_sites
 from magr_fx.passes.pipeline import resolve_config
-from magr_fx.passes.quantized_weights import Target
 from magr_fx.passes.request import Request
+from magr_fx.passes.target import Target
 from magr_fx.solution import Solution, Status
 
 LinAlgError: Any = torch.linalg.LinAlgError  # type: ignore[attr-defined]

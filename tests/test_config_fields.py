@@ -23,7 +23,7 @@ from torchao.quantization.quantize_.workflows import (
 from toys import mlp, vectors
 
 from magr_fx import CheckpointError, magr_quantize
-from magr_fx.passes.to_torchao import (
+from magr_fx.passes.target import (
     _GRANULARITY_FIELD,
     describe,
     described_in_full,

@@ -23,7 +23,8 @@ from tiny_directories import largest_layer, save_text, save_tokenizer
 from tiny_models import VOCABULARY
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from magr_fx.model_directory import StoredTensor, read_directory, read_header
+from magr_fx.model_directory import read_directory
+from magr_fx.safetensors_header import StoredTensor, read_header
 
 MIB = 2**20
 LIMIT = 768 * MIB

@@ -21,12 +21,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from magr_fx import CheckpointError, ConfigError, ModelError, magr_quantize, magr_transform
-from magr_fx.model_directory import read_header
 from magr_fx.passes import execution, offloaded, resident, spill
 from magr_fx.passes import run as run_module
 from magr_fx.passes.checkpoint import Checkpoint
 from magr_fx.passes.offloaded import _Weight
 from magr_fx.passes.trace_batches import Tracing
+from magr_fx.safetensors_header import read_header
 
 CALIB = [token_ids(3, 17, seed=1), token_ids(2, 9, seed=2)]
 INT3 = intx(3, ASYMMETRIC, None)

@@ -33,9 +33,10 @@ from magr_fx.passes.collect_grams import CalibrationRun
 from magr_fx.passes.find_linears import find_linears
 from magr_fx.passes.ledger import Ledger
 from magr_fx.passes.plan import Plan, plan
-from magr_fx.passes.quantized_weights import Target, quantized_weights
+from magr_fx.passes.quantized_weights import quantized_weights
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.solve_sites import solve_and_rewrite
+from magr_fx.passes.target import Target
 from magr_fx.passes.trace import calibration_mode
 from magr_fx.passes.trace_batches import trace_batches
 from magr_fx.plan_directory import plan_directory

@@ -30,7 +30,7 @@ from magr_fx.errors import CalibrationError
 from magr_fx.passes import solve_sites as solve_sites_module
 from magr_fx.passes.collect_grams import CalibrationRun
 from magr_fx.passes.shared_gram import SharedGram
-from magr_fx.passes.to_torchao import describe
+from magr_fx.passes.target import describe
 
 INT3 = intx(3, SYMMETRIC, None)
 solve_sites: Any = solve_sites_module  # what it has imported is looked up as its own

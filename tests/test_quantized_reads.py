@@ -32,8 +32,8 @@ from magr_fx.config import Handling
 from magr_fx.passes import quantized_reads
 from magr_fx.passes.pipeline import resolve_config
 from magr_fx.passes.quantized_reads import QuantizedReads
-from magr_fx.passes.quantized_weights import Target
 from magr_fx.passes.request import Request
+from magr_fx.passes.target import Target
 
 INT4 = IntxWeightOnlyConfig(weight_dtype=INT[4])
 TARGETS = [

@@ -19,9 +19,9 @@ from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor
 from magr_fx.config import Handling, MagRConfig
 from magr_fx.gptq import compensation, gptq
 from magr_fx.passes import quantized_weights as module
-from magr_fx.passes.quantized_weights import QuantizedWeight, Target, quantized_weights
+from magr_fx.passes.quantized_weights import QuantizedWeight, quantized_weights
 from magr_fx.passes.shared_gram import SharedGram
-from magr_fx.passes.to_torchao import describe, target_group_size
+from magr_fx.passes.target import Target, describe, target_group_size
 from magr_fx.passes.torchao_rounding import grid_of
 from magr_fx.search import Choice, choose
 

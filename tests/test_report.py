@@ -20,7 +20,7 @@ from toys import INT, WIDTH, Shapes, mlp, report_of, vectors
 
 from magr_fx import CalibrationError, MagRConfig, MagRReport, SiteReport, magr_quantize
 from magr_fx import magr_transform as transform
-from magr_fx.gram import damping_for
+from magr_fx.config import damping_for
 from magr_fx.memory import high_water_mark
 from magr_fx.passes import solve_sites
 from magr_fx.report import STAGES, Quantization

@@ -14,9 +14,8 @@ from targets import ASYMMETRIC, INT8, ON_GRIDS, PACKED, intx, quantized, weights
 
 from magr_fx.config import Handling
 from magr_fx.passes import spread
-from magr_fx.passes.quantized_weights import Target
 from magr_fx.passes.ranks import Ranks
-from magr_fx.passes.to_torchao import describe, row_multiple
+from magr_fx.passes.target import Target, describe, row_multiple
 from magr_fx.passes.torchao_rounding import TorchaoRounding
 from magr_fx.row_pieces import CPU_NUMBERS, MULTIPLE, cut, pieces, within
 

@@ -25,7 +25,7 @@ from toys import INT, changed, mlp, report_of, state, vectors
 from transformers import LlamaForCausalLM, TorchAoConfig
 
 from magr_fx import magr_quantize, magr_transform
-from magr_fx.passes.to_torchao import describe
+from magr_fx.passes.target import describe
 
 
 @pytest.mark.parametrize(

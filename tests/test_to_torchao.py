@@ -38,8 +38,8 @@ from torchao.utils import TorchAOBaseTensor
 from toys import INT, WIDTH, changed, mlp, report_of, state, vectors
 
 from magr_fx import ConfigError, HandoverError, MagRConfig, magr_quantize, magr_transform
-from magr_fx.passes import to_torchao
-from magr_fx.passes.to_torchao import describe, target_group_size
+from magr_fx.passes import target, to_torchao
+from magr_fx.passes.target import describe, target_group_size
 
 INT3 = IntxWeightOnlyConfig(weight_dtype=INT[3])
 
@@ -123,7 +123,7 @@ def test_group_size_of_every_target(target: Any, group_size: int | None) -> None
 def test_every_target_of_the_table_is_tested() -> None:
     (mark,) = (m for m in test_group_size_of_every_target.pytestmark if m.name == "parametrize")
     tested = {type(target).__name__ for target, _ in mark.args[1]}
-    assert tested == set(to_torchao._GRANULARITY_FIELD)
+    assert tested == set(target._GRANULARITY_FIELD)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor
 from torchao.utils import TorchAOBaseTensor
 
 from magr_fx.grid import stacked
-from magr_fx.passes.to_torchao import describe, shares_one_step
+from magr_fx.passes.target import describe, shares_one_step
 from magr_fx.passes.torchao_rounding import (
     GPTQ_CONFIGS,
     TorchaoRounding,
