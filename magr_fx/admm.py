@@ -10,7 +10,6 @@ from torch import Tensor
 
 from magr_fx.admm_tile import Tile
 from magr_fx.certificate import BLOCK, Problem, lower_bound, penalty
-from magr_fx.posted_mask import PostedMask
 from magr_fx.relaxed_step import clamp_groups
 from magr_fx.solution import Iterate
 from magr_fx.splitting import Splitting, split, unit_prices
@@ -106,7 +105,7 @@ def admm(
         CalibrationError: the gram is not positive semidefinite.
     """
     run = _Run(problem, weight, warm, resumable, exact, everywhere)
-    taken, blind = 0, 0
+    taken = 0
     if warm is not None:
         taken = min(SETTLE, max_steps - 1)
         run.step(taken)
@@ -114,15 +113,10 @@ def admm(
     while taken < max_steps and run.open_rows():
         ahead = FIRST_LOOK if taken == 0 else LOOK_EVERY - taken % LOOK_EVERY
         steps = min(ahead, max_steps - taken)
-        run.step_and_look(steps - blind)
-        taken, blind = taken + steps, 0
-        if tol > 0:
-            within = PostedMask(run.seems_within(tol))
-            # What the device does while the count travels; not with a ρ that is about to change.
-            if weight.is_cuda and taken not in BALANCE_AT and taken + 1 < max_steps:
-                run.step(1)
-                blind = 1
-            run.close(within.items(), tol, taken)
+        run.step_and_look(steps)
+        taken += steps
+        if tol > 0:  # here, at every fifth step, the host waits for the device
+            run.close(run.seems_within(tol).nonzero().squeeze(-1), tol, taken)
         due = taken in BALANCE_AT and (warm is None or taken > FIRST_LOOK)
         if due and run.worth_balancing(max_steps - taken):
             run.balance()

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 from tqdm import tqdm
 
-from magr_fx.model_directory import CONFIG, INDEX, SINGLE
+from magr_fx.model_directory import CONFIG, INDEX
 from magr_fx.safetensors_header import StoredTensor
 
 # Bytes of the original weights that go into one shard, which is in memory as a whole.
@@ -53,15 +54,18 @@ def write_quantized(
     Raises:
         OSError, SafetensorError: there is no space, or no permission.
     """
-    shards = _shards(tensors)
-    single, digits = len(shards) == 1, f"-of-{len(shards):05d}.safetensors"
+    shards = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda stored: stored.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD,
+    ).filename_to_tensors
     metadata: dict[str, str] = {}
     files: dict[str, str] = {}
     done: set[str] = set()
     names: list[str] = []
     hidden = None if progress is None else not progress
-    bar = tqdm(shards, "MagR save", unit="shard", disable=hidden)
-    for at, shard in enumerate(bar, 1):
+    for file, shard in tqdm(shards.items(), "MagR save", unit="shard", disable=hidden):
         flat: dict[str, torch.Tensor] = {}
         for key in shard:
             own = {name: value(name).detach() for name in quantized.get(key, ())}
@@ -70,14 +74,13 @@ def write_quantized(
             metadata |= described
             done |= {name for name, one in own.items() if type(one) is not torch.Tensor}
             flat |= stored_as(flat_own) if own else flat_own
-        file = SINGLE if single else f"model-{at:05d}{digits}"
         save_file(flat, folder / file)
         files |= dict.fromkeys(flat, file)
     # What reads one file may ask for all names, so that each has to have them: only known now.
     metadata |= {"tensor_names": json.dumps(names), "format": "pt"}
     for file in dict.fromkeys(files.values()):
         _describe(folder / file, metadata)
-    if not single:
+    if len(shards) > 1:
         size = sum((folder / file).stat().st_size for file in dict.fromkeys(files.values()))
         index = {"metadata": {"total_size": size}, "weight_map": files}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -89,18 +92,6 @@ def write_quantized_config(source: Path, folder: Path, quantization: dict[str, A
     config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
     config["quantization_config"] = quantization
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _shards(tensors: dict[str, StoredTensor]) -> list[list[str]]:
-    """The names in their order, as many together as fit."""
-    shards, room = [[]], SHARD  # type: list[list[str]], int
-    for name, stored in tensors.items():
-        if stored.nbytes > room and shards[-1]:
-            shards.append([])
-            room = SHARD
-        shards[-1].append(name)
-        room -= stored.nbytes
-    return shards
 
 
 def _plain(stored: StoredTensor, key: str) -> torch.Tensor:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from magr_fx import admm_tile, relaxed_step
 from magr_fx.admm import LEAST_FACTOR, MOST_FACTOR, WORTH_IT, _Run, admm
-from magr_fx.posted_mask import PostedMask
 from magr_fx.prox import threshold
 from magr_fx.solution import Iterate, Status
 from magr_fx.solver import solve_magr
@@ -223,66 +222,6 @@ def test_a_problem_of_a_batch_leaves_with_its_last_row() -> None:
     assert len(set(found.steps[:, 0].tolist())) > 1
 
 
-class OnADevice(Tensor):
-    """A weight that says it is on a GPU, which is where a step is taken while a count travels."""
-
-    @property
-    def is_cuda(self) -> bool:  # type: ignore[override]
-        return True
-
-    # Nothing that is computed from it says so.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-
-@pytest.mark.parametrize("max_steps", [10, 11, 12, 14, 16, 100])
-@pytest.mark.parametrize("problems", [None, 3])
-def test_a_step_while_the_count_travels_changes_nothing(
-    problems: int | None, max_steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weight, gram = (
-        problem(rows=20, columns=24, tokens=60)
-        if problems is None
-        else batch(problems, rows=6, columns=24, tokens=60)
-    )
-    # In float64, where what fewer rows in a product, or a step taken apart, round otherwise is
-    # far below what a step moves.
-    weight, gram = weight.double(), gram.double()
-    # Otherwise ρ changes one step later than without, which is as good but not the same.
-    monkeypatch.setattr("magr_fx.admm.BALANCE_AT", ())
-    plain = solved(weight, gram, max_steps=max_steps)
-    blind: list[int] = []
-    step = _Run.step
-
-    def counted(run: _Run, times: int) -> None:
-        blind.append(times)
-        step(run, times)
-
-    monkeypatch.setattr(_Run, "step", counted)
-    found = solved(weight.as_subclass(OnADevice), gram, max_steps=max_steps)
-    looks = [taken for taken in (10, *range(15, max_steps, 5)) if taken + 1 < max_steps]
-    assert (0 < len(blind) <= len(looks)) if looks else not blind
-    assert set(blind) <= {1}
-    assert torch.equal(found.steps, plain.steps)
-    assert torch.equal(found.converged, plain.converged)
-    assert torch.allclose(found.weight, plain.weight, rtol=0, atol=1e-9)
-    assert torch.allclose(found.bound, plain.bound, rtol=1e-2 if max_steps == 12 else 1e-9)
-
-
-@pytest.mark.parametrize("problems", [None, 3])
-def test_rho_may_change_after_a_step_while_the_count_travels(problems: int | None) -> None:
-    weight, gram = (
-        problem(rows=20, columns=24, tokens=60)
-        if problems is None
-        else batch(problems, rows=6, columns=24, tokens=60)
-    )
-    plain = solved(weight, gram, max_steps=100)
-    found = solved(weight.as_subclass(OnADevice), gram, max_steps=100)
-    assert plain.steps.max() > 10  # that is, ρ had the occasion
-    assert found.converged.all()
-    assert (found.steps.double().mean() - plain.steps.double().mean()).abs() <= 5
-    assert torch.allclose(found.bound, plain.bound, rtol=2e-4)
-
-
 @pytest.mark.parametrize("group_size", [None, 8])
 def test_fixed_passes_are_enough(group_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mode without host checks, which other devices than a CPU use where Triton is missing."""
@@ -421,19 +360,6 @@ def test_balance_keeps_the_dual() -> None:
         run._keep(items, tile)
     assert torch.allclose(dual(), before, rtol=1e-3, atol=1e-6)
     assert before.abs().sum(-1).allclose(torch.full((5,), 0.05), rtol=1e-4)
-
-
-# --- masks on their way
-
-
-@pytest.mark.parametrize(
-    "mask", [[], [False], [True], [True, False, True, True], [False] * 5, [True] * 40]
-)
-def test_posted_mask_selects_in_order(mask: list[bool], device: torch.device) -> None:
-    posted = torch.tensor(mask, dtype=torch.bool, device=device)
-    items = PostedMask(posted).items()
-    assert items.dtype == torch.int64
-    assert torch.equal(items, posted.nonzero().squeeze(-1))
 
 
 # --- on a GPU
