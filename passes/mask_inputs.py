@@ -38,7 +38,6 @@ from magr_fx.passes.torch_private import statically_known_true
 from magr_fx.passes.trace import Trace, TracedBatch
 
 _BEST = "The mask of padding is best passed as attention_mask, 1 for each token and 0 for padding"
-_OTHER_SIZES = "A batch of other than as many sequences as tokens tells"
 
 
 @dataclass(eq=False)
@@ -144,42 +143,48 @@ class MaskInputs:
             notes |= dict.fromkeys(self._notes_of(trace))
         return list(notes)
 
-    def _notes_of(self, trace: Trace) -> Iterator[str]:
-        batches = self._batches[trace]
+    def _notes_of(self, trace: Trace) -> list[str]:
         read = {m.place: m for s in self.streams(trace) for m in s.masks if m.how.known}
-        for place, name in enumerate(trace.input_names):
-            if place not in self._tensors[trace]:
-                continue
-            values = [batch.values[place] for batch in batches]
-            if place in read:
-                mask = read[place]
-                if mask.pairs is None and any(may_be_either(v, mask.how) for v in values):
-                    yield (
-                        f"the input {name!r} of shape {tuple(values[0].shape)} is read as a mask "
-                        "for pairs of tokens, one for all sequences: if it marks padding, padding "
-                        f"is counted. {_OTHER_SIZES}"
-                    )
-                continue
-            shape = next((tuple(v.shape) for v in values if _may_exclude(v)), None)
-            if shape is None:
-                continue
-            if place in self._roles[trace] or self._may_be_mask(trace, place):
-                yield (
-                    f"the input {name!r} of shape {shape} looks like a mask, but it is not "
-                    "known how it is meant, or of which tokens: nothing is left out by it, so "
-                    f"that padding is counted. {_BEST}"
-                )
-            elif not read and len(shape) == 1 and is_named_as_lengths(name):
-                yield (
-                    f"the input {name!r} may be the lengths of padded sequences: nothing is left "
-                    f"out by it, so that padding is counted. {_BEST}"
-                )
-        made = [] if read else masks_made(trace)
-        if made:
-            yield (
+        notes = [
+            note
+            for place in range(len(trace.input_names))
+            if place in self._tensors[trace]
+            and (note := self._note_of(trace, place, read.get(place), alone=not read))
+        ]
+        made = masks_made(trace)
+        if made and not read and not notes:
+            notes.append(
                 f"the model makes the mask {made[0]!r} itself: nothing is left out by it, so that "
                 f"padding is counted. {_BEST}"
             )
+        return notes
+
+    def _note_of(self, trace: Trace, place: int, mask: Mask | None, *, alone: bool) -> str:
+        """What to say of an input; ``mask`` is how it is read, ``alone`` that no input is."""
+        name, values = trace.input_names[place], [b.values[place] for b in self._batches[trace]]
+        if mask is not None:
+            if mask.pairs is not None or not any(may_be_either(v, mask.how) for v in values):
+                return ""
+            return (
+                f"the input {name!r} of shape {tuple(values[0].shape)} is read as a mask for pairs "
+                "of tokens, one for all sequences: if it marks padding, padding is counted. A "
+                "batch of other than as many sequences as tokens tells"
+            )
+        shape = next((tuple(v.shape) for v in values if _may_exclude(v)), None)
+        if shape is None:
+            return ""
+        if place in self._roles[trace] or self._may_be_mask(trace, place):
+            return (
+                f"the input {name!r} of shape {shape} looks like a mask, but it is not known how "
+                "it is meant, or of which tokens: nothing is left out by it, so that padding is "
+                f"counted. {_BEST}"
+            )
+        if alone and len(shape) == 1 and is_named_as_lengths(name):
+            return (
+                f"the input {name!r} may be the lengths of padded sequences: nothing is left out "
+                f"by it, so that padding is counted. {_BEST}"
+            )
+        return ""
 
     def _find(self, trace: Trace) -> list[Stream]:
         roles = self._roles[trace]
