@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import warnings
 from typing import Any, NamedTuple
 
@@ -46,8 +47,7 @@ def export_for_pt2e(
         CalibrationError: the batches are not all of one form, which one graph has.
         TraceError: torch.export refused the model.
     """
-    # Off anyway while calibrating; as an argument it would be one of every later call.
-    batches = [Batch(b.index, b.args, _without_cache(b.kwargs)) for b in batches]
+    batches = [Batch(b.index, b.args, _keywords(model, b.kwargs)) for b in batches]
     forms = [_form(batch) for batch in batches]
     other = next((at for at, form in enumerate(forms) if form != forms[0]), None)
     if other is not None:
@@ -294,8 +294,16 @@ def still_read(graph_module: fx.GraphModule) -> set[int]:
     return {id(tensor) for tensor in attributes(graph_module)}
 
 
-def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in kwargs.items() if not (k == "use_cache" and v is False)}
+def _keywords(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments to export with, in the order in which ``forward`` takes them.
+
+    The graph takes them by their places as well, in the order in which it is given them here.
+    ``use_cache=False`` is not among them: it is off anyway while calibrating, and would be an
+    argument of every later call.
+    """
+    places = {name: at for at, name in enumerate(inspect.signature(model.forward).parameters)}
+    names = sorted(kwargs, key=lambda name: places.get(name, len(places)))
+    return {k: kwargs[k] for k in names if not (k == "use_cache" and kwargs[k] is False)}
 
 
 def _form(batch: Batch) -> Any:
