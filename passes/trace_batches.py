@@ -185,11 +185,10 @@ def _traced(
 def _open_sizes(model: nn.Module, batches: list[Batch]) -> dict[Hashable, list[set[int]]]:
     """For each form of input, and each of its leaves, the dimensions that a graph is to leave open.
 
-    All of them, but in a model with convolutions, where that can take minutes: there the first one
-    and those in which the batches differ. Where such a model has a mask, its sequences and tokens
-    as well: by their symbols a graph tells its tokens from what is as long by chance.
+    The first one and those in which the batches differ, as each costs time. Where there is a mask,
+    its sequences and tokens as well: by their symbols a graph tells its tokens from what is as long
+    by chance.
     """
-    convolves = any(isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for m in model.modules())
     first: dict[Hashable, list[Any]] = {}
     dynamic: dict[Hashable, list[set[int]]] = {}
     for batch in batches:
@@ -200,7 +199,7 @@ def _open_sizes(model: nn.Module, batches: list[Batch]) -> dict[Hashable, list[s
             first[key], dynamic[key] = leaves, _of_masked_tokens(input_names(arguments), leaves)
             for leaf, dims in zip(leaves, dynamic[key], strict=True):
                 if isinstance(leaf, torch.Tensor):
-                    dims.update(range(min(leaf.dim(), 1) if convolves else leaf.dim()))
+                    dims.update(range(min(leaf.dim(), 1)))
         for known, leaf, dims in zip(first[key], leaves, dynamic[key], strict=True):
             if isinstance(leaf, torch.Tensor):
                 sizes = zip(known.shape, leaf.shape, strict=True)

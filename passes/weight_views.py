@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -234,15 +234,28 @@ def gathered(
 
 
 def _has_traced_shape(value: torch.Tensor, chain: tuple[fx.Node, ...], *, picked: bool) -> bool:
-    """Whether only batch sizes were taken as 1: the matrix itself is as large as in the graph."""
+    """Whether only batch sizes were taken as 1: the matrix itself is as large as in the graph.
+
+    A size of the batch may have one of the weight's own in it, if the weight is merely expanded
+    over that: all of the batch meets one matrix then.
+    """
     traced = chain[-1].meta.get("val") if chain else None
     if not isinstance(traced, torch.Tensor):
         return True
-    if picked:
-        return traced.dim() == value.dim() and traced.shape[-2:] == value.shape[-2:]
-    sizes = [1 if isinstance(size, torch.SymInt) else size for size in traced.shape]
-    fixed = all(isinstance(size, int) for size in traced.shape[-2:])
-    return fixed and sizes == list(value.shape)
+    if traced.dim() != value.dim() or not _equal(traced.shape[-2:], value.shape[-2:]):
+        return False
+    leading = zip(traced.shape[:-2], value.shape[:-2], value.stride()[:-2], strict=True)
+    return picked or all(
+        size == 1 or stride == 0 if isinstance(expected, torch.SymInt) else size == expected
+        for expected, size, stride in leading
+    )
+
+
+def _equal(traced: Sequence[int | torch.SymInt], sizes: Sequence[int]) -> bool:
+    """Whether the traced sizes are these, and none of them is an input's."""
+    return all(
+        isinstance(one, int) and one == other for one, other in zip(traced, sizes, strict=True)
+    )
 
 
 def matrices(weight: torch.Tensor) -> list[tuple[tuple[int, ...], WeightView]]:
