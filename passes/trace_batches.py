@@ -17,16 +17,13 @@ from magr_fx.passes.calibration_forms import describe_failure, describe_misfit
 from magr_fx.passes.dataclass_inputs import dataclasses_open
 from magr_fx.passes.experts import all_experts
 from magr_fx.passes.export import export
+from magr_fx.passes.input_fit import fits
 from magr_fx.passes.make_fx import run_and_trace
 from magr_fx.passes.module_calls import CALLS, named_leaves
 from magr_fx.passes.same_output import check_same_output
 from magr_fx.passes.tensors_only import PLAIN
-from magr_fx.passes.torch_private import (
-    TreeSpec,
-    statically_known_true,
-    tree_flatten,
-)
-from magr_fx.passes.trace import GUARDS, Trace, TracedBatch
+from magr_fx.passes.torch_private import TreeSpec, tree_flatten
+from magr_fx.passes.trace import Trace, TracedBatch
 
 logger = logging.getLogger("magr_fx")
 
@@ -229,44 +226,6 @@ def _of_masked_tokens(names: tuple[str, ...], leaves: list[Any]) -> list[set[int
 
 def _tensors(leaves: list[Any]) -> tuple[torch.Tensor, ...]:
     return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-
-
-def fits(graph_module: fx.GraphModule, values: tuple[Any, ...]) -> bool:
-    """Whether the graph is right for these placeholder values, by its shapes and its guards."""
-    placeholders = graph_module.graph.find_nodes(op="placeholder")
-    if len(placeholders) != len(values):
-        return False
-    sizes: dict[Any, int] = {}  # what each symbol stands for
-    pairs = zip(placeholders, values, strict=True)
-    if not all(_fits(node.meta.get("val"), value, sizes) for node, value in pairs):
-        return False
-    guards = getattr(graph_module, GUARDS, None)
-    try:
-        if guards is not None:
-            guards(*values)
-    except AssertionError:  # what torch.export's guards raise
-        return False
-    return True
-
-
-def _fits(traced: Any, value: Any, sizes: dict[Any, int]) -> bool:
-    """Whether a value has the traced tensor's dtype and its sizes, or sizes for its symbols."""
-    if not isinstance(traced, torch.Tensor):
-        return True
-    if not isinstance(value, torch.Tensor):
-        return False
-    if (traced.dtype, traced.dim()) != (value.dtype, value.dim()):
-        return False
-    for size, given in zip(traced.shape, value.shape, strict=True):
-        expected: int = size
-        if isinstance(size, torch.SymInt):
-            expected = sizes.setdefault(size.node.expr, given)
-            # It was traced as "2 or more": a 1 would broadcast or squeeze another way.
-            if given < 2 and statically_known_true(size >= 2):
-                return False
-        if expected != given:
-            return False
-    return True
 
 
 def bind(model: nn.Module, batch: Batch) -> dict[str, Any]:

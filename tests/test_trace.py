@@ -22,6 +22,7 @@ from magr_fx.errors import CalibrationError, TraceError
 from magr_fx.passes.calibration import read_calib
 from magr_fx.passes.collect_grams import CalibrationRun
 from magr_fx.passes.find_linears import find_linears
+from magr_fx.passes.input_fit import fits
 from magr_fx.passes.trace import (
     TracedBatch,
     attribute,
@@ -29,7 +30,7 @@ from magr_fx.passes.trace import (
     calibration_mode,
     unwrap,
 )
-from magr_fx.passes.trace_batches import Tracing, fits, input_names, trace_batches
+from magr_fx.passes.trace_batches import Tracing, input_names, trace_batches
 
 
 def traces_of(traced: list[TracedBatch]) -> int:
