@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from magr_fx.passes.torch_private import statically_known_true
+from magr_fx.passes.torch_private import expression_of, statically_known_true
 from magr_fx.passes.trace import GUARDS
 
 
@@ -40,7 +40,7 @@ def _fits(traced: Any, value: Any, sizes: dict[Any, int]) -> bool:
     for size, given in zip(traced.shape, value.shape, strict=True):
         expected: int = size
         if isinstance(size, torch.SymInt):
-            expected = sizes.setdefault(size.node.expr, given)
+            expected = sizes.setdefault(expression_of(size), given)
             # It was traced as "2 or more": a 1 would broadcast or squeeze another way.
             if given < 2 and statically_known_true(size >= 2):
                 return False

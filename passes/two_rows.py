@@ -17,7 +17,7 @@ from torch import fx
 from magr_fx.passes.decisions import is_random
 from magr_fx.passes.input_fit import fits
 from magr_fx.passes.module_calls import CALLS, named_leaves
-from magr_fx.passes.torch_private import TreeSpec, tree_leaves, tree_unflatten
+from magr_fx.passes.torch_private import TreeSpec, expression_of, tree_leaves, tree_unflatten
 from magr_fx.passes.trace import all_nodes
 
 MANY = 2**14  # values in a row; of fewer, all rows are quickly computed
@@ -111,7 +111,7 @@ def _dims_with(rows: set[Any], shape: tuple[Any, ...]) -> list[int]:
 
 
 def _symbols(size: Any) -> set[Any]:
-    return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
+    return set(expression_of(size).free_symbols) if isinstance(size, torch.SymInt) else set()
 
 
 def _shape(node: Any) -> tuple[Any, ...]:
