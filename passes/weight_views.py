@@ -221,7 +221,10 @@ def _smallest(size: fx.Node) -> int:
     if not isinstance(value, torch.SymInt):
         return 1
     expression = expression_of(value)
-    return max(1, int(expression.subs(dict.fromkeys(expression.free_symbols, 1))))
+    try:
+        return max(1, int(expression.subs(dict.fromkeys(expression.free_symbols, 1))))
+    except (TypeError, ZeroDivisionError):  # of no meaning for 1; the result's sizes are checked
+        return 1
 
 
 def gathered(
