@@ -182,9 +182,9 @@ def _traced(
 def _open_sizes(model: nn.Module, batches: list[Batch]) -> dict[Hashable, list[set[int]]]:
     """For each form of input, and each of its leaves, the dimensions that a graph is to leave open.
 
-    The first one and those in which the batches differ, as each costs time. Where there is a mask,
-    its sequences and tokens as well: by their symbols a graph tells its tokens from what is as long
-    by chance.
+    The first one and those in which the batches differ, as each costs time. Where a mask leaves
+    anything out, its sequences and tokens as well: by their symbols a graph tells its tokens from
+    what is as long by chance.
     """
     first: dict[Hashable, list[Any]] = {}
     dynamic: dict[Hashable, list[set[int]]] = {}
@@ -193,10 +193,14 @@ def _open_sizes(model: nn.Module, batches: list[Batch]) -> dict[Hashable, list[s
         leaves, spec = tree_flatten(arguments)
         key = _signature(leaves, spec)
         if key not in first:
-            first[key], dynamic[key] = leaves, _of_masked_tokens(input_names(arguments), leaves)
-            for leaf, dims in zip(leaves, dynamic[key], strict=True):
-                if isinstance(leaf, torch.Tensor):
-                    dims.update(range(min(leaf.dim(), 1)))
+            first[key] = leaves
+            dynamic[key] = [
+                set(range(min(leaf.dim(), 1))) if isinstance(leaf, torch.Tensor) else set()
+                for leaf in leaves
+            ]
+        masked = _of_masked_tokens(input_names(arguments), leaves)
+        for dims, found in zip(dynamic[key], masked, strict=True):
+            dims.update(found)
         for known, leaf, dims in zip(first[key], leaves, dynamic[key], strict=True):
             if isinstance(leaf, torch.Tensor):
                 sizes = zip(known.shape, leaf.shape, strict=True)
@@ -205,11 +209,15 @@ def _open_sizes(model: nn.Module, batches: list[Batch]) -> dict[Hashable, list[s
 
 
 def _of_masked_tokens(names: tuple[str, ...], leaves: list[Any]) -> list[set[int]]:
-    """The dimensions of each leaf that are as large as the last ones of a mask, or its first."""
+    """The dimensions of each leaf that are as large as the last ones of a mask, or its first.
+
+    A mask that is the same everywhere leaves nothing out, whose tokens it may be of.
+    """
     masks = [
         leaf
         for name, leaf in zip(names, leaves, strict=True)
         if isinstance(leaf, torch.Tensor) and leaf.dim() >= 2 and "mask" in name
+        if leaf.numel() and bool((leaf != leaf.flatten()[0]).any())
     ]
     sizes = {size for mask in masks for size in (mask.shape[0], *mask.shape[-2:])}
     return [

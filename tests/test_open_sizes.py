@@ -78,22 +78,30 @@ def test_of_batches_from_a_generator_all_are_known() -> None:
     assert open_sizes(traced[0].trace.graph_module) == [{0, 1}]
 
 
-def text(lengths: list[int], *, masked: bool) -> list[dict[str, Tensor]]:
-    ids = [token_ids(3, length, seed=length) for length in lengths]
-    return [
-        {"input_ids": i, **({"attention_mask": torch.ones_like(i)} if masked else {})} for i in ids
-    ]
+# lengths and how many tokens are padding, of each batch; None: no mask → the open dimensions
+TEXTS: dict[str, tuple[list[tuple[int, int | None]], list[set[int]]]] = {
+    "no mask": ([(7, None)], [{0}]),
+    "lengths": ([(7, None), (9, None)], [{0, 1}]),
+    "a mask of ones": ([(7, 0), (7, 0)], [{0}, {0}]),
+    "padding": ([(7, 2)], [{0, 1}, {0, 1}]),
+    "padding later": ([(7, 0), (7, 2)], [{0, 1}, {0, 1}]),
+    "lengths and a mask of ones": ([(7, 0), (9, 0)], [{0, 1}, {0, 1}]),
+}
 
 
-@pytest.mark.parametrize(
-    ("lengths", "masked", "expected"),
-    [([7], False, [{0}]), ([7, 9], False, [{0, 1}]), ([7], True, [{0, 1}, {0, 1}])],
-)
-def test_tokens_are_open_where_they_have_a_mask(
-    lengths: list[int], masked: bool, expected: list[set[int]]
-) -> None:
+@pytest.mark.parametrize("name", TEXTS)
+def test_tokens_are_open_where_a_mask_leaves_some_out(name: str) -> None:
     """By its symbol a graph tells the number of tokens from any other size that is the same."""
-    _, traced = trace(tiny_llama(), text(lengths, masked=masked))
+    batches, expected = TEXTS[name]
+    calib = []
+    for length, padding in batches:
+        batch = {"input_ids": token_ids(3, length, seed=length)}
+        if padding is not None:
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+            batch["attention_mask"][0, length - padding :] = 0
+        calib.append(batch)
+    _, traced = trace(tiny_llama(), calib)
+    assert len({batch.trace for batch in traced}) == 1
     assert open_sizes(traced[0].trace.graph_module) == expected
 
 
