@@ -87,7 +87,8 @@ def choose(
         rounding: how rows are rounded.
         start: what the quantizer alone makes of the weight. With ``alpha="auto"`` no row ends
             with a larger output error (v - a)ᵀG(v - a) than this has, but for float32 rounding.
-            That G is the regularised one: by the gram itself a row may end slightly above.
+            That G is the regularised one: by the gram itself a row may end above, by what
+            regularises it times the squared distance from ``start`` to a at most.
         config: its alpha, group size and solver.
         dtype: of the weight that the quantizer is given.
         units: as for :class:`Search`.

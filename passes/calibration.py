@@ -19,6 +19,7 @@ from magr_fx.passes.calibration_forms import (
     refuse_calib,
     refuse_contents,
     refuse_item,
+    refuse_keys,
     suspicious_labels,
 )
 from magr_fx.passes.dataclass_inputs import dataclasses_open
@@ -159,6 +160,7 @@ def _arguments(item: Any, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(item, torch.Tensor):
         return (item,), {}
     if isinstance(item, Mapping):
+        refuse_keys(item, index)
         # Sorted, so that two batches with the same keys are one input signature.
         return (), {key: item[key] for key in sorted(item)}
     if isinstance(item, (tuple, list)):
@@ -255,7 +257,11 @@ def _strange_kind(tensor: torch.Tensor) -> str:
         return "is fake (FakeTensorMode)"
     if tensor.layout is not torch.strided:
         return f"has the layout {tensor.layout}"
-    return f"is quantized ({tensor.dtype})" if tensor.is_quantized else ""
+    if tensor.is_quantized:
+        return f"is quantized ({tensor.dtype})"
+    # One that has ways of its own with every op, and mostly lacks some of them.
+    own = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return f"is a {type(tensor).__name__}" if own else ""
 
 
 def _shape(tensor: torch.Tensor) -> str:

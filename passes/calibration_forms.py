@@ -48,7 +48,7 @@ def refuse_calib(calib: Any) -> None:
     remedy = "For a single input pass a list of one: [calib]"
     if isinstance(calib, np.ndarray):
         remedy = "For a single input pass a list of one tensor: [torch.from_numpy(calib)]"
-    elif isinstance(calib, Dataset):
+    elif isinstance(calib, Dataset) or (_has_items(calib) and not isinstance(calib, single)):
         remedy = "Wrap a dataset in a torch DataLoader"
     elif callable(calib) and not isinstance(calib, (nn.Module, type)):
         remedy = "A function that yields inputs has to be called: calib()"
@@ -78,6 +78,20 @@ def refuse_item(item: Any, index: int) -> None:
         f"calibration batch {index} is a {type(item).__name__}; each must be {FORMS}"
         + (f". Remedy: {remedy}" if remedy else "")
     )
+
+
+def refuse_keys(item: Mapping[Any, Any], index: int) -> None:
+    """Refuse a mapping whose keys cannot be the names of arguments.
+
+    Raises:
+        CalibrationError: with the remedy.
+    """
+    strange = next((key for key in item if not isinstance(key, str)), None)
+    if strange is not None:
+        raise CalibrationError(
+            f"calibration batch {index} is a mapping with the key {strange!r}, which is no name of "
+            f"an argument: {_ONE_MAPPING}"
+        )
 
 
 def refuse_contents(args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> None:
@@ -150,6 +164,11 @@ def suspicious_labels(model: nn.Module, item: Any, index: int) -> str:
         f"calibration batch {index} is a list whose last tensor, one whole number for each of "
         f"{len(item[0])} inputs, forward takes as {parameter.name!r}. If those are labels, {_ALONE}"
     )
+
+
+def _has_items(calib: Any) -> bool:
+    """Whether it is like a list, which may or may not end where it is iterated over."""
+    return hasattr(type(calib), "__getitem__") and hasattr(type(calib), "__len__")
 
 
 def _remedy(value: Any) -> str:

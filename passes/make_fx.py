@@ -85,7 +85,7 @@ def run_and_trace(
             attributes_kept(model) as held,
             traceback.preserve_node_meta(),
             _module_paths(model),
-            (seen := _OpsSeen([*stored.values(), *held])).values_kept(),
+            (seen := OpsSeen([*stored.values(), *held])).values_kept(),
             _FunctionsSeen(seen),
             seen,
         ):
@@ -104,12 +104,15 @@ def run_and_trace(
 
 
 @contextlib.contextmanager
-def nothing_kept(model: nn.Module) -> Iterator[None]:
-    """Run the model without a trace: its attributes and its tensors' values are as they were."""
+def nothing_kept(model: nn.Module) -> Iterator[OpsSeen]:
+    """Run the model without a trace: its attributes and its tensors' values are as they were.
+
+    What it yields sees the ops that read values; with :class:`ReadersSeen`, all that reads them.
+    """
     with attributes_kept(model) as held:
-        seen = _OpsSeen([*model.parameters(), *model.buffers(), *held])
+        seen = OpsSeen([*model.parameters(), *model.buffers(), *held])
         with seen.values_kept(), seen:
-            yield
+            yield seen
 
 
 def compiled_parts_run() -> contextlib.AbstractContextManager[Any]:
@@ -213,7 +216,7 @@ def _module_paths(model: nn.Module) -> Iterator[None]:
         yield
 
 
-class _OpsSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class OpsSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every op: whether it reads values, and which stored tensor it writes to."""
 
     supports_higher_order_operators = True
@@ -259,10 +262,10 @@ class _OpsSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._kept.append((tensor, tensor.detach().clone()))
 
 
-class _FunctionsSeen(TorchFunctionMode):
+class ReadersSeen(TorchFunctionMode):
     """Sees what reads values without an op."""
 
-    def __init__(self, seen: _OpsSeen) -> None:
+    def __init__(self, seen: OpsSeen) -> None:
         super().__init__()
         self.seen = seen
 
@@ -271,13 +274,20 @@ class _FunctionsSeen(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         given = name in _MAKERS and any(isinstance(x, torch.Tensor) for x in tree_leaves(args))
         self.seen.reads_values |= name in _READERS or given
+        return func(*args, **(kwargs or {}))
+
+
+class _FunctionsSeen(ReadersSeen):
+    """Also takes care of what runs inside a transform of torch.func."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if in_transform():
             self.seen.reads_values = True  # what comes out of it is a constant of the graph
             self._refuse_weights((args, kwargs))
             result = run_inside(func, args)
             if result is not NotImplemented:
                 return result
-        return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
     def _refuse_weights(self, arguments: Any) -> None:
         for leaf in tree_leaves(arguments):

@@ -18,8 +18,10 @@ from magr_fx.passes.mask_names import (
     UNMASKED,
     Role,
     calls_of,
+    is_named_as_lengths,
     is_named_as_mask,
     is_read,
+    masks_made,
     order_of,
     roles_of,
     tokens_of,
@@ -30,9 +32,12 @@ from magr_fx.passes.mask_values import (
     counted_tokens,
     excludes,
     is_of_pairs,
+    may_be_either,
 )
 from magr_fx.passes.torch_private import statically_known_true
 from magr_fx.passes.trace import Trace, TracedBatch
+
+_BEST = "The mask of padding is best passed as attention_mask, 1 for each token and 0 for padding"
 
 
 @dataclass(eq=False)
@@ -132,25 +137,54 @@ class MaskInputs:
 
     @property
     def notes(self) -> list[str]:
-        """What the report should say of inputs that may be masks, and are not read as such."""
+        """What the report should say of inputs that may mark padding, and may be read otherwise."""
         notes: dict[str, None] = {}
-        for trace, batches in self._batches.items():
-            read = {m.place for s in self.streams(trace) for m in s.masks if m.how.known}
-            for place, name in enumerate(trace.input_names):
-                if place in read or place not in self._tensors[trace]:
-                    continue
-                if place not in self._roles[trace] and not self._may_be_mask(trace, place):
-                    continue
-                values = (batch.values[place] for batch in batches)
-                shape = next((tuple(v.shape) for v in values if _may_exclude(v)), None)
-                if shape is not None:
-                    notes[
-                        f"the input {name!r} of shape {shape} looks like a mask, but it is not "
-                        "known how it is meant, or of which tokens: nothing is left out by it, so "
-                        "that padding is counted. The mask of padding is best passed as "
-                        "attention_mask, 1 for each token and 0 for padding"
-                    ] = None
+        for trace in self._batches:
+            notes |= dict.fromkeys(self._notes_of(trace))
         return list(notes)
+
+    def _notes_of(self, trace: Trace) -> list[str]:
+        read = {m.place: m for s in self.streams(trace) for m in s.masks if m.how.known}
+        notes = [
+            note
+            for place in range(len(trace.input_names))
+            if place in self._tensors[trace]
+            and (note := self._note_of(trace, place, read.get(place), alone=not read))
+        ]
+        made = masks_made(trace)
+        if made and not read and not notes:
+            notes.append(
+                f"the model makes the mask {made[0]!r} itself: nothing is left out by it, so that "
+                f"padding is counted. {_BEST}"
+            )
+        return notes
+
+    def _note_of(self, trace: Trace, place: int, mask: Mask | None, *, alone: bool) -> str:
+        """What to say of an input; ``mask`` is how it is read, ``alone`` that no input is."""
+        name, values = trace.input_names[place], [b.values[place] for b in self._batches[trace]]
+        if mask is not None:
+            if mask.pairs is not None or not any(may_be_either(v, mask.how) for v in values):
+                return ""
+            return (
+                f"the input {name!r} of shape {tuple(values[0].shape)} is read as a mask for pairs "
+                "of tokens, one for all sequences: if it marks padding, padding is counted. A "
+                "batch of other than as many sequences as tokens tells"
+            )
+        shape = next((tuple(v.shape) for v in values if _may_exclude(v)), None)
+        if shape is None:
+            return ""
+        if place in self._roles[trace] or self._may_be_mask(trace, place):
+            return (
+                f"the input {name!r} of shape {shape} looks like a mask, but it is not known how "
+                "it is meant, or of which tokens: nothing is left out by it, so that padding is "
+                f"counted. {_BEST}"
+            )
+        if alone and len(shape) == 1 and is_named_as_lengths(name):
+            return (
+                f"the input {name!r} may be the lengths of padded sequences: nothing is left out "
+                f"by it, so that padding is counted. {_BEST}"
+            )
+        return ""
 
     def _find(self, trace: Trace) -> list[Stream]:
         roles = self._roles[trace]

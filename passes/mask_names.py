@@ -75,6 +75,21 @@ def roles_of(trace: Trace) -> dict[int, Role]:
     return roles
 
 
+def masks_made(trace: Trace) -> list[str]:
+    """The masks of padding that the model made itself, and gave to modules inside.
+
+    Where True is padding a mask is for nothing else; any other one is of padding if it is given
+    beside the input's own tokens, as to a model inside a wrapper.
+    """
+    return [
+        name
+        for call in trace.calls
+        for name in call.masks
+        if MARKS_PADDING.get(name)
+        or (MARKS_PADDING.get(name) is False and _names_tokens(call, name))
+    ]
+
+
 def tokens_of(role: str) -> frozenset[str]:
     """The names of the arguments whose tokens a mask is of."""
     return _TOKENS.get(role, TEXT)
@@ -97,6 +112,14 @@ def is_named_as_mask(name: str) -> bool | None:
     if any(part in name for part in _NO_MASKS):
         return False
     return True if "mask" in name or "padding" in name else None
+
+
+def is_named_as_lengths(name: str) -> bool:
+    """Whether an input is called the lengths of sequences that are padded."""
+    words = name.lower().split("_")
+    return "cu" not in words and any(
+        word in ("len", "lens", "seqlen", "seqlens") or "length" in word for word in words
+    )
 
 
 def _tells_more(name: str, known: str) -> bool:

@@ -109,10 +109,20 @@ def is_of_pairs(mask: Tensor, sequences: int, length: int, how: Convention) -> b
     allowed = _allowed(mask, how)
     if bool(allowed.all()) or not bool(allowed.diagonal().all()):
         return False
-    padded = _run_at(allowed) | _run_at(allowed.flip(1))
-    lengths = allowed.sum(1)
-    ascending = bool((lengths.diff() >= 0).all() | (lengths.diff() <= 0).all())
-    return ascending or not bool(padded.all())
+    return _is_ascending(allowed) or not _is_padded(allowed)
+
+
+def may_be_either(mask: Tensor, how: Convention) -> bool:
+    """Whether a square mask may be of pairs as well as of sequences, of different lengths.
+
+    Not where it is causal and no more: so many sequences hardly have all lengths there are.
+    """
+    if mask.dim() != 2 or mask.shape[0] != mask.shape[1]:
+        return False
+    allowed = _allowed(mask, how)
+    either = bool(allowed.diagonal().all()) and _is_ascending(allowed) and _is_padded(allowed)
+    causal = torch.equal(allowed, allowed.tril()) or torch.equal(allowed, allowed.triu())
+    return either and not causal and not bool(allowed.all())
 
 
 def seen_keys(allowed: Tensor) -> Tensor:
@@ -190,6 +200,17 @@ def _marks_padding(masks: list[Tensor]) -> bool | None:
         if padded and all(bool(flag.all(1).any()) for flag in flags):
             found.add(real)
     return None if len(found) != 1 else found == {False}
+
+
+def _is_ascending(allowed: Tensor) -> bool:
+    """Whether each row allows as many as the one before or more, or each as many or less."""
+    change = allowed.sum(1).diff()
+    return bool((change >= 0).all() | (change <= 0).all())
+
+
+def _is_padded(allowed: Tensor) -> bool:
+    """Whether each row is as a sequence is that is padded at one end, or not at all."""
+    return bool((_run_at(allowed) | _run_at(allowed.flip(1))).all())
 
 
 def _run_at(mask: Tensor) -> Tensor:

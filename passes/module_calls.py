@@ -23,14 +23,16 @@ class ModuleCall(NamedTuple):
     """One call: its arguments that are inputs of the trace, by their positions among those.
 
     ``batch_first`` is what the module says of the order of its dimensions; None: it does not.
+    ``masks`` are its arguments of that name, ``[batch, tokens]``, which the model made itself.
     """
 
     arguments: tuple[tuple[str, int], ...]
     batch_first: bool | None = None
+    masks: tuple[str, ...] = ()
 
 
 class CallLog:
-    """The calls of the modules inside a model that are given any of its inputs, outer first.
+    """The calls of the modules inside a model that are given inputs or masks, outer first.
 
     An object of its own, since torch.export puts back what forward does to a module's attributes.
     """
@@ -53,9 +55,12 @@ class CallLog:
                 leaves = named_leaves(dict(bound.arguments))
                 found = ((name, places[id(leaf)]) for name, leaf in leaves if id(leaf) in places)
                 arguments = tuple(found)
-                if arguments:
+                masks = tuple(
+                    n for n, leaf in leaves if id(leaf) not in places and _is_mask(n, leaf)
+                )
+                if arguments or masks:
                     order = getattr(module, "batch_first", None)
-                    self.calls.append(ModuleCall(arguments, order))
+                    self.calls.append(ModuleCall(arguments, order, masks))
 
         with contextlib.ExitStack() as hooks:
             for module in model.modules():
@@ -63,6 +68,10 @@ class CallLog:
                     handle = module.register_forward_pre_hook(note, with_kwargs=True)
                     hooks.callback(handle.remove)
             yield
+
+
+def _is_mask(name: str, leaf: Any) -> bool:
+    return "mask" in name and isinstance(leaf, torch.Tensor) and leaf.dim() == 2
 
 
 def named_leaves(arguments: dict[str, Any]) -> list[tuple[str, Any]]:

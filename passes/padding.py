@@ -8,7 +8,7 @@ tokens of another modality have none at all, even where the shapes happen to agr
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -43,6 +43,16 @@ _ROW_WISE = frozenset(
 )
 # Ops that keep the order of the rows, the first dimension, of all their arguments that have them.
 _ALL_ROW_WISE = frozenset({aten.bmm.default, aten.matmul.default})
+# Of these, what may only put dimensions of 1 before the rows, or take them away.
+_SHAPES = frozenset(
+    {
+        aten.flatten.using_ints,
+        aten.reshape.default,
+        aten.squeeze.dim,
+        aten.unsqueeze.default,
+        aten.view.default,
+    }
+)
 # Ops that cut each row into parts.
 _PARTS = frozenset(
     {aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default}
@@ -59,7 +69,7 @@ class TokenMask:
 
     ``tokens`` is the position of the input whose tokens the calls' rows are made of, or None where
     there is no telling. The rows are in the tokens' order but for what ``steps`` do to it, one
-    after the other: a node picks rows by the indices that are its value, a number repeats each,
+    after the other: a node picks rows by its value, indices or truth values, a number repeats each,
     and ``TURN`` has the rows of all sequences' first tokens first, as in ``[tokens, batch, in]``.
     """
 
@@ -103,7 +113,7 @@ class TokenMask:
             if isinstance(step, int):
                 keep = flat.repeat_interleave(step)
             elif isinstance(step, fx.Node):
-                keep = flat[env[step].to(flat.device)]
+                keep = flat[env[step].flatten().to(flat.device)]
         return keep
 
     def rows(self, batch: TracedBatch, keep: torch.Tensor) -> torch.Tensor | None:
@@ -183,7 +193,11 @@ def _steps_from(call: Call, shape: tuple[Any, ...]) -> Steps | None:
     order = _order(leading, shape)
     if order is not None:
         return order
-    return _walk(call.input, shape, set()) if len(_trimmed(leading)) == 1 else None
+    if len(leading) > len(shape):  # [batch, 1, tokens, in] has the rows of [batch, tokens, in]
+        order = _order(_squeezed(leading), _squeezed(shape))
+        if order is not None:
+            return order
+    return _walk(call.input, shape, set()) if len(_squeezed(leading)) <= 1 else None
 
 
 def _order(leading: tuple[Any, ...], shape: tuple[Any, ...]) -> Steps | None:
@@ -217,11 +231,14 @@ def _walk(node: fx.Node, shape: tuple[Any, ...], seen: set[fx.Node]) -> Steps | 
         return None
     seen.add(node)
     for source, step in _sources_of_rows(node):
+        order = None
         if step is None:
             order = _order_of_flattened(node, source, shape)
-            if order is not None:
-                return order
-        if step is not None or _same(_shape(source)[:1], _shape(node)[:1]):
+        elif isinstance(step, fx.Node) and len(_shape(step)) > 1:  # picks of [batch, tokens, ...]
+            order = _order(_shape(source)[: len(_shape(step))], shape)
+        if order is not None:
+            return order if step is None else (*order, step)
+        if step is not None or _has_rows_of(node, source):
             found = _walk(source, shape, seen)
             if found is not None:
                 return found if step is None else (*found, step)
@@ -252,8 +269,8 @@ def _order_of_flattened(node: fx.Node, source: fx.Node, shape: tuple[Any, ...]) 
 def _sources_of_rows(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node | int | None]]:
     """The values ``[rows, ...]`` that the node's rows may come from, and what their order becomes.
 
-    That is None where they stay in order, a node where rows are picked by the indices that are
-    its value, and a number where each row is repeated so often.
+    That is None where they stay in order, a node where rows are picked by its value, and a number
+    where each row is repeated so often.
     """
     target, args = node.target, node.args
     if target is operator.getitem and isinstance(args[0], fx.Node) and args[0].target in _PARTS:
@@ -263,8 +280,8 @@ def _sources_of_rows(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node | int | N
     if not args or not isinstance(args[0], fx.Node):
         return
     step: Any = None
-    if target is aten.index.Tensor and isinstance(args[1], (list, tuple)) and len(args[1]) == 1:
-        step = args[1][0]
+    if target is aten.index.Tensor and isinstance(args[1], (list, tuple)):
+        step = _picked_by(args[0], args[1])
     elif target is aten.index_select.default and args[1] == 0:
         step = args[2]
     elif target is aten.repeat_interleave.self_int and 0 in (*args[2:3], node.kwargs.get("dim")):
@@ -286,16 +303,44 @@ def _groups(node: fx.Node) -> bool:
     return product is not None and product.route is not None
 
 
+def _picked_by(source: fx.Node, indices: Sequence[Any]) -> Any:
+    """The one index of ``x[index]``, or of ``x[None, index]``, as traced: of ``[1, rows, ...]``."""
+    before = [index for index in indices[:-1] if index is not None]
+    ones = _shape(source)[: len(indices) - 1]
+    if before or not indices or not all(statically_known_true(size == 1) for size in ones):
+        return None
+    return indices[-1]
+
+
 def _is_index(node: object) -> bool:
+    """Whether its values pick rows: their places, or True for each, of one dimension or more."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return isinstance(value, torch.Tensor) and value.dim() == 1 and value.dtype is torch.int64
+    if not isinstance(value, torch.Tensor):
+        return False
+    return value.dtype is torch.bool or (value.dim() == 1 and value.dtype is torch.int64)
 
 
-def _trimmed(leading: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Without ones after the rows: ``[tokens, 1, in]`` has the rows of ``[tokens, in]``."""
-    while len(leading) > 1 and statically_known_true(leading[-1] == 1):
-        leading = leading[:-1]
-    return leading
+def _has_rows_of(node: fx.Node, source: fx.Node) -> bool:
+    """Whether both have as many rows, in the first dimension or behind ones."""
+    shapes = _shape(node), _shape(source)
+    if _same(*(shape[:1] for shape in shapes)):
+        return True
+    if node.target not in _SHAPES:
+        return False
+    one, other = map(_without_ones_before, shapes)
+    # As many numbers in as many columns, whatever is known of the number of rows.
+    return _same(one[:1], other[:1]) or (len(one) == len(other) == 2 and _same(one[1:], other[1:]))
+
+
+def _without_ones_before(shape: tuple[Any, ...]) -> tuple[Any, ...]:
+    while len(shape) > 2 and statically_known_true(shape[0] == 1):
+        shape = shape[1:]
+    return shape
+
+
+def _squeezed(shape: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Without ones, which change no order of rows."""
+    return tuple(size for size in shape if not statically_known_true(size == 1))
 
 
 def _is_flattened(node: fx.Node, source: fx.Node) -> bool:

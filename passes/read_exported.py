@@ -12,13 +12,13 @@ from torch.fx.graph import _PyTreeCodeGen
 from magr_fx.errors import CalibrationError, ConfigError
 from magr_fx.passes.calibration import Batch
 from magr_fx.passes.inline import inline_regions
+from magr_fx.passes.input_fit import fits
 from magr_fx.passes.torch_private import OperatorBase
 from magr_fx.passes.trace import GUARDS, Trace, TracedBatch
 from magr_fx.passes.trace_batches import (
     AUTO,
     Tracing,
     bind,
-    fits,
     input_names,
     trace_batches,
 )

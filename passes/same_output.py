@@ -15,10 +15,11 @@ from torch import fx, nn
 from magr_fx.errors import TraceError, first_line
 from magr_fx.passes.compare_outputs import difference
 from magr_fx.passes.decisions import State, is_random, random_state, torch_state
-from magr_fx.passes.make_fx import nothing_kept
+from magr_fx.passes.make_fx import ReadersSeen, nothing_kept
 from magr_fx.passes.tensors_only import TensorsOnly
 from magr_fx.passes.torch_private import TreeSpec
 from magr_fx.passes.trace import Trace, all_nodes, attributes, buffers_kept
+from magr_fx.passes.two_rows import TwoRows, two_rows
 from magr_fx.quiet import torch_silenced
 
 logger = logging.getLogger("magr_fx")
@@ -34,6 +35,7 @@ def check_same_output(
 ) -> None:
     """Run both once on the input that the graph was traced with, and compare what they return.
 
+    On two rows of it where these tell as much (see :mod:`~magr_fx.passes.two_rows`), else on all.
     Both draw the same random numbers, and nothing keeps what the two runs write. The model's own
     hooks run, as they are a part of what it computes.
 
@@ -77,15 +79,17 @@ def _compare(
         Exception: the model does not run, or draws other random numbers each time.
     """
     state = torch_state({t.device for t in (*attributes(graph_module), *_tensors(leaves))})
+    rows = two_rows(graph_module, leaves, spec)
+    if rows is not None and _agree_on(rows, graph_module, model, spec, state):
+        return ""
     failure, graphs = "", list[torch.Tensor]()
     try:
-        with buffers_kept([Trace(graph_module, ())]), random_state(state), torch_silenced():
-            graphs = list(graph_module(*_copies(leaves)))
+        graphs = _run_graph(graph_module, leaves, state)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # whatever an op raises on real values
         failure = f"it fails with {type(error).__name__}: {first_line(error)}"
-    models = _run(model, leaves, spec, state)
+    models, _ = _run(model, leaves, spec, state)
     if failure:
         return failure
     tolerance = _tolerance(model, models)
@@ -94,25 +98,58 @@ def _compare(
         return ""
     graphs.clear()
     if any(is_random(node) for node in all_nodes(graph_module)):
-        again = difference(_run(model, leaves, spec, state), models, tolerance)
+        again = difference(_run(model, leaves, spec, state)[0], models, tolerance)
         if again:
             raise RuntimeError("it draws random numbers from elsewhere than torch's generators")
     return f"its outputs {found}"
 
 
-def _run(
-    model: nn.Module, leaves: list[Any], spec: TreeSpec, state: State | None
+def _agree_on(
+    rows: TwoRows, graph_module: fx.GraphModule, model: nn.Module, spec: TreeSpec, state: State
+) -> bool:
+    """Whether both return the same for the row that they share, and the model looks at no value.
+
+    False decides nothing: then all rows have to be compared.
+    """
+    try:
+        graphs = rows.shared(_run_graph(graph_module, rows.of_graph, state))
+        models, reads_values = _run(model, rows.of_model, spec, state, watched=True)
+        models = rows.shared(models)
+        return not reads_values and not difference(graphs, models, _tolerance(model, models))
+    except Exception:  # whatever either raises: all rows will tell what it is
+        return False
+
+
+def _run_graph(
+    graph_module: fx.GraphModule, leaves: list[Any], state: State | None
 ) -> list[torch.Tensor]:
-    """What the model returns when it draws from ``state``; nothing keeps what it writes."""
+    """What the graph returns when it draws from ``state``; no buffer keeps what it writes."""
+    with buffers_kept([Trace(graph_module, ())]), random_state(state), torch_silenced():
+        return list(graph_module(*_copies(leaves)))
+
+
+def _run(
+    model: nn.Module,
+    leaves: list[Any],
+    spec: TreeSpec,
+    state: State | None,
+    *,
+    watched: bool = False,
+) -> tuple[list[torch.Tensor], bool]:
+    """What the model returns when it draws from ``state``; nothing keeps what it writes.
+
+    If it is ``watched``, also whether it looked at the values of any tensor on its way.
+    """
     with (
         torch.compiler.set_stance("force_eager"),
         random_state(state),
-        nothing_kept(model),
+        nothing_kept(model) as seen,
+        ReadersSeen(seen) if watched else contextlib.nullcontext(),
     ):
         wrapper = TensorsOnly(model, leaves, spec)
         wrapper.training = False  # as the model is already
         outputs: list[torch.Tensor] = wrapper(*_copies(leaves))
-        return outputs
+        return outputs, seen.reads_values
 
 
 def _tolerance(model: nn.Module, outputs: list[torch.Tensor]) -> float:

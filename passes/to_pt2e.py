@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import warnings
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ from magr_fx.passes.trace import GUARDS, attributes
 from magr_fx.passes.trace_batches import bind
 from magr_fx.quiet import torch_silenced
 
+PICTURES = 4  # dimensions of an input from which on it is taken for pictures, or volumes
+
 
 def is_pt2e_quantizer(target: object) -> bool:
     """Whether this is one of PT2E's quantizers, such as X86InductorQuantizer."""
@@ -46,8 +49,7 @@ def export_for_pt2e(
         CalibrationError: the batches are not all of one form, which one graph has.
         TraceError: torch.export refused the model.
     """
-    # Off anyway while calibrating; as an argument it would be one of every later call.
-    batches = [Batch(b.index, b.args, _without_cache(b.kwargs)) for b in batches]
+    batches = [Batch(b.index, b.args, _keywords(model, b.kwargs)) for b in batches]
     forms = [_form(batch) for batch in batches]
     other = next((at for at, form in enumerate(forms) if form != forms[0]), None)
     if other is not None:
@@ -60,8 +62,9 @@ def export_for_pt2e(
         return model, InputCheck(model), batches
     # Sizes of 1 are not made open: the batch that has the fewest of them.
     first = max(batches, key=lambda batch: sum(n > 1 for t in _tensors(batch) for n in t.shape))
+    open_sizes = _open_sizes(batches)
     try:
-        graph_module = _export(model, first)
+        graph_module = _export(model, first, open_sizes)
     except Exception as error:  # export lets through whatever the model's own code raises
         raise TraceError(
             f"PT2E needs the graph of torch.export, which refuses {type(model).__name__}: "
@@ -71,14 +74,34 @@ def export_for_pt2e(
     check = InputCheck(graph_module)
     names = dict.fromkeys(str(size) for one in check.expected for size in one.sizes)
     for size in filter(str.isidentifier, names):
-        alone = _with_a_size_of_one(model, graph_module, first, check.expected, size)
+        alone = _with_a_size_of_one(model, graph_module, first, check.expected, size, open_sizes)
         if alone is not None:
             check.others.append(alone)
     return graph_module, check, batches
 
 
-def _export(model: nn.Module, batch: Batch) -> fx.GraphModule:
-    shapes = tree_map(_dynamic, bind(model, batch))
+def _open_sizes(batches: list[Batch]) -> list[set[int]]:
+    """For each tensor of a batch, the dimensions that the graph is to leave open.
+
+    All of them, as the graph will be called with other lengths than those of the calibration. But
+    of pictures, whose models can take minutes to trace then: how many there are, and that in which
+    the batches differ.
+    """
+    tensors = [_tensors(batch) for batch in batches]
+    dims = [set(range(t.dim() if t.dim() < PICTURES else 1)) for t in tensors[0]]
+    for others in tensors[1:]:
+        for found, one, other in zip(dims, tensors[0], others, strict=True):
+            sizes = zip(one.shape, other.shape, strict=True)
+            found.update(dim for dim, (a, b) in enumerate(sizes) if a != b)
+    return dims
+
+
+def _export(model: nn.Module, batch: Batch, open_sizes: list[set[int]]) -> fx.GraphModule:
+    dims = {
+        id(tensor): {dim: torch.export.Dim.AUTO for dim in found if tensor.shape[dim] > 1}
+        for tensor, found in zip(_tensors(batch), open_sizes, strict=True)
+    }
+    shapes = tree_map(lambda value: dims.get(id(value)), bind(model, batch))
     with torch_silenced():
         exported = torch.export.export(
             model, batch.args, batch.kwargs, dynamic_shapes=shapes, strict=False
@@ -92,6 +115,7 @@ def _with_a_size_of_one(
     batch: Batch,
     expected: list[_Expected],
     size: str,
+    open_sizes: list[set[int]],
 ) -> InputCheck | None:
     """Which inputs the graph is right for where an open size is 1; None where it is not known to.
 
@@ -108,7 +132,7 @@ def _with_a_size_of_one(
     args, kwargs = tree_unflatten(leaves, spec)
     narrow = Batch(batch.index, *own_arguments((args, kwargs)))
     try:
-        check = InputCheck(_export(model, narrow))
+        check = InputCheck(_export(model, narrow, open_sizes))
         with torch_silenced():
             outputs = [
                 [
@@ -294,8 +318,16 @@ def still_read(graph_module: fx.GraphModule) -> set[int]:
     return {id(tensor) for tensor in attributes(graph_module)}
 
 
-def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in kwargs.items() if not (k == "use_cache" and v is False)}
+def _keywords(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments to export with, in the order in which ``forward`` takes them.
+
+    The graph takes them by their places as well, in the order in which it is given them here.
+    ``use_cache=False`` is not among them: it is off anyway while calibrating, and would be an
+    argument of every later call.
+    """
+    places = {name: at for at, name in enumerate(inspect.signature(model.forward).parameters)}
+    names = sorted(kwargs, key=lambda name: places.get(name, len(places)))
+    return {k: kwargs[k] for k in names if not (k == "use_cache" and kwargs[k] is False)}
 
 
 def _form(batch: Batch) -> Any:
@@ -304,9 +336,3 @@ def _form(batch: Batch) -> Any:
         (x.dtype, x.dim(), x.device) if isinstance(x, torch.Tensor) else repr(x) for x in leaves
     ]
     return kinds, spec
-
-
-def _dynamic(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return None
-    return {dim: torch.export.Dim.AUTO for dim, size in enumerate(value.shape) if size > 1}

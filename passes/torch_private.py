@@ -30,6 +30,7 @@ __all__ = [
     "OpOverload",
     "OperatorBase",
     "TreeSpec",
+    "expression_of",
     "schema_of",
     "statically_known_true",
     "tree_flatten",
@@ -40,6 +41,11 @@ __all__ = [
     "tree_unflatten",
     "version_of",
 ]
+
+
+def expression_of(size: torch.SymInt) -> Any:
+    """What an open size is in sympy: a symbol, or a formula with ``free_symbols``."""
+    return size.node.expr
 
 
 def schema_of(op: Any) -> Any:

@@ -26,7 +26,7 @@ class Trace:
 
     ``input_names`` are the forward arguments that the placeholders come from, in order;
     ``tracer`` is what made the graph, and ``refusal`` why torch.export did not. ``calls`` are the
-    calls of modules that were given inputs as they are.
+    calls of modules that were given inputs as they are, or masks.
     """
 
     graph_module: fx.GraphModule

@@ -17,16 +17,13 @@ from magr_fx.passes.calibration_forms import describe_failure, describe_misfit
 from magr_fx.passes.dataclass_inputs import dataclasses_open
 from magr_fx.passes.experts import all_experts
 from magr_fx.passes.export import export
+from magr_fx.passes.input_fit import fits
 from magr_fx.passes.make_fx import run_and_trace
 from magr_fx.passes.module_calls import CALLS, named_leaves
 from magr_fx.passes.same_output import check_same_output
 from magr_fx.passes.tensors_only import PLAIN
-from magr_fx.passes.torch_private import (
-    TreeSpec,
-    statically_known_true,
-    tree_flatten,
-)
-from magr_fx.passes.trace import GUARDS, Trace, TracedBatch
+from magr_fx.passes.torch_private import TreeSpec, tree_flatten
+from magr_fx.passes.trace import Trace, TracedBatch
 
 logger = logging.getLogger("magr_fx")
 
@@ -129,24 +126,10 @@ def _exported(
                 f"it was traced with (calibration batch {index})"
             )
         if compare:
-            check_same_output(graph_module, model, index, _two_images(graph_module, leaves), spec)
+            check_same_output(graph_module, model, index, leaves, spec)
         return graph_module, True
 
     return _traced(model, batches, make, "export", "", explain=last)
-
-
-def _two_images(graph_module: fx.GraphModule, leaves: list[Any]) -> list[Any]:
-    """The first two images of a batch, where that is all that the model takes; else the batch.
-
-    A forward pass of a whole batch can take longer than the trace. Rows of text differ in kind (by
-    padding, for one), so all are needed to tell a graph from its model; images do not.
-    """
-    tensors = _tensors(leaves)
-    if not tensors or any(not t.is_floating_point() or t.dim() < 4 for t in tensors):
-        return leaves
-    fewer = [leaf[:2] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-    same = len({len(tensor) for tensor in tensors}) == 1 and len(tensors[0]) > 2
-    return fewer if same and fits(graph_module, _tensors(fewer)) else leaves
 
 
 def _run(model: nn.Module, batches: list[Batch], refusal: str) -> list[TracedBatch]:
@@ -199,9 +182,9 @@ def _traced(
 def _open_sizes(model: nn.Module, batches: list[Batch]) -> dict[Hashable, list[set[int]]]:
     """For each form of input, and each of its leaves, the dimensions that a graph is to leave open.
 
-    The first one and those in which the batches differ: each costs time, with all of them open
-    a convolutional model takes minutes. Where there is a mask, its sequences and tokens as well: by
-    their symbols a graph tells its tokens from what is as long by chance.
+    The first one and those in which the batches differ, as each costs time. Where a mask leaves
+    anything out, its sequences and tokens as well: by their symbols a graph tells its tokens from
+    what is as long by chance.
     """
     first: dict[Hashable, list[Any]] = {}
     dynamic: dict[Hashable, list[set[int]]] = {}
@@ -210,10 +193,14 @@ def _open_sizes(model: nn.Module, batches: list[Batch]) -> dict[Hashable, list[s
         leaves, spec = tree_flatten(arguments)
         key = _signature(leaves, spec)
         if key not in first:
-            first[key], dynamic[key] = leaves, _of_masked_tokens(input_names(arguments), leaves)
-            for leaf, dims in zip(leaves, dynamic[key], strict=True):
-                if isinstance(leaf, torch.Tensor):
-                    dims.update(range(min(leaf.dim(), 1)))
+            first[key] = leaves
+            dynamic[key] = [
+                set(range(min(leaf.dim(), 1))) if isinstance(leaf, torch.Tensor) else set()
+                for leaf in leaves
+            ]
+        masked = _of_masked_tokens(input_names(arguments), leaves)
+        for dims, found in zip(dynamic[key], masked, strict=True):
+            dims.update(found)
         for known, leaf, dims in zip(first[key], leaves, dynamic[key], strict=True):
             if isinstance(leaf, torch.Tensor):
                 sizes = zip(known.shape, leaf.shape, strict=True)
@@ -222,11 +209,15 @@ def _open_sizes(model: nn.Module, batches: list[Batch]) -> dict[Hashable, list[s
 
 
 def _of_masked_tokens(names: tuple[str, ...], leaves: list[Any]) -> list[set[int]]:
-    """The dimensions of each leaf that are as large as the last ones of a mask, or its first."""
+    """The dimensions of each leaf that are as large as the last ones of a mask, or its first.
+
+    A mask that is the same everywhere leaves nothing out, whose tokens it may be of.
+    """
     masks = [
         leaf
         for name, leaf in zip(names, leaves, strict=True)
         if isinstance(leaf, torch.Tensor) and leaf.dim() >= 2 and "mask" in name
+        if leaf.numel() and bool((leaf != leaf.flatten()[0]).any())
     ]
     sizes = {size for mask in masks for size in (mask.shape[0], *mask.shape[-2:])}
     return [
@@ -243,44 +234,6 @@ def _of_masked_tokens(names: tuple[str, ...], leaves: list[Any]) -> list[set[int
 
 def _tensors(leaves: list[Any]) -> tuple[torch.Tensor, ...]:
     return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-
-
-def fits(graph_module: fx.GraphModule, values: tuple[Any, ...]) -> bool:
-    """Whether the graph is right for these placeholder values, by its shapes and its guards."""
-    placeholders = graph_module.graph.find_nodes(op="placeholder")
-    if len(placeholders) != len(values):
-        return False
-    sizes: dict[Any, int] = {}  # what each symbol stands for
-    pairs = zip(placeholders, values, strict=True)
-    if not all(_fits(node.meta.get("val"), value, sizes) for node, value in pairs):
-        return False
-    guards = getattr(graph_module, GUARDS, None)
-    try:
-        if guards is not None:
-            guards(*values)
-    except AssertionError:  # what torch.export's guards raise
-        return False
-    return True
-
-
-def _fits(traced: Any, value: Any, sizes: dict[Any, int]) -> bool:
-    """Whether a value has the traced tensor's dtype and its sizes, or sizes for its symbols."""
-    if not isinstance(traced, torch.Tensor):
-        return True
-    if not isinstance(value, torch.Tensor):
-        return False
-    if (traced.dtype, traced.dim()) != (value.dtype, value.dim()):
-        return False
-    for size, given in zip(traced.shape, value.shape, strict=True):
-        expected: int = size
-        if isinstance(size, torch.SymInt):
-            expected = sizes.setdefault(size.node.expr, given)
-            # It was traced as "2 or more": a 1 would broadcast or squeeze another way.
-            if given < 2 and statically_known_true(size >= 2):
-                return False
-        if expected != given:
-            return False
-    return True
 
 
 def bind(model: nn.Module, batch: Batch) -> dict[str, Any]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from magr_fx.passes.torch_private import tree_leaves, tree_map_only
+from magr_fx.passes.torch_private import expression_of, tree_leaves, tree_map_only
 
 aten = torch.ops.aten
 
@@ -189,7 +189,7 @@ def replay(
 ) -> torch.Tensor | None:
     """The chain's result as a view of the parameter, or None where it is no view of it.
 
-    Copies are left out. The sizes of a batch that the weight is expanded over are taken as 1.
+    Copies are left out. The open sizes that the weight is expanded over are taken as 1.
 
     Args:
         parameter: what the chain starts from.
@@ -204,7 +204,7 @@ def replay(
         inputs = (node.args[1:], node.kwargs)
         if node.target not in _RESIZES and any(isinstance(a, fx.Node) for a in tree_leaves(inputs)):
             return None  # which elements it reads depends on the input's shape
-        args, kwargs = tree_map_only(fx.Node, lambda _: 1, inputs)
+        args, kwargs = tree_map_only(fx.Node, _smallest, inputs)
         try:
             value = node.target(value, *args, **kwargs)  # type: ignore[operator]
         except (RuntimeError, IndexError, ValueError):
@@ -213,6 +213,18 @@ def replay(
         return None
     shared = value.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
     return value if shared and _has_traced_shape(value, chain, picked=picked) else None
+
+
+def _smallest(size: fx.Node) -> int:
+    """What a size of the graph is where every open size is 1."""
+    value = size.meta.get("val")
+    if not isinstance(value, torch.SymInt):
+        return 1
+    expression = expression_of(value)
+    try:
+        return max(1, int(expression.subs(dict.fromkeys(expression.free_symbols, 1))))
+    except (TypeError, ZeroDivisionError):  # of no meaning for 1; the result's sizes are checked
+        return 1
 
 
 def gathered(
@@ -234,23 +246,27 @@ def gathered(
 
 
 def _has_traced_shape(value: torch.Tensor, chain: tuple[fx.Node, ...], *, picked: bool) -> bool:
-    """Whether only batch sizes were taken as 1: the matrix itself is as large as in the graph.
+    """Whether only open sizes were taken as 1: the matrix itself is as large as in the graph.
 
-    What the weight is merely expanded over may have any size: it is one matrix for all of it.
+    An open size may have a fixed one as a factor, if the weight is merely expanded over both: they
+    meet one matrix then.
     """
     traced = chain[-1].meta.get("val") if chain else None
     if not isinstance(traced, torch.Tensor):
         return True
-    if picked:
-        return traced.dim() == value.dim() and traced.shape[-2:] == value.shape[-2:]
-    matrix = traced.shape[-2:]  # symbols are not compared: that would be a guard on them
-    fixed = all(isinstance(size, int) for size in matrix)
-    if traced.dim() != value.dim() or not fixed or matrix != value.shape[-2:]:
+    if traced.dim() != value.dim() or not _equal(traced.shape[-2:], value.shape[-2:]):
         return False
     leading = zip(traced.shape[:-2], value.shape[:-2], value.stride()[:-2], strict=True)
-    return all(
-        (size == 1 or stride == 0) if isinstance(expected, torch.SymInt) else size == expected
+    return picked or all(
+        size == 1 or stride == 0 if isinstance(expected, torch.SymInt) else size == expected
         for expected, size, stride in leading
+    )
+
+
+def _equal(traced: Sequence[int | torch.SymInt], sizes: Sequence[int]) -> bool:
+    """Whether the traced sizes are these, and none of them is an input's."""
+    return all(
+        isinstance(one, int) and one == other for one, other in zip(traced, sizes, strict=True)
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections import UserDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -15,6 +16,7 @@ import torch
 from tiny_models import activations, tiny_llama, token_ids
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.masked import masked_tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import BatchEncoding
@@ -336,6 +338,16 @@ def test_empty_batches_are_left_out() -> None:
 NUMBERS, ARRAYS, TEXT = "torch.tensor", r"torch\.from_numpy", "tokenize text"
 
 
+class Rows:
+    """Like a list, as data sets of one's own often are."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        return IDS
+
+    def __len__(self) -> int:
+        return 3
+
+
 @pytest.mark.parametrize(
     ("item", "remedy"),
     [
@@ -360,6 +372,8 @@ NUMBERS, ARRAYS, TEXT = "torch.tensor", r"torch\.from_numpy", "tokenize text"
         (DataLoader(TensorDataset(IDS)), "DataLoader itself"),
         (TensorDataset(IDS), "torch DataLoader"),
         (Record(IDS, {}), r"tuple: \(batch,\)"),
+        ({0: IDS, 1: IDS}, r"key 0, .*tuple: \(features,\)"),
+        (UserDict({("x", 1): IDS, "y": IDS}), r"key \('x', 1\), .*tuple: \(features,\)"),
     ],
 )
 def test_what_to_do_about_a_form(item: Any, remedy: str) -> None:
@@ -372,6 +386,7 @@ def test_what_to_do_about_a_form(item: Any, remedy: str) -> None:
     [
         (IDS.numpy(), r"\[torch\.from_numpy\(calib\)\]"),
         (TensorDataset(IDS), "DataLoader"),
+        (Rows(), "DataLoader"),
         (lambda: iter([IDS]), r"called: calib\(\)"),
     ],
 )
@@ -424,6 +439,7 @@ def test_labels_that_would_be_an_option_are_noted(caplog: pytest.LogCaptureFixtu
         (lambda: torch.ones(3, 4, device="meta"), "meta device"),
         (lambda: torch.quantize_per_tensor(torch.ones(3, 4), 0.1, 0, torch.qint8), "is quantized"),
         (lambda: FakeTensorMode().from_tensor(torch.ones(3, 4)), "is fake"),
+        (lambda: masked_tensor(torch.ones(3, 4), torch.ones(3, 4) > 0), "is a MaskedTensor"),
     ],
 )
 @pytest.mark.parametrize("form", [lambda x: x, lambda x: {"x": (IDS, x)}])

@@ -326,3 +326,83 @@ def test_a_mask_of_an_exported_graph_beside_other_values() -> None:
     graph_module: Any = torch.export.export(model, (), item).module()
     collected = collect(analyse(graph_module, [item]))
     assert {shared.tokens for shared in collected.values()} == {16}
+
+
+# ---- what the report says of padding that is counted
+
+
+class Padded(nn.Module):
+    def __init__(self, read: Callable[..., Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.read = nn.Embedding(64, 16), read
+        layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Any:
+        mask = self.read(tokens, lengths)
+        return self.encoder(self.table(tokens), src_key_padding_mask=mask)
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny_llama(num_hidden_layers=1)
+
+    def forward(self, tokens: Tensor) -> Any:
+        return self.model(input_ids=tokens, attention_mask=(tokens != 0).long()).logits
+
+
+def by_lengths(tokens: Tensor, lengths: Tensor) -> Tensor:
+    return torch.arange(tokens.shape[1]) >= lengths[:, None]
+
+
+UNEVEN = RIGHT.sum(1)
+SQUARE = torch.arange(7) < torch.tensor([3, 3, 5, 5, 6, 7, 7])[:, None]
+UNREAD: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
+    "of ids": (
+        lambda: Padded(lambda x, _: x == 0),
+        (IDS,),
+        "makes the mask 'src_key",
+    ),
+    "of lengths": (lambda: Padded(by_lengths), (IDS, UNEVEN), "'lengths' may be the lengths"),
+    "of a model inside": (Around, (IDS,), "makes the mask 'attention_mask' itself"),
+    "as many sequences as tokens": (
+        lambda: tiny_llama(num_hidden_layers=1),
+        {"input_ids": token_ids(7, 7), "attention_mask": SQUARE.long()},
+        "read as a mask for pairs",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(UNREAD))
+@pytest.mark.parametrize("tracer", ["export", "make_fx"])
+def test_padding_that_cannot_be_told_is_noted(name: str, tracer: str) -> None:
+    make, item, words = UNREAD[name]
+    notes = analysed(make(), [item], tracer).run().notes
+    assert sum(words in note for note in notes) == 1
+    assert all("padding is counted" in note for note in notes)
+
+
+PLAIN: dict[str, tuple[Callable[[], nn.Module], Any]] = {
+    "no mask": (lambda: Padded(lambda *_: None), (IDS,)),
+    "no length is less": (lambda: Padded(lambda *_: None), (IDS, torch.full((3,), 7))),
+    "llama": (lambda: tiny_llama(num_hidden_layers=1), IDS),
+    "bert": (tiny_bert, IDS),
+}
+
+
+@pytest.mark.parametrize("name", sorted(PLAIN))
+@pytest.mark.parametrize("tracer", ["export", "make_fx"])
+def test_what_marks_no_padding_is_not_noted(name: str, tracer: str) -> None:
+    make, item = PLAIN[name]
+    assert analysed(make(), [item], tracer).run().notes == []
+
+
+def test_a_batch_of_other_sizes_tells_how_a_square_mask_is_meant() -> None:
+    square = {"input_ids": token_ids(7, 7), "attention_mask": SQUARE.long()}
+    analysis = analysed(
+        tiny_llama(num_hidden_layers=1), [square, {"input_ids": IDS, "attention_mask": REAL}]
+    )
+    assert analysis.run().notes == []
+    assert {s.tokens for s in collect(analysis).values()} == {int(SQUARE.sum() + RIGHT.sum())}

@@ -91,34 +91,6 @@ def test_every_signature_is_compared_but_not_every_batch() -> None:
         magr_transform(Formula(function, **linears()), [x, (y, 2.0)], QUICK, trace="export")
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype", "compared"),
-    [
-        ((9, 3, 8, 8), torch.float32, 2),  # images
-        ((9, 3, 2, 8, 8), torch.float32, 2),
-        ((9, 8, 8), torch.float32, 9),  # may be padded
-        ((9, 3, 8, 8), torch.int64, 9),
-        ((2, 3, 8, 8), torch.float32, 2),
-    ],
-)
-def test_of_images_two_are_compared(
-    shape: tuple[int, ...], dtype: torch.dtype, compared: int
-) -> None:
-    """A forward pass of all of them can take longer than the trace."""
-    seen = []
-
-    def function(m: Any, x: Tensor) -> Any:
-        if not torch.compiler.is_exporting():
-            seen.append(len(x))
-        return m.b(m.a(x.flatten(1).float()[:, :WIDTH]))
-
-    model = Formula(function, **linears())
-    x = torch.randint(0, 5, shape).to(dtype)
-    with calibration_mode(model):
-        trace_batches(model, read_calib([x], model))
-    assert seen == [compared]
-
-
 def test_a_model_that_looks_at_the_number_of_images_is_compared_with_all() -> None:
     def function(m: Any, x: Tensor) -> Any:
         x = m.a(x.flatten(1)[:, :WIDTH])

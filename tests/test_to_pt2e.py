@@ -310,3 +310,25 @@ def test_the_check_comes_first_and_names_dtypes() -> None:
     converted = magr_quantize(mlp(), vectors(), x86())
     with pytest.raises(ModelError, match=r"not right for \[torch\.float64"):
         converted(vectors()[0].double())
+
+
+class Weighted(nn.Module):
+    """Two inputs of one dtype and shape, the names of which are in another order than they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.a = nn.Embedding(8, 16), nn.Linear(16, 4)
+
+    def forward(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        result: Tensor = self.a(self.table(tokens) * counts[..., None])
+        return result
+
+
+def test_arguments_given_by_name_have_the_places_that_they_had() -> None:
+    model = Weighted().eval()
+    tokens, counts = torch.arange(6).view(2, 3), torch.tensor([[3, 1, 0], [0, 2, 1]])
+    item = {"counts": counts, "tokens": tokens}
+    converted = magr_quantize(model, [item], x86())
+    expected = converted(**item)
+    torch.testing.assert_close(expected, model(**item), rtol=0, atol=0.1)
+    assert torch.equal(converted(tokens, counts), expected)

@@ -23,6 +23,7 @@ from magr_fx.errors import CalibrationError, TraceError
 from magr_fx.passes.calibration import read_calib
 from magr_fx.passes.collect_grams import CalibrationRun
 from magr_fx.passes.find_linears import find_linears
+from magr_fx.passes.input_fit import fits
 from magr_fx.passes.trace import (
     TracedBatch,
     attribute,
@@ -30,7 +31,7 @@ from magr_fx.passes.trace import (
     calibration_mode,
     unwrap,
 )
-from magr_fx.passes.trace_batches import Tracing, fits, input_names, trace_batches
+from magr_fx.passes.trace_batches import Tracing, input_names, trace_batches
 
 
 def traces_of(traced: list[TracedBatch]) -> int:
@@ -241,7 +242,7 @@ class Weighed(nn.Module):
         ([activations(4, 6, WIDTH)], [{0}]),
         ([activations(4, 6, WIDTH), activations(5, 6, WIDTH)], [{0}]),
         ([activations(4, 6, WIDTH), activations(4, 7, WIDTH)], [{0, 1}]),
-        ([{"x": activations(4, 6, WIDTH), "mask": torch.ones(4, 6)}], [{0, 1}, {0, 1}]),
+        ([{"x": activations(4, 6, WIDTH), "mask": torch.ones(4, 6).tril()}], [{0, 1}, {0, 1}]),
         ([{"x": activations(4, 6, WIDTH), "scale": torch.ones(4, 6)}], [{0}, {0}]),
     ],
     ids=["one size", "rows differ", "lengths differ", "tokens of a mask", "no mask"],
