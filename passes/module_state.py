@@ -29,6 +29,7 @@ _CONTAINERS: tuple[Any, ...] = (OrderedDict, dict, list, set, deque)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _INSTALLED = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
 _ARRAYS = (np.ndarray, bytearray, array.array)
+_STANDARD = sys.stdlib_module_names - {"__main__"}
 _ABSENT = object()
 
 
@@ -279,7 +280,7 @@ def _package(kind: type) -> str:
 def _is_foreign(module: str | None) -> bool:
     """Whether what is defined there holds no state of a model."""
     package = str(module).partition(".")[0]
-    return package in _FOREIGN or (package in sys.stdlib_module_names and package != "__main__")
+    return package in _FOREIGN or package == "magr_fx" or package in _STANDARD
 
 
 def _slots(kind: type) -> list[str]:

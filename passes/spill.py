@@ -123,8 +123,10 @@ class Spill:
                 moved[at] = self._mapped(storage)
             size, stride, offset = value.size(), value.stride(), int(value.storage_offset())
             if value.device.type in MAPPED:
-                return torch.empty(0, dtype=value.dtype).set_(moved[at], offset, size, stride)
-            bytes_ = torch.empty(0, dtype=torch.uint8).set_(moved[at])
+                return torch.empty(0, dtype=value.dtype, device=moved[at].device).set_(
+                    moved[at], offset, size, stride
+                )
+            bytes_ = torch.empty(0, dtype=torch.uint8, device=moved[at].device).set_(moved[at])
             return Away(bytes_, value.device, value.dtype, size, stride, offset)
 
         for node, value in values.items():
