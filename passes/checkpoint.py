@@ -28,8 +28,8 @@ import numpy as np
 import torch
 
 from magr_fx.config import MagRConfig
-from magr_fx.disk import BETWEEN_STATES, save, settle
-from magr_fx.errors import CheckpointError, ConfigError
+from magr_fx.disk import BETWEEN_STATES, folder_named, save, settle
+from magr_fx.errors import CheckpointError
 from magr_fx.passes.ranks import ALONE, Ranks
 from magr_fx.passes.resident import Resident
 from magr_fx.passes.torch_private import tree_leaves
@@ -64,13 +64,7 @@ class Checkpoint:
     def __init__(
         self, folder: str | os.PathLike[str], fingerprint: dict[str, str], ranks: Ranks = ALONE
     ) -> None:
-        try:
-            given = os.fsdecode(folder)
-        except TypeError:
-            given = ""
-        if not given:
-            raise ConfigError(f"checkpoint_dir is the name of a directory, got {folder!r}")
-        self.folder, self._ranks = Path(given), ranks
+        self.folder, self._ranks = folder_named(folder, "checkpoint_dir"), ranks
         self.states = self.written = 0
         self._unsettled: list[Path] = []  # weights that no state counts on yet
         self._saved = monotonic()

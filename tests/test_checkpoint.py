@@ -581,9 +581,10 @@ def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", 3, 0.5])
-def test_what_is_no_name_of_a_directory_is_refused(name: Any) -> None:
-    with pytest.raises(ConfigError, match="checkpoint_dir is the name of a directory"):
-        transform(small(), checkpoint_dir=name)
+@pytest.mark.parametrize("option", ["checkpoint_dir", "spill_dir"])
+def test_what_is_no_name_of_a_directory_is_refused(option: str, name: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{option} is the name of a directory"):
+        transform(small(), **{option: name})
 
 
 def test_the_fingerprint_is_readable(tmp_path: Path) -> None:
