@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,7 +202,9 @@ def _unfinished(folder: Path) -> Path | None:
     second line of ``.metadata``. It begins anew after an interruption, so that parts of files that
     are whole by now stay where they are.
     """
-    notes = (path.read_text(encoding="utf-8").split("\n") for path in folder.rglob("*.metadata"))
+    files = (path for path in folder.rglob("*.metadata") if path.is_file())
+    # Others may have files of this name, in whatever form.
+    notes = (path.read_text(encoding="utf-8", errors="replace").split("\n") for path in files)
     whole = {note[1] for note in notes if len(note) > 1}
     parts = sorted(folder.rglob("*.incomplete"))
     return next((part for part in parts if not whole & set(part.name.split("."))), None)
@@ -229,6 +232,12 @@ def shards(folder: Path) -> list[Path]:
                 f"{missing[0]} for one; {_DOWNLOAD}"
             )
         return files
+    for file in (folder / SINGLE, index):
+        if os.path.lexists(file):
+            raise ModelError(
+                f"{file} is no file: a link to what is not there any more, or a directory; "
+                f"{_DOWNLOAD}"
+            )
     other = next((f.name for p in WEIGHTS for f in sorted(folder.glob(p))), None)
     if other is None:
         raise ModelError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}; {_DOWNLOAD}")
@@ -260,6 +269,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             shape = tuple(entry["shape"])
             if any(type(size) is not int or size < 0 for size in (*shape, start, stop)):
                 raise ValueError(f"the header has no sizes of {name}")
+            if not isinstance(entry["dtype"], str):
+                raise ValueError(f"the header has no dtype of {name}")
             found[name] = StoredTensor(file, entry["dtype"], shape, start, stop)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{file} is no whole safetensors file: {error}; {_DOWNLOAD}") from error

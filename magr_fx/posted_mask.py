@@ -19,7 +19,7 @@ class PostedMask:
         count = mask.sum()
         self._arrived: torch.cuda.Event | None = None
         if count.is_cuda:
-            self._count = torch.empty((), dtype=count.dtype, pin_memory=True)
+            self._count = torch.empty((), dtype=count.dtype, device="cpu", pin_memory=True)
             self._count.copy_(count, non_blocking=True)
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
