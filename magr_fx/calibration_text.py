@@ -42,7 +42,7 @@ def text_batches(
     try:
         # verbose=False: no warning that the whole text is longer than the model's context.
         found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        ids = torch.tensor(found, dtype=torch.long)
+        ids = torch.tensor(found, dtype=torch.long, device="cpu")
     except Exception as error:  # whatever a tokenizer raises of what it has no token for
         raise CalibrationError(
             f"the model's tokenizer cannot read {file}: {brief(error)}; give another text, or "
@@ -55,5 +55,5 @@ def text_batches(
             f"{file} has {len(ids):,} tokens, too few for {windows * length:,} of calibration; "
             "ask for fewer, in shorter windows, or give a longer text"
         )
-    starts = torch.linspace(0, len(ids) - length, windows).long()
-    return list(torch.split(torch.stack([ids[at : at + length] for at in starts]), batch))
+    starts = torch.linspace(0, len(ids) - length, windows, dtype=torch.float32, device=ids.device)
+    return list(torch.split(torch.stack([ids[at : at + length] for at in starts.long()]), batch))

@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from magr_fx.errors import ConfigError
+
 # Seconds of work between two states of a run. One that is killed loses what it did since the last,
 # at most this and a step: less than a minute where a step takes less than half of one, and a step
 # where it takes longer. All activations are in a state: were one written after each step, of which
@@ -19,6 +21,21 @@ BETWEEN_STATES = 30.0
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP}
 _CHUNK = 2**24  # bytes that are written at once
+
+
+def folder_named(given: Any, option: str) -> Path:
+    """The directory that an option names, in whatever form Python has names.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    try:
+        name = os.fsdecode(given)
+    except TypeError:
+        name = ""
+    if not name:
+        raise ConfigError(f"{option} is the name of a directory, got {given!r}")
+    return Path(name)
 
 
 def take_room(file: BinaryIO, size: int) -> None:

@@ -77,7 +77,8 @@ def _bounded_estimate(gram: Tensor) -> Tensor | None:
     if not bool(gram.diagonal().amax() > 0):
         return None
     # A generator of its own, and on the CPU: the same start on every device and in every run.
-    start = torch.randn(len(gram), 1, generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(0)
+    start = torch.randn(len(gram), 1, generator=draw, dtype=torch.float32, device="cpu")
     start = gram @ start.to(gram)  # a first power step: most of the way where one input dominates
     try:
         with full_float32():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,19 +45,20 @@ def measured_rates(
     device = torch.device("cpu")
     inputs, rows = min(shape.inputs, MOST), min(shape.rows, MOST)
     draw = torch.Generator().manual_seed(0)
-    x = torch.rand(min(tokens, MOST), inputs, generator=draw).to(dtype)
-    weight = torch.rand(rows, inputs, generator=draw).to(dtype)
+    exact: Any = {"dtype": torch.float32, "device": device}
+    x = torch.rand(min(tokens, MOST), inputs, generator=draw, **exact).to(dtype)
+    weight = torch.rand(rows, inputs, generator=draw, **exact).to(dtype)
     forward = _best(lambda: functional.linear(x, weight), clock)
 
     together = min(shape.rows, max(LEAST_ROWS, tile_size(device) // shape.inputs))
-    tile = torch.rand(together, inputs, generator=draw)
-    gram = torch.rand(inputs, inputs, generator=draw)
+    tile = torch.rand(together, inputs, generator=draw, **exact)
+    gram = torch.rand(inputs, inputs, generator=draw, **exact)
     gram = gram + gram.T
     gram.diagonal().add_(2 * inputs)  # more than the others in its row: positive definite
     step = torch.zeros_like(tile)
     solve = _best(lambda: step.addmm_(tile, gram), clock)
     factor = _best(lambda: torch.linalg.cholesky_ex(gram), clock)
-    level = torch.rand(together, 1, generator=draw)
+    level = torch.rand(together, 1, generator=draw, **exact)
     elementwise = _best(lambda: _six(tile, level, gram[0]), clock)
     return Rates(
         forward=2 * x.numel() * rows / forward,

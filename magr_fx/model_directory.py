@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,9 @@ def _unfinished(folder: Path) -> Path | None:
     second line of ``.metadata``. It begins anew after an interruption, so that parts of files that
     are whole by now stay where they are.
     """
-    notes = (path.read_text(encoding="utf-8").split("\n") for path in folder.rglob("*.metadata"))
+    files = (path for path in folder.rglob("*.metadata") if path.is_file())
+    # Others may have files of this name, in whatever form.
+    notes = (path.read_text(encoding="utf-8", errors="replace").split("\n") for path in files)
     whole = {note[1] for note in notes if len(note) > 1}
     parts = sorted(folder.rglob("*.incomplete"))
     return next((part for part in parts if not whole & set(part.name.split("."))), None)
@@ -197,6 +200,12 @@ def shards(folder: Path) -> list[Path]:
                 f"{missing[0]} for one; {DOWNLOAD}"
             )
         return files
+    for file in (folder / SINGLE, index):
+        if os.path.lexists(file):
+            raise ModelError(
+                f"{file} is no file: a link to what is not there any more, or a directory; "
+                f"{DOWNLOAD}"
+            )
     other = next((f.name for p in WEIGHTS for f in sorted(folder.glob(p))), None)
     if other is None:
         raise ModelError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}; {DOWNLOAD}")

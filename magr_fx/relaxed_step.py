@@ -89,7 +89,7 @@ def has_triton(device: torch.device) -> bool:
         return False
     from magr_fx.relaxed_step_triton import relaxed_step_fused
 
-    one = torch.ones(1, 1, device=device)
+    one = torch.ones(1, 1, dtype=torch.float32, device=device)
     try:
         relaxed_step_fused(
             one.clone(), one, one, one.clone(), prices=one.view(1, 1), alpha=0.5, relaxation=1.0

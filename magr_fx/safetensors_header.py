@@ -62,6 +62,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             shape = tuple(entry["shape"])
             if any(type(size) is not int or size < 0 for size in (*shape, start, stop)):
                 raise ValueError(f"the header has no sizes of {name}")
+            if not isinstance(entry["dtype"], str):
+                raise ValueError(f"the header has no dtype of {name}")
             found[name] = StoredTensor(file, entry["dtype"], shape, start, stop)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{file} is no whole safetensors file: {error}; {DOWNLOAD}") from error

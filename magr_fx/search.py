@@ -181,11 +181,11 @@ class Search:
         self.dtype, self.group_size, self.units = dtype, group_size, units
         rows, groups = len(aim), aim.shape[1] // group_size
         self.sources: list[_Source] = []
-        self.best = torch.full((rows,), torch.inf, device=aim.device)
+        self.best = torch.full((rows,), torch.inf, dtype=torch.float32, device=aim.device)
         # -1: the weight as it was
         self.source = torch.full((rows, groups), -1, device=aim.device)
-        self.clip = torch.ones(rows, groups, device=aim.device)
-        self.values = torch.empty(0)
+        self.clip = torch.ones(rows, groups, dtype=torch.float32, device=aim.device)
+        self.values = aim.new_empty(0)
         self.parts: tuple[Tensor, ...] = ()
 
     @full_float32()

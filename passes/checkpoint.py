@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from magr_fx.config import MagRConfig
-from magr_fx.disk import BETWEEN_STATES, save, settle
+from magr_fx.disk import BETWEEN_STATES, folder_named, save, settle
 from magr_fx.errors import CheckpointError
 from magr_fx.passes.ranks import ALONE, Ranks
 from magr_fx.passes.resident import Resident
@@ -40,6 +40,7 @@ _FINGERPRINT = "fingerprint.json"
 # How many values of each weight tell one model from another.
 _SAMPLE = 4096
 _DEVICE_NUMBER = re.compile(r"(type='\w+'), index=\d+")
+_NUMBER = "[0-9]" * 6
 _ARRAYS = ("channel_max_before", "channel_max_after")
 
 
@@ -53,6 +54,7 @@ class Checkpoint:
 
     Raises:
         CheckpointError: the directory belongs to another run, or cannot be written.
+        ConfigError: ``folder`` is no name.
 
     Attributes:
         states, written: how many states this rank has written, and how many bytes in all, also
@@ -62,7 +64,7 @@ class Checkpoint:
     def __init__(
         self, folder: str | os.PathLike[str], fingerprint: dict[str, str], ranks: Ranks = ALONE
     ) -> None:
-        self.folder, self._ranks = Path(folder), ranks
+        self.folder, self._ranks = folder_named(folder, "checkpoint_dir"), ranks
         self.states = self.written = 0
         self._unsettled: list[Path] = []  # weights that no state counts on yet
         self._saved = monotonic()
@@ -128,6 +130,26 @@ class Checkpoint:
             if _step(path) <= last:
                 yield _load(path)
 
+    def check_weights(self, last: int, rows: Iterable[SiteReport]) -> None:
+        """Whether the weights of all sites that were rewritten are there, before any is written.
+
+        Raises:
+            CheckpointError: a file is missing, or damaged, or of something else.
+        """
+        missing = {row.name: tuple(row.shape) for row in rows if row.outcome == "rewritten"}
+        for path in self._weights():
+            if _step(path) <= last:
+                weights = _load(path, mmap=True)  # values are read later
+                for name, weight in weights.items() if isinstance(weights, dict) else ():
+                    if missing.get(name) == tuple(getattr(weight, "shape", ())):
+                        del missing[name]
+        if missing:
+            raise CheckpointError(
+                f"{self.folder} lacks the weights of {len(missing)} sites that its last state "
+                f"counts on, {next(iter(missing))} for one: a file weights-*.pt was removed or "
+                "damaged; nothing was changed. Bring it back, or empty the directory to start anew"
+            )
+
     def save(
         self,
         step: int,
@@ -173,18 +195,22 @@ class Checkpoint:
         return f"state-{step:06d}{self._suffix}.pt"
 
     def _states(self) -> list[Path]:
-        return list(self.folder.glob(f"state-??????{self._suffix}.pt"))
+        return list(self.folder.glob(f"state-{_NUMBER}{self._suffix}.pt"))
 
     def _weights(self) -> list[Path]:
-        return sorted(self.folder.glob("weights-??????.pt"))
+        return sorted(self.folder.glob(f"weights-{_NUMBER}.pt"))
 
     def _known(self) -> dict[str, str] | None:
         """The fingerprint of the run that the directory belongs to, if it belongs to one."""
         path = self.folder / _FINGERPRINT
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        except (OSError, ValueError) as error:
+            if not path.exists():
+                return None
+            known: Any = json.loads(path.read_text(encoding="utf-8"))
+            if not (isinstance(known, dict) and all(isinstance(v, str) for v in known.values())):
+                raise ValueError(f"{_FINGERPRINT} is damaged")
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(
                 f"checkpoint_dir {self.folder} cannot be used: {error}; give another directory"
             ) from error
@@ -248,7 +274,7 @@ def checkpoint_report(folder: Path) -> MagRReport:
     Raises:
         CheckpointError: the directory is damaged, or no run's.
     """
-    states = sorted(folder.glob("state-*.pt"))  # of several ranks all have all rows
+    states = sorted(folder.glob(f"state-{_NUMBER}*.pt"))  # of several ranks all have all rows
     rows = _state(states[-1])["rows"] if states else []
     try:
         known = json.loads((folder / _FINGERPRINT).read_text(encoding="utf-8"))
@@ -264,13 +290,19 @@ def _step(path: Path) -> int:
 
 
 def _state(path: Path) -> dict[str, Any]:
-    state: dict[str, Any] = _load(path)
-    return {**state, "rows": [_row(plain) for plain in state["rows"]]}
-
-
-def _load(path: Path) -> Any:
+    state = _load(path)
     try:
-        return torch.load(path, weights_only=True)
+        rows = [_row(plain) for plain in state["rows"]]
+        return {**state, "rows": rows, "step": int(state["step"]), "boundary": state["boundary"]}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is no state of a run: {error!r}; empty {path.parent} to start anew"
+        ) from error
+
+
+def _load(path: Path, *, mmap: bool = False) -> Any:
+    try:
+        return torch.load(path, weights_only=True, mmap=mmap)
     except (MemoryError, torch.OutOfMemoryError):  # no fault of the file
         raise
     except Exception as error:  # whatever a file raises that was damaged since
@@ -335,7 +367,7 @@ def _difference(key: str, was: str, now: str) -> str:
         return key
     try:
         before, after = _flat(json.loads(was)), _flat(json.loads(now))
-    except ValueError:
+    except (ValueError, AttributeError):  # it is damaged
         return key
     names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     parts = [f"{n} was {before.get(n)}, now {after.get(n)}" for n in names]

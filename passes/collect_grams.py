@@ -146,7 +146,7 @@ class CalibrationRun:
 
     def unfed(self) -> list[Site]:
         """After :meth:`check`: the sites that no counted token reaches, on any rank."""
-        seen = torch.tensor([self._seen[shared] for shared in self.grams])
+        seen = torch.tensor([self._seen[shared] for shared in self.grams], device="cpu")
         self._ranks.sum(seen)
         pairs = zip(self.grams, seen.tolist(), strict=True)
         return [site for shared, tokens in pairs if not tokens for site in shared.sites]

@@ -86,6 +86,7 @@ class Ledger:
         if saved is None or self.checkpoint is None:
             return
         logger.info("going on after step %d of %s", saved["step"], self.checkpoint.folder)
+        self.checkpoint.check_weights(saved["step"], saved["rows"])
         for weights in self.checkpoint.weights(saved["step"]):
             if gptq:
                 self.tensors.update(weights)

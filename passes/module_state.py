@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
+import functools
+import random
+import sys
+import sysconfig
 import types
-from collections import deque
-from collections.abc import Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,16 +22,24 @@ from magr_fx.passes.torch_private import version_of
 # Whose objects are left alone: they are no state of a model, or keep it in places of their own.
 _FOREIGN = frozenset({"torch", "torchao", "accelerate", "numpy", "logging", "builtins"})
 _NO_STATE = (
-    type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType,
-    torch.Tensor, torch.Generator, str, bytes, int, float, complex, bool, type(None),
+    types.BuiltinFunctionType, types.ModuleType, str, bytes, int, float, complex, bool, type(None),
 )  # fmt: skip
+# Whose own methods are called, not those of classes derived from them, which may refuse or do more.
+_CONTAINERS: tuple[Any, ...] = (OrderedDict, dict, list, set, deque)
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_INSTALLED = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+_ARRAYS = (np.ndarray, bytearray, array.array)
+_STANDARD = sys.stdlib_module_names - {"__main__"}
+_ABSENT = object()
 
 
 class _State:
-    """Every container that can be reached from a model's modules, and what is in it.
+    """Everything that can be reached from a model's modules and holds something, and what it holds.
 
-    Containers are the attributes of modules and of other objects, dicts, lists, sets and deques;
-    what is in them is kept by reference.
+    Such are the attributes of modules, of other objects, and of the classes of both; dicts, lists,
+    sets, deques and arrays; and what the functions among them hold: what they enclose, their
+    defaults, and the globals that they name. So hooks are followed to where they write. Of
+    installed packages only those files' globals count that define the model's modules.
 
     Attributes:
         tensors: those that are found on the way: also what is no parameter and no buffer.
@@ -33,10 +47,9 @@ class _State:
 
     def __init__(self, model: nn.Module) -> None:
         self.tensors: list[torch.Tensor] = []
-        self._known: set[int] = set()
-        self._containers: list[tuple[Any, Any]] = []
-        self._slots: list[tuple[Any, dict[str, Any]]] = []
-        self._classes: list[tuple[type, dict[str, Any]]] = []
+        self._known: dict[int, Any] = {}  # by id: which is kept, so that no other gets its id
+        self._undo: list[Callable[[], Any]] = []
+        self._modules = {type(module).__module__ for module in model.modules()}
         pending: list[Any] = list(model.modules())
         while pending:
             pending.extend(self._keep(pending.pop()))
@@ -45,16 +58,10 @@ class _State:
         self._values = [(tensor, version_of(tensor), tensor.detach().clone()) for tensor in others]
 
     def restore(self) -> None:
-        """Have the same objects in the same containers again."""
-        for container, kept in self._containers:
-            if not _same(container, kept):
-                container.clear()
-                if isinstance(container, (dict, set)):
-                    container.update(kept)
-                else:
-                    container.extend(kept)
+        """Have the same objects in the same places again."""
+        for undo in self._undo:
+            undo()
         self._restore_values()
-        self._restore_attributes()
 
     @torch.no_grad()
     def _restore_values(self) -> None:
@@ -62,63 +69,68 @@ class _State:
             if version_of(tensor) != version:
                 tensor.copy_(before)
 
-    def _restore_attributes(self) -> None:
-        """Of slots and classes, which are in no container."""
-        for owner, values in self._slots:
-            for name in _slots(type(owner)):
-                if name in values:
-                    object.__setattr__(owner, name, values[name])
-                elif hasattr(owner, name):
-                    object.__delattr__(owner, name)
-        for kind, attributes in self._classes:
-            for name in [n for n in vars(kind) if n not in attributes and not n.startswith("__")]:
-                delattr(kind, name)
-            for name, value in attributes.items():
-                if vars(kind).get(name) is not value:
-                    setattr(kind, name, value)
-
     def _keep(self, value: Any) -> list[Any]:
         """Keep what is in a value; returns that, to go on with."""
         if id(value) in self._known:
             return []
-        self._known.add(id(value))
+        self._known[id(value)] = value
         if isinstance(value, torch.Tensor):
             self.tensors.append(value)
-        if isinstance(value, _NO_STATE):
+        elif isinstance(value, type):
+            return self._keep_class(value)
+        elif isinstance(value, types.FunctionType):
+            return self._keep_function(value)
+        elif isinstance(value, (*_GENERATORS, *_ARRAYS)):
+            generates = isinstance(value, _GENERATORS)
+            self._undo.append(_generator_undo(value) if generates else _array_undo(value))
+        elif not isinstance(value, _NO_STATE):
+            inside = [*self._held(value), *_joined(value)]
+            if inside or isinstance(value, nn.Module) or _package(type(value)) not in _FOREIGN:
+                return inside + self._keep_attributes(value)
+        return []
+
+    def _held(self, value: Any) -> list[Any]:
+        """What is in a container, which is kept."""
+        kind = next((kind for kind in _CONTAINERS if isinstance(value, kind)), None)
+        if kind is None:
             return []
-        inside: list[Any] = []
-        if isinstance(value, dict):
-            self._containers.append((value, dict(value)))
-            inside += value.values()
-        elif isinstance(value, (list, set, deque)):
-            self._containers.append((value, value.copy()))
-            inside += value
-        elif isinstance(value, (tuple, frozenset)):
-            inside += value
-        elif not isinstance(value, nn.Module) and _package(type(value)) in _FOREIGN:
-            return []
-        inside += self._keep_attributes(value)
-        return inside
+        kept = kind(value) if issubclass(kind, dict) else list(value)
+        self._undo.append(functools.partial(_refill, kind, value, kept))
+        return list(kept.values()) if isinstance(kept, dict) else kept
 
     def _keep_attributes(self, value: Any) -> list[Any]:
         attributes = getattr(value, "__dict__", None)
-        inside: list[Any] = []
+        inside: list[Any] = [type(value)]
         if isinstance(attributes, dict):
-            self._containers.append((attributes, dict(attributes)))
-            inside += attributes.values()
+            inside += self._held(attributes)
         names = _slots(type(value))
         if names:
-            kept = {name: getattr(value, name) for name in names if hasattr(value, name)}
-            self._slots.append((value, kept))
+            kept = {name: getattr(value, name, _ABSENT) for name in names}
+            self._undo.append(functools.partial(_reset_slots, value, kept))
             inside += kept.values()
-        kind = type(value)
-        if isinstance(value, nn.Module) and id(kind) not in self._known:
-            self._known.add(id(kind))
-            if _package(kind) not in _FOREIGN:
-                own = {n: v for n, v in vars(kind).items() if not n.startswith("__")}
-                self._classes.append((kind, own))
-                inside += own.values()
         return inside
+
+    def _keep_class(self, kind: type) -> list[Any]:
+        if _is_foreign(kind.__module__):
+            return []
+        own = {n: v for n, v in vars(kind).items() if not n.startswith("__")}
+        self._undo.append(functools.partial(_reset_class, kind, own))
+        return [*own.values(), vars(kind).get("__call__"), *kind.__bases__]
+
+    def _keep_function(self, function: types.FunctionType) -> list[Any]:
+        if _is_foreign(function.__module__):
+            return []
+        inside = [function.__defaults__, function.__kwdefaults__]
+        if function.__module__ in self._modules or not _is_installed(function.__code__):
+            every = function.__globals__
+            named = {name: every.get(name, _ABSENT) for name in _names(function.__code__)}
+            self._undo.append(functools.partial(_reset_globals, every, named))
+            inside += named.values()
+        for cell in function.__closure__ or ():
+            content = _content(cell)
+            self._undo.append(functools.partial(_reset_cell, cell, content))
+            inside.append(content)
+        return inside + self._held(function.__dict__)
 
 
 @contextlib.contextmanager
@@ -157,23 +169,118 @@ def state_kept(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
 
 
+def _joined(value: Any) -> list[Any]:
+    """What is in a value that is made of others for good."""
+    if isinstance(value, (tuple, frozenset)):
+        return list(value)
+    if isinstance(value, types.MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, (staticmethod, classmethod)):
+        return [value.__func__]
+    return [value.fget] if isinstance(value, property) else []
+
+
+def _refill(kind: Any, container: Any, kept: Any) -> None:
+    """Have the same objects in the container in the same order, if they are not."""
+    if _same(container, kept):
+        return
+    kind.clear(container)
+    (kind.update if issubclass(kind, (dict, set)) else kind.extend)(container, kept)
+
+
 def _same(now: Any, kept: Any) -> bool:
-    """Whether a container holds the same objects in the same order."""
     if len(now) != len(kept):
         return False
     pairs = zip(now, kept, strict=True)
     return all(a is b and (not isinstance(now, dict) or now[a] is kept[b]) for a, b in pairs)
 
 
+def _reset_slots(owner: Any, kept: dict[str, Any]) -> None:
+    for name, value in kept.items():
+        if value is not _ABSENT:
+            object.__setattr__(owner, name, value)
+        elif hasattr(owner, name):
+            object.__delattr__(owner, name)
+
+
+def _reset_class(kind: type, own: dict[str, Any]) -> None:
+    for name in [n for n in vars(kind) if n not in own and not n.startswith("__")]:
+        delattr(kind, name)
+    for name, value in own.items():
+        if vars(kind).get(name, _ABSENT) is not value:
+            setattr(kind, name, value)
+
+
+def _reset_globals(all_of_them: dict[str, Any], named: dict[str, Any]) -> None:
+    for name, value in named.items():
+        if value is _ABSENT:
+            all_of_them.pop(name, None)
+        elif all_of_them.get(name, _ABSENT) is not value:
+            all_of_them[name] = value
+
+
+def _reset_cell(cell: types.CellType, content: Any) -> None:
+    if content is not _ABSENT:
+        cell.cell_contents = content
+    elif _content(cell) is not _ABSENT:
+        del cell.cell_contents
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing was assigned yet
+        return _ABSENT
+
+
+def _generator_undo(generator: Any) -> Callable[[], Any]:
+    """Have a generator draw the same numbers again."""
+    if isinstance(generator, torch.Generator):
+        return functools.partial(generator.set_state, generator.get_state())
+    if isinstance(generator, random.Random):
+        return functools.partial(generator.setstate, generator.getstate())
+    if isinstance(generator, np.random.RandomState):
+        return functools.partial(generator.set_state, generator.get_state())
+    bits: Any = generator.bit_generator
+    return functools.partial(setattr, bits, "state", bits.state)
+
+
+def _array_undo(values: Any) -> Callable[[], Any]:
+    """Have an array hold the same values again; one that is on a disk, or locked, is left alone."""
+    if isinstance(values, np.ndarray):
+        if isinstance(values, np.memmap) or not values.flags.writeable:
+            return lambda: None
+        return functools.partial(np.copyto, values, values.copy())
+    return functools.partial(values.__setitem__, slice(None), values[:])
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """What a function may name of its globals, also in the functions that it makes."""
+    inner = [part for part in code.co_consts if isinstance(part, types.CodeType)]
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def _is_installed(code: types.CodeType) -> bool:
+    """Whether it is code of a package that was installed, and not the caller's own."""
+    return code.co_filename.startswith(_INSTALLED)
+
+
 def _has_values(tensor: torch.Tensor) -> bool:
-    plain = type(tensor) in (torch.Tensor, nn.Parameter)
-    return (
-        plain and tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_inference())
-    )
+    """Whether a tensor is a plain one; parameters of other models are not written to."""
+    plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided
+    return plain and not (tensor.is_meta or tensor.is_inference())
 
 
 def _package(kind: type) -> str:
     return str(kind.__module__).partition(".")[0]
+
+
+def _is_foreign(module: str | None) -> bool:
+    """Whether what is defined there holds no state of a model."""
+    package = str(module).partition(".")[0]
+    return package in _FOREIGN or package == "magr_fx" or package in _STANDARD
 
 
 def _slots(kind: type) -> list[str]:

@@ -79,7 +79,7 @@ def plan(
         MagRError: the model cannot be traced, or has nothing to rewrite.
     """
     reserve(model)
-    example = torch.zeros(window, dtype=torch.long)
+    example = torch.zeros(window, dtype=torch.long, device="cpu")
     with calibration_mode(model):
         batches = read_calib([example], model)
         traced = trace_or_read(model, batches, Tracing("export", has_values=False))

@@ -118,7 +118,8 @@ def add_up(grams: Sequence[SharedGram], ranks: Ranks) -> None:
             [int(getattr(shared, key) is not None) for key in _MATRICES]
             + [int(getattr(shared, key)) for key in _NUMBERS]
             for shared in grams
-        ]
+        ],
+        device="cpu",
     )
     ranks.sum(found)
     for shared, (*matrices, tokens, held_tokens, padding) in zip(

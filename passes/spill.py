@@ -13,14 +13,13 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from magr_fx.disk import take_room
+from magr_fx.disk import folder_named, take_room
 from magr_fx.errors import CheckpointError, ConfigError
 from magr_fx.passes.torch_private import tree_map, version_of
 
@@ -86,7 +85,7 @@ class Spill:
     """
 
     def __init__(self, folder: str | os.PathLike[str], stored: Iterable[torch.Tensor]) -> None:
-        self.folder = Path(folder)
+        self.folder = folder_named(folder, "spill_dir")
         if sys.platform == "win32":
             raise ConfigError(
                 "spill_dir needs a system on which a file may lose its name while it is mapped, "
@@ -97,7 +96,7 @@ class Spill:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(
                 f"spill_dir {self.folder} cannot be written to: {error}; give another directory"
             ) from error
@@ -123,8 +122,10 @@ class Spill:
                 moved[at] = self._mapped(storage)
             size, stride, offset = value.size(), value.stride(), int(value.storage_offset())
             if value.device.type in MAPPED:
-                return torch.empty(0, dtype=value.dtype).set_(moved[at], offset, size, stride)
-            bytes_ = torch.empty(0, dtype=torch.uint8).set_(moved[at])
+                return torch.empty(0, dtype=value.dtype, device=moved[at].device).set_(
+                    moved[at], offset, size, stride
+                )
+            bytes_ = torch.empty(0, dtype=torch.uint8, device=moved[at].device).set_(moved[at])
             return Away(bytes_, value.device, value.dtype, size, stride, offset)
 
         for node, value in values.items():

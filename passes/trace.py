@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 
@@ -90,8 +92,8 @@ def calibration_mode(model: nn.Module, device: torch.device | None = None) -> It
     """Inference as calibration needs it; every state is restored, also after an error.
 
     Evaluation mode, no gradients, no key-value caches, no random numbers drawn from the caller's
-    generators, and MultiheadAttention's fast path off (it hides its linears). ``device`` is where
-    the model will run, if not where its parameters are.
+    generators (torch's, NumPy's and Python's), and MultiheadAttention's fast path off (it hides its
+    linears). ``device`` is where the model will run, if not where its parameters are.
     """
     with contextlib.ExitStack() as restored:
         for module in model.modules():
@@ -108,6 +110,8 @@ def calibration_mode(model: nn.Module, device: torch.device | None = None) -> It
         devices = {tensor.device for tensor in chain(model.parameters(), model.buffers())}
         devices |= {device} if device is not None else set()
         restored.enter_context(random_state(torch_state(devices)))
+        restored.callback(random.setstate, random.getstate())
+        restored.callback(np.random.set_state, np.random.get_state())
         with torch.no_grad():
             yield
 

@@ -137,7 +137,7 @@ def unread_parts(
     """
     if sum(view.shape[0] * view.shape[1] for view in views) >= parameter.numel():
         return []
-    read = torch.zeros(parameter.numel(), dtype=torch.bool)
+    read = torch.zeros(parameter.numel(), dtype=torch.bool, device="cpu")
     for view in views:
         offset = view.offset - int(parameter.storage_offset())
         read.as_strided(view.shape, view.stride, offset).fill_(True)
@@ -179,7 +179,7 @@ def overlap(first: WeightView, second: WeightView) -> bool:
     start, end = min(first.offset, second.offset), max(first.last, second.last)
     if max(first.offset, second.offset) > min(first.last, second.last):
         return False
-    marks = torch.zeros(end - start + 1, dtype=torch.bool)
+    marks = torch.zeros(end - start + 1, dtype=torch.bool, device="cpu")
     marks.as_strided(first.shape, first.stride, first.offset - start).fill_(True)
     return bool(marks.as_strided(second.shape, second.stride, second.offset - start).any())
 

@@ -25,7 +25,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 from toys import mlp, report_of, vectors
 
-from magr_fx import CheckpointError, MagRConfig, magr_quantize, magr_transform
+from magr_fx import CheckpointError, ConfigError, MagRConfig, magr_quantize, magr_transform
 from magr_fx.disk import BETWEEN_STATES
 from magr_fx.passes import solve_sites
 from magr_fx.passes.boundary import boundary, restore
@@ -528,6 +528,67 @@ def test_a_directory_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
     (tmp_path / "fingerprint.json").write_text("{")
     with pytest.raises(CheckpointError, match="another directory"):
         transform(small(), checkpoint_dir=tmp_path)
+
+
+def drop(path: Path) -> None:
+    path.unlink()
+
+
+def reshape(path: Path) -> None:
+    weights = torch.load(path)
+    torch.save({name: torch.ones(3, 3) for name in weights}, path)
+
+
+def make_a_list(path: Path) -> None:
+    torch.save([1], path)
+
+
+@pytest.mark.parametrize("damage", [drop, reshape, make_a_list])
+@pytest.mark.parametrize("way", [transform, gptq])
+def test_weights_that_a_state_counts_on_are_not_missed_in_silence(
+    way: Callable[..., nn.Module], damage: Callable[[Path], None], tmp_path: Path
+) -> None:
+    way(small(), checkpoint_dir=tmp_path)
+    damage(min(tmp_path.glob("weights-*.pt")))
+    model = small()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"lacks the weights of \d+ sites .*_proj.*anew"):
+        way(model, checkpoint_dir=tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("state", [[1], {}, {"rows": [{"name": "a"}], "step": 0, "boundary": {}}])
+def test_a_state_of_something_else_is_named(state: Any, tmp_path: Path) -> None:
+    transform(small(), checkpoint_dir=tmp_path)
+    (path,) = tmp_path.glob("state-*.pt")
+    torch.save(state, path)
+    with pytest.raises(
+        CheckpointError, match=rf"{path.name} is no state of a run: .* to start anew"
+    ):
+        transform(small(), checkpoint_dir=tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", '{"model": 3}', '{"configuration": "[1]"}', "null"])
+def test_a_fingerprint_of_something_else_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "fingerprint.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"is damaged; give another|belongs to another run"):
+        transform(small(), checkpoint_dir=tmp_path)
+
+
+def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
+    others = [tmp_path / "state-abcdef.pt", tmp_path / "weights-abcdef.pt"]
+    for path in others:
+        path.write_bytes(b"theirs")
+    for _ in range(2):
+        transform(small(), checkpoint_dir=tmp_path)
+    assert [path.read_bytes() for path in others] == [b"theirs"] * 2
+
+
+@pytest.mark.parametrize("name", ["", 3, 0.5])
+@pytest.mark.parametrize("option", ["checkpoint_dir", "spill_dir"])
+def test_what_is_no_name_of_a_directory_is_refused(option: str, name: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{option} is the name of a directory"):
+        transform(small(), **{option: name})
 
 
 def test_the_fingerprint_is_readable(tmp_path: Path) -> None:

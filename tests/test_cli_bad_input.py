@@ -407,6 +407,26 @@ def test_parts_of_a_download_that_was_finished_since_do_not_matter(place: Place)
     assert len(read_directory(place.model)) == 12
 
 
+def test_files_of_others_that_are_named_as_the_hubs_notes_do_not_matter(place: Place) -> None:
+    (place.model / "own.metadata").write_bytes(b"\xff\xfe\n\xff")
+    (place.model / "folder.metadata").mkdir()
+    assert len(read_directory(place.model)) == 12
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+@pytest.mark.parametrize("kind", ["dangling", "loop", "directory"])
+def test_weights_that_are_no_file_are_told(name: str, kind: str, place: Place) -> None:
+    """The Hub's cache has links, whose files other tools remove."""
+    only_bin(place)
+    path = place.model / name
+    if kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to(name if kind == "loop" else "blob")
+    with pytest.raises(ModelError, match=rf"{name} (is no file|cannot be read): .*finish the"):
+        read_directory(place.model)
+
+
 def test_headers_are_read_as_safetensors_reads_them(place: Place) -> None:
     found = read_directory(place.model)
     for name, stored in found.items():

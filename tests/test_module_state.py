@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import array
 import copy
+import functools
 import io
 import pickle
+import random
+import types
 from collections import deque
+from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from targets import SYMMETRIC, intx
@@ -141,6 +147,127 @@ def test_it_is_also_after_an_error() -> None:
         magr_transform(model, vectors(), QUICK, trace="export")
     assert state_of(model) == before
     works(model)
+
+
+TABLE: dict[str, Any] = {}
+LAST: Any = None
+
+
+def remember(x: Tensor, every: list[Tensor] = []) -> None:  # noqa: B006
+    """Keeps what it is given wherever a function can, without an attribute of a model."""
+    global LAST  # noqa: PLW0603
+    LAST = x
+    TABLE["x"] = x
+    every.append(x)
+    remember.last = x  # type: ignore[attr-defined]
+
+
+class Shared(nn.Module):
+    table: ClassVar[dict[str, Any]] = {}
+    calls = 0
+
+
+class Elsewhere:
+    """No module, and holds all it has in its class."""
+
+    seen: ClassVar[list[Any]] = []
+
+    @classmethod
+    def take(cls, x: Tensor) -> None:
+        cls.seen.append(x)
+
+
+class Scattering(Shared):
+    """Writes to what it does not hold itself, and to what has values but is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, 8)
+        self.elsewhere = Elsewhere()
+        self.keep: Any = functools.partial(lambda to, x: to.append(x), [])
+        self.values, self.raw, self.codes = np.zeros(2), bytearray(2), array.array("i", [0])
+        self.draws = np.random.default_rng(0), random.Random(0), torch.Generator()
+        self.old = np.random.RandomState(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        Shared.table["x"] = x
+        Shared.calls += 1
+        self.elsewhere.take(x)
+        remember(x)
+        self.keep(x)
+        self.values[0], self.raw[0], self.codes[0] = 1, 1, 1
+        self.draws[0].random(), self.draws[1].random(), self.old.rand()
+        random.random(), np.random.rand()
+        return self.linear(x)  # type: ignore[no-any-return]
+
+
+def scattered(model: Scattering) -> Any:
+    numpy, python, torchs = model.draws
+    return repr(
+        (
+            *(Shared.table, Shared.calls, Elsewhere.seen, TABLE, LAST, remember.__defaults__),
+            *(vars(remember), model.keep.args, model.values, model.raw, model.codes),
+            *(numpy.bit_generator.state, python.getstate(), torchs.get_state().tolist()),
+            *(model.old.get_state(), random.getstate(), np.random.get_state()),
+        )
+    )
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("trace", ["export", "make_fx"])
+def test_nor_is_anything_left_outside_of_the_model(trace: str, quantize: bool) -> None:
+    model = Scattering()
+    before = scattered(model)
+    if quantize:
+        magr_quantize(model, vectors(), intx(3, SYMMETRIC, None), trace=trace)
+    else:
+        magr_transform(model, vectors(), QUICK, trace=trace)
+    assert scattered(model) == before
+
+
+@pytest.mark.parametrize("trace", ["export", "make_fx"])
+@pytest.mark.parametrize("refuses", [False, True])
+def test_hooks_write_nothing(trace: str, refuses: bool) -> None:
+    """Into what they enclose, and what is theirs: so people capture activations."""
+    model, captured, calls = Assigning(refuses), dict[str, Tensor](), 0
+    recorder = Elsewhere()
+    recorder.own = []  # type: ignore[attr-defined]
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    def bound(self: Any, _: Any, args: Any) -> None:
+        self.own.append(args)
+
+    model.first.register_forward_hook(lambda m, x, y: captured.__setitem__("first", y))
+    model.second.register_forward_pre_hook(types.MethodType(bound, recorder))
+    model.second.register_forward_hook(count)
+    with pytest.raises(TraceError) if refuses and trace == "export" else nullcontext():
+        magr_transform(model, vectors(), QUICK, trace=trace)
+    assert (captured, calls, recorder.own) == ({}, 0, [])  # type: ignore[attr-defined]
+    with torch.no_grad():
+        model(vectors()[0])
+    assert (type(captured["first"]), calls) == (Tensor, 1)
+
+
+class Frozen(dict[str, Any]):
+    """Takes new entries, and lets none go."""
+
+    def clear(self) -> None:
+        raise TypeError("it cannot be emptied")
+
+    def update(self, *_: Any, **__: Any) -> None:
+        raise TypeError("it cannot be updated")
+
+
+def test_containers_with_methods_of_their_own_are_restored_all_the_same() -> None:
+    model = Counting()
+    told = Frozen(a=1)
+    model.linear.told = told  # type: ignore[assignment]
+    model.linear.register_forward_pre_hook(lambda m, _: m.told.__setitem__("b", 2))
+    magr_transform(model, vectors(), QUICK)
+    assert told == {"a": 1}
 
 
 class Counting(nn.Module):

@@ -306,11 +306,15 @@ def no_dtype(header: Any) -> None:
     header[UP]["dtype"] = "F12"
 
 
+def a_list_of_dtypes(header: Any) -> None:
+    header[UP]["dtype"] = ["F32"]
+
+
 def no_metadata(header: Any) -> None:
     header["__metadata__"] = {"format": 3}
 
 
-@pytest.mark.parametrize("damage", [overlapping, no_shape, no_dtype, no_metadata])
+@pytest.mark.parametrize("damage", [overlapping, no_shape, no_dtype, a_list_of_dtypes, no_metadata])
 def test_a_header_that_safetensors_cannot_read_is_refused(
     damage: Callable[[Any], None], place_of: PlaceOf
 ) -> None:
