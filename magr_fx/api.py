@@ -14,7 +14,12 @@ from torch import nn
 from magr_fx.config import Handling, MagRConfig
 from magr_fx.errors import ConfigError, ModelError
 from magr_fx.passes.calibration import Batch, notes_of, read_calib
-from magr_fx.passes.check_model import check_group_size, check_model, check_not_frozen
+from magr_fx.passes.check_model import (
+    check_finite,
+    check_group_size,
+    check_model,
+    check_not_frozen,
+)
 from magr_fx.passes.checkpoint import Checkpoint, fingerprint
 from magr_fx.passes.find_linears import FilterFn, Site, check_filter, find_linears
 from magr_fx.passes.module_state import state_kept
@@ -43,6 +48,7 @@ from magr_fx.passes.to_pt2e import (
 from magr_fx.passes.to_torchao import describe, described_in_full, hand_over, try_target
 from magr_fx.passes.trace import calibration_mode, unwrap
 from magr_fx.passes.trace_batches import Tracing
+from magr_fx.passes.unsupported_weights import unsupported_named
 from magr_fx.report import MagRReport
 
 logger = logging.getLogger("magr_fx")
@@ -145,7 +151,7 @@ def magr_transform(
         check_filter(filter_fn)
         inner = unwrap(model)
         offloaded, sharded = is_offloaded(inner), is_sharded(inner)
-        check_model(inner, offloaded=offloaded, sharded=sharded)
+        check_model(inner, filter_fn, offloaded=offloaded, sharded=sharded)
         check_not_frozen(model)
         if offloaded or sharded:
             tracing = tracing.without_values()
@@ -291,7 +297,7 @@ def quantize_apart(
         taking_part = Target(target, Handling(rounding, True, refine, propagate is not False))
         config = resolve_config(config, target, required=True)
         check_filter(filter_fn)
-        check_model(model, offloaded=is_offloaded(model))
+        check_model(model, filter_fn, offloaded=is_offloaded(model))
         device = execution_device(model)
         with at_hand(model, device) as resident:
             _, weights = _run(
@@ -333,7 +339,8 @@ def _quantize_graph(
     batches = _read(model, calib, options["filter_fn"])
     inner = unwrap(model)
     with calibration_mode(inner), state_kept(inner):
-        graph_module, check, inputs = export_for_pt2e(inner, batches)
+        with unsupported_named(inner):
+            graph_module, check, inputs = export_for_pt2e(inner, batches)
         try_quantizer(type(inner).__name__, graph_module, check, quantizer, inputs)
     report, _ = _run(model, batches, config, None, quantize=False, **options)
     with report.timed("quantize"), calibration_mode(inner), state_kept(inner):
@@ -362,7 +369,7 @@ def _read(model: nn.Module, calib: Any, filter_fn: FilterFn | None) -> list[Batc
             "magr_transform(model, calib, target=target), save the gathered weights, and let "
             "quantize_ quantize the loaded model"
         )
-    check_model(inner)
+    check_model(inner, filter_fn)
     check_not_frozen(model)
     return read_calib(calib, inner)
 
@@ -401,10 +408,12 @@ def _run(
                 found, inner, quantizer.config, group_size=config.group_size, filter_fn=filter_fn
             )
         check_group_size(found.sites, config.group_size)
+        candidates: list[Site | Quantizable] = [*found.sites, *weights]
+        # Weights that are elsewhere were looked at where they are.
+        check_finite((one.name, one.weight) for one in candidates if resident is all_resident)
         if target is not None:
             with report.timed("quantize"):
                 kinds: dict[Any, Site | Quantizable] = {}
-                candidates: list[Site | Quantizable] = [*found.sites, *weights]
                 for one in candidates:
                     kinds.setdefault((one.weight.shape, one.weight.dtype), one)
                 with resident([one.weight for one in kinds.values()]):

@@ -10,16 +10,26 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from magr_fx.errors import ConfigError, ModelError
-from magr_fx.passes.find_linears import Site
+from magr_fx.passes.find_linears import FilterFn, Site
 from magr_fx.passes.sharded import is_shard
 from magr_fx.passes.torchao_private import is_quantized
+from magr_fx.passes.unsupported_weights import why_unsupported
 
 
-def check_model(model: nn.Module, *, offloaded: bool = False, sharded: bool = False) -> None:
+def check_model(
+    model: nn.Module,
+    filter_fn: FilterFn | None = None,
+    *,
+    offloaded: bool = False,
+    sharded: bool = False,
+) -> None:
     """Refuse a model that cannot be worked on as it is, naming the parameter and the remedy.
+
+    Weights that are merely of a dtype or layout that MagR does not know are no reason.
 
     Args:
         model: the model.
+        filter_fn: what of it is to be rewritten; all else may be as it is.
         offloaded: whether weights on the meta device have their values elsewhere.
         sharded: whether weights may be DTensors.
 
@@ -29,18 +39,37 @@ def check_model(model: nn.Module, *, offloaded: bool = False, sharded: bool = Fa
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    for name, module in model.named_modules():
-        _check_module(name or type(module).__name__, module)
     finite: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if (parameter.is_meta and offloaded) or (sharded and is_shard(parameter)):
+    known: set[nn.Parameter] = set()
+    for module_name, module in model.named_modules():
+        if filter_fn is not None and not filter_fn(module, module_name):
             continue
-        _check_parameter(name, parameter)
-        if parameter.is_floating_point():
-            finite[name] = parameter.detach().isfinite().all()
+        _check_module(module_name or type(module).__name__, module)
+        for key, parameter in module.named_parameters(recurse=False):
+            name = f"{module_name}.{key}" if module_name else key
+            if (parameter.is_meta and offloaded) or (sharded and is_shard(parameter)):
+                continue
+            if parameter in known:
+                continue
+            known.add(parameter)
+            _check_parameter(name, parameter)
+            if why_unsupported(parameter) is None:
+                finite[name] = _holds_numbers(parameter.detach())
     for name, flag in finite.items():
         if not bool(flag):
-            raise ModelError(f"{name} holds NaN or Inf; repair or reload the model's weights")
+            raise ModelError(f"{name} {_BROKEN}")
+
+
+def check_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Refuse weights that hold −inf, which :func:`check_model` lets pass, as masks may be that.
+
+    Raises:
+        ModelError: one does; the message names it.
+    """
+    flags = {name: weight.detach().isfinite().all() for name, weight in weights}
+    for name, flag in flags.items():
+        if not bool(flag):
+            raise ModelError(f"{name} {_BROKEN}")
 
 
 def check_not_frozen(model: nn.Module) -> None:
@@ -75,6 +104,14 @@ def check_group_size(sites: Iterable[Site], group_size: int | None) -> None:
             )
 
 
+_BROKEN = "holds NaN or Inf; repair or reload the model's weights"
+
+
+def _holds_numbers(parameter: torch.Tensor) -> torch.Tensor:
+    """Whether no element is NaN or +inf; −inf is for :func:`check_finite` to find."""
+    return (parameter < torch.inf).all()  # NaN is not
+
+
 def _check_module(name: str, module: nn.Module) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise ModelError(f"{name} is TorchScript; start from the eager model")
@@ -93,7 +130,7 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
             f"{name} is already quantized by torchao ({type(parameter.data).__name__}); "
             "MagR has to run before quantize_: start from the full-precision model"
         )
-    if type(parameter.data) is not torch.Tensor:
+    if type(parameter.data) is not torch.Tensor and not parameter.is_nested:
         raise ModelError(
             f"{name} is a {type(parameter.data).__name__}, which cannot be rewritten in place; "
             "run MagR before the weights are wrapped; of a sharded model (DTensor, FSDP2) only "
@@ -103,12 +140,6 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
         raise ModelError(
             f"{name} was made under torch.inference_mode, which forbids writing to it outside; "
             "load the model without it, or call MagR inside it"
-        )
-    if parameter.is_floating_point() and parameter.element_size() < 2:
-        raise ModelError(
-            f"{name} {tuple(parameter.shape)} is stored as {parameter.dtype}: MagR works on "
-            "floating numbers of 16 to 64 bits; start from the full-precision model, or convert it "
-            "(parameter.data = parameter.data.to(torch.bfloat16)) if it has no scales of its own"
         )
     if parameter.is_meta:
         raise ModelError(

@@ -34,6 +34,7 @@ from magr_fx.passes.ranks import ALONE, Ranks
 from magr_fx.passes.resident import Resident
 from magr_fx.passes.torch_private import tree_leaves
 from magr_fx.passes.trace import TracedBatch
+from magr_fx.passes.unsupported_weights import shape_of, values_of
 from magr_fx.report import MagRReport, Quantization, SiteReport
 
 _FINGERPRINT = "fingerprint.json"
@@ -298,9 +299,10 @@ def fingerprint(
     model = hashlib.blake2b()
     for name, weight in weights:
         with resident([weight]):
-            values = weight.detach().flatten()
-            values = values[:: max(1, values.numel() // _SAMPLE)]
-            model.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + _bytes(values))
+            model.update(f"{name} {shape_of(weight)} {weight.dtype}".encode())
+            for part in values_of(weight):
+                values = part.detach().flatten()
+                model.update(_bytes(values[:: max(1, values.numel() // _SAMPLE)]))
     calibration, graphs = hashlib.blake2b(), hashlib.blake2b()
     for batch in batches:
         for leaf in tree_leaves(batch.values):

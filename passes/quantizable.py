@@ -24,6 +24,7 @@ from magr_fx.passes.resident import Resident, all_resident
 from magr_fx.passes.torchao_private import takes_parameter_names
 from magr_fx.passes.torchao_rounding import quantized_copy
 from magr_fx.passes.trace import Trace, TracedBatch, all_nodes, buffers_kept
+from magr_fx.passes.unsupported_weights import blame, is_plain
 from magr_fx.passes.weight_views import WeightView
 
 
@@ -209,9 +210,11 @@ class Trial:
                 with reads:
                     run_apart(model, batch, {}, self.device)
             except Exception as error:  # whatever the model's own code raises
+                blamed = blame(model.named_parameters())
                 raise ModelError(
                     f"{type(model).__name__} itself does not run on calibration batch "
                     f"{batch.index}, although it could be traced: {brief(error)}"
+                    + (f". {blamed}" if blamed else "")
                 ) from error
         reads.end()
         refused = dict(reads.refused)
@@ -357,7 +360,7 @@ def _places(model: nn.Module) -> dict[WeightView, list[Place]]:
     places: dict[WeightView, list[Place]] = defaultdict(list)
     for module_name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if parameter.dim() == 2:
+            if parameter.dim() == 2 and is_plain(parameter):
                 name = f"{module_name}.{key}" if module_name else key
                 places[WeightView.of(parameter)].append(Place(module, key, name))
     return places
