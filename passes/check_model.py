@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.parameter import UninitializedParameter
 
 from magr_fx.errors import ConfigError, ModelError
@@ -34,11 +34,13 @@ def check_model(
         sharded: whether weights may be DTensors.
 
     Raises:
-        ModelError: a parameter is on the meta device, already quantized, NaN or Inf; or
-            ``model`` is no nn.Module.
+        ModelError: a parameter is on the meta device, already quantized, NaN or Inf; ``model`` is
+            no nn.Module, or a graph that reads what is not there.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, fx.GraphModule):
+        _check_targets(model)
     finite: dict[str, torch.Tensor] = {}
     known: set[nn.Parameter] = set()
     for module_name, module in model.named_modules():
@@ -110,6 +112,24 @@ _BROKEN = "holds NaN or Inf; repair or reload the model's weights"
 def _holds_numbers(parameter: torch.Tensor) -> torch.Tensor:
     """Whether no element is NaN or +inf; −inf is for :func:`check_finite` to find."""
     return (parameter < torch.inf).all()  # NaN is not
+
+
+def _check_targets(graph_module: fx.GraphModule, where: str = "the graph") -> None:
+    """Whether what the graph's nodes read and call is still there, also in its sub-graphs."""
+    for node in graph_module.graph.nodes:
+        if node.op not in ("get_attr", "call_module"):
+            continue
+        found: Any = graph_module
+        for name in str(node.target).split("."):
+            found = getattr(found, name, None)
+        if found is None:
+            raise ModelError(
+                f"{where} reads {node.target} (node {node.name}), which its module has no more: it "
+                "was deleted or renamed after the graph was made; put it back, or make the graph "
+                "anew from the model"
+            )
+        if isinstance(found, fx.GraphModule):
+            _check_targets(found, f"the sub-graph {node.target}")
 
 
 def _check_module(name: str, module: nn.Module) -> None:

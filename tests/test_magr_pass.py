@@ -403,6 +403,61 @@ def test_bad_models_and_calibrations_are_refused_before_anything_changes() -> No
     refused(exported(Overflows("last")), loud, CalibrationError, message)
 
 
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.one, self.other = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.first(x)
+        return torch.cond(x.sum() > 0, lambda y: self.one(y), lambda y: self.other(y), (x,))
+
+
+def without(graph_module: fx.GraphModule, name: str, *, none: bool = False) -> fx.GraphModule:
+    """The graph after what it reads by this name is deleted, or set to None."""
+    path, _, key = name.rpartition(".")
+    owner = graph_module.get_submodule(path)
+    if none:
+        setattr(owner, key, None)
+    else:
+        delattr(owner, key)
+    return graph_module
+
+
+LOST = {
+    "weight": lambda: without(exported(mlp()), "2.weight"),
+    "bias": lambda: without(exported(mlp()), "0.bias"),
+    "set to None": lambda: without(exported(mlp()), "2.weight", none=True),
+    "module": lambda: without(exported(mlp()), "2"),
+    "branch": lambda: without(exported(Branching()), "true_graph_0"),
+    "call_module": lambda: without(fx.symbolic_trace(mlp()), "2"),
+    "get_attr": lambda: without(fx.symbolic_trace(Shapes()), "strided"),
+}
+
+
+@pytest.mark.parametrize("verb", ["pass", "transform", "quantize"])
+@pytest.mark.parametrize("what", LOST)
+def test_what_a_graph_reads_and_is_gone_is_named(what: str, verb: str) -> None:
+    graph_module = LOST[what]()
+    before = state(graph_module)
+    name = {
+        "bias": "0.bias",
+        "module": r"2\.weight",
+        "branch": "true_graph_0",
+        "get_attr": "strided",
+    }
+    expected = rf"reads {name.get(what, '2')}.*deleted or renamed .* make the graph anew"
+    with pytest.raises(ModelError, match=expected):
+        if verb == "pass":
+            apply(graph_module, vectors(), MagRConfig(alpha=1e-2))
+        elif verb == "transform":
+            magr_transform(graph_module, vectors(), MagRConfig(alpha=1e-2))
+        else:
+            magr_quantize(graph_module, vectors(), IntxWeightOnlyConfig(weight_dtype=torch.int4))  # type: ignore[attr-defined]
+    assert changed(graph_module, before) == []
+
+
 def test_no_warning_from_a_second_run() -> None:
     graph_module = exported(mlp())
     with warnings.catch_warnings():
