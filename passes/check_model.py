@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -41,25 +41,42 @@ def check_model(
         raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, fx.GraphModule):
         _check_targets(model)
-    finite: dict[str, torch.Tensor] = {}
+    fault = next(_faults(model, filter_fn, offloaded=offloaded, sharded=sharded), None)
+    if fault is not None:
+        raise ModelError(fault)
+
+
+def _faults(
+    model: nn.Module, filter_fn: FilterFn | None, *, offloaded: bool, sharded: bool
+) -> Iterator[str]:
+    """What is wrong with modules and parameters that ``filter_fn`` does not leave out."""
+
+    def wanted(module: nn.Module, name: str) -> bool:
+        # Asked of what is wrong only: it may be written for the owners of weights alone.
+        return filter_fn is None or filter_fn(module, name)
+
+    finite: list[tuple[str, torch.Tensor, nn.Module, str]] = []
     known: set[nn.Parameter] = set()
     for module_name, module in model.named_modules():
-        if filter_fn is not None and not filter_fn(module, module_name):
-            continue
-        _check_module(module_name or type(module).__name__, module)
+        fault = _fault_of_module(module_name or type(module).__name__, module)
+        if fault is not None and wanted(module, module_name):
+            yield fault
         for key, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{key}" if module_name else key
-            if (parameter.is_meta and offloaded) or (sharded and is_shard(parameter)):
-                continue
-            if parameter in known:
+            elsewhere = (parameter.is_meta and offloaded) or (sharded and is_shard(parameter))
+            if elsewhere or parameter in known:
                 continue
             known.add(parameter)
-            _check_parameter(name, parameter)
-            if why_unsupported(parameter) is None:
-                finite[name] = _holds_numbers(parameter.detach())
-    for name, flag in finite.items():
-        if not bool(flag):
-            raise ModelError(f"{name} {_BROKEN}")
+            fault = _fault_of_parameter(name, parameter)
+            if fault is not None:
+                if wanted(module, module_name):
+                    yield fault
+            elif why_unsupported(parameter) is None:
+                flag = _holds_numbers(parameter.detach())
+                finite.append((name, flag, module, module_name))
+    for name, flag, module, module_name in finite:
+        if not bool(flag) and wanted(module, module_name):
+            yield f"{name} {_BROKEN}"
 
 
 def check_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -132,37 +149,37 @@ def _check_targets(graph_module: fx.GraphModule, where: str = "the graph") -> No
             _check_targets(found, f"the sub-graph {node.target}")
 
 
-def _check_module(name: str, module: nn.Module) -> None:
+def _fault_of_module(name: str, module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
-        raise ModelError(f"{name} is TorchScript; start from the eager model")
+        return f"{name} is TorchScript; start from the eager model"
     kind = f"{type(module).__module__}.{type(module).__name__}"
     if kind.startswith("torch.ao.nn.quantized"):
-        raise ModelError(
-            f"{name} is already quantized ({kind}); start from the full-precision model"
-        )
+        return f"{name} is already quantized ({kind}); start from the full-precision model"
+    return None
 
 
-def _check_parameter(name: str, parameter: nn.Parameter) -> None:
+def _fault_of_parameter(name: str, parameter: nn.Parameter) -> str | None:
     if isinstance(parameter, UninitializedParameter):
-        raise ModelError(f"{name} is not initialized; run the model on one input first")
+        return f"{name} is not initialized; run the model on one input first"
     if is_quantized(parameter):
-        raise ModelError(
+        return (
             f"{name} is already quantized by torchao ({type(parameter.data).__name__}); "
             "MagR has to run before quantize_: start from the full-precision model"
         )
     if type(parameter.data) is not torch.Tensor and not parameter.is_nested:
-        raise ModelError(
+        return (
             f"{name} is a {type(parameter.data).__name__}, which cannot be rewritten in place; "
             "run MagR before the weights are wrapped; of a sharded model (DTensor, FSDP2) only "
             "magr_transform takes the weights"
         )
     if parameter.is_inference() and not torch.is_inference_mode_enabled():
-        raise ModelError(
+        return (
             f"{name} was made under torch.inference_mode, which forbids writing to it outside; "
             "load the model without it, or call MagR inside it"
         )
     if parameter.is_meta:
-        raise ModelError(
+        return (
             f"{name} is on the meta device, without values; load the weights first "
             "(from_pretrained without device_map='meta', or model.to_empty and load_state_dict)"
         )
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 from torchao.quantization import IntxWeightOnlyConfig, PerGroup
-from toys import WIDTH, Overflows, Shapes, changed, mlp, state, vectors
+from toys import INT, WIDTH, Overflows, Shapes, changed, mlp, state, vectors
 
 from magr_fx import (
     CalibrationError,
@@ -411,7 +412,7 @@ class Branching(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         x = self.first(x)
-        return torch.cond(x.sum() > 0, lambda y: self.one(y), lambda y: self.other(y), (x,))
+        return torch.cond(x.sum() > 0, self.one, self.other, (x,))
 
 
 def without(graph_module: fx.GraphModule, name: str, *, none: bool = False) -> fx.GraphModule:
@@ -430,13 +431,23 @@ LOST = {
     "bias": lambda: without(exported(mlp()), "0.bias"),
     "set to None": lambda: without(exported(mlp()), "2.weight", none=True),
     "module": lambda: without(exported(mlp()), "2"),
-    "branch": lambda: without(exported(Branching()), "true_graph_0"),
+    "branch": lambda: without(exported(Branching().requires_grad_(False)), "true_graph_0"),
     "call_module": lambda: without(fx.symbolic_trace(mlp()), "2"),
     "get_attr": lambda: without(fx.symbolic_trace(Shapes()), "strided"),
 }
 
 
-@pytest.mark.parametrize("verb", ["pass", "transform", "quantize"])
+QUICK = MagRConfig(alpha=1e-2)
+VERBS: dict[str, Callable[[fx.GraphModule], Any]] = {
+    "pass": lambda graph_module: apply(graph_module, vectors(), QUICK),
+    "transform": lambda graph_module: magr_transform(graph_module, vectors(), QUICK),
+    "quantize": lambda graph_module: magr_quantize(
+        graph_module, vectors(), IntxWeightOnlyConfig(weight_dtype=INT[4])
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("what", LOST)
 def test_what_a_graph_reads_and_is_gone_is_named(what: str, verb: str) -> None:
     graph_module = LOST[what]()
@@ -449,12 +460,7 @@ def test_what_a_graph_reads_and_is_gone_is_named(what: str, verb: str) -> None:
     }
     expected = rf"reads {name.get(what, '2')}.*deleted or renamed .* make the graph anew"
     with pytest.raises(ModelError, match=expected):
-        if verb == "pass":
-            apply(graph_module, vectors(), MagRConfig(alpha=1e-2))
-        elif verb == "transform":
-            magr_transform(graph_module, vectors(), MagRConfig(alpha=1e-2))
-        else:
-            magr_quantize(graph_module, vectors(), IntxWeightOnlyConfig(weight_dtype=torch.int4))  # type: ignore[attr-defined]
+        VERBS[verb](graph_module)
     assert changed(graph_module, before) == []
 
 
