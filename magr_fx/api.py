@@ -13,6 +13,7 @@ from torch import nn
 
 from magr_fx.config import Handling, MagRConfig
 from magr_fx.errors import ConfigError, ModelError
+from magr_fx.memory import out_of_memory_told
 from magr_fx.passes.calibration import Batch, notes_of, read_calib
 from magr_fx.passes.check_model import (
     check_finite,
@@ -130,11 +131,12 @@ def magr_transform(
         TraceError: the model cannot be traced.
         CoverageError: ``strict``, and a weight is not rewritten.
         CheckpointError: ``checkpoint_dir`` belongs to another run, or cannot be used.
+        OutOfMemoryError: the memory of the host or the device is used up.
         DistributedError: another rank failed, does not answer, or was called otherwise. Any of
             these errors is raised on all ranks.
         Nothing was changed then, but for a CalibrationError that says that a quantized model
-        failed, a CoverageError that says that a solve did, a CheckpointError of a full disk and a
-        DistributedError: the log names what was rewritten.
+        failed, a CoverageError that says that a solve did, a CheckpointError of a full disk, an
+        OutOfMemoryError that says so and a DistributedError: the log names what was rewritten.
 
     Example:
         >>> import torch
@@ -144,7 +146,7 @@ def magr_transform(
         >>> [site.name for site in model.magr_report.rewritten]
         ['0.weight']
     """
-    with together(process_group) as ranks:
+    with out_of_memory_told(lambda: _report(model)), together(process_group) as ranks:
         config = resolve_config(config, target)
         taking_part = target_for_rewriting(config, target, propagate, holdout)
         tracing = Tracing(trace, calibrate_all_experts)
@@ -234,7 +236,7 @@ def magr_quantize(
         ConfigError, CalibrationError, ModelError, TraceError, CoverageError, CheckpointError,
             DistributedError: as for :func:`magr_transform`.
     """
-    with together(process_group) as ranks:
+    with out_of_memory_told(lambda: _report(model)), together(process_group) as ranks:
         handling = Handling(rounding, act_order, refine, propagate is not False, holdout)
         options: dict[str, Any] = {
             "filter_fn": filter_fn,
@@ -293,7 +295,7 @@ def quantize_apart(
         ConfigError, CalibrationError, ModelError, TraceError, CheckpointError, DistributedError:
             as for :func:`magr_quantize`.
     """
-    with together() as ranks:
+    with out_of_memory_told(lambda: _report(model)), together() as ranks:
         taking_part = Target(target, Handling(rounding, True, refine, propagate is not False))
         config = resolve_config(config, target, required=True)
         check_filter(filter_fn)
@@ -318,6 +320,11 @@ def quantize_apart(
                 apart=tensors,
             )
     return [place.name for weight in weights for place in weight.places]
+
+
+def _report(model: object) -> Any:
+    """The report that the model has by now, if it has one."""
+    return getattr(model, "magr_report", None)
 
 
 def _each_once(names: list[str]) -> list[str]:

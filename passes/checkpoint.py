@@ -30,6 +30,7 @@ import torch
 from magr_fx.config import MagRConfig
 from magr_fx.disk import BETWEEN_STATES, save, settle
 from magr_fx.errors import CheckpointError
+from magr_fx.memory import is_out_of_memory
 from magr_fx.passes.ranks import ALONE, Ranks
 from magr_fx.passes.resident import Resident
 from magr_fx.passes.torch_private import tree_leaves
@@ -227,6 +228,8 @@ class Checkpoint:
         try:
             yield
         except OSError as error:
+            if is_out_of_memory(error):
+                raise
             raise CheckpointError(
                 f"{path} cannot be written: {error}. Free some space, or give another "
                 "checkpoint_dir; a run with this one goes on from what was saved before"
@@ -272,9 +275,9 @@ def _state(path: Path) -> dict[str, Any]:
 def _load(path: Path) -> Any:
     try:
         return torch.load(path, weights_only=True)
-    except (MemoryError, torch.OutOfMemoryError):  # no fault of the file
-        raise
     except Exception as error:  # whatever a file raises that was damaged since
+        if is_out_of_memory(error):  # no fault of the file
+            raise
         raise CheckpointError(
             f"{path} cannot be read: {type(error).__name__}: {error}; empty {path.parent} to "
             "start anew"

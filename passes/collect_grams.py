@@ -25,7 +25,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from magr_fx.errors import CalibrationError
-from magr_fx.memory import high_water_mark
+from magr_fx.memory import high_water_mark, is_out_of_memory
 from magr_fx.passes.blocks import Block, cut_into_blocks, in_step
 from magr_fx.passes.boundary import Environment, boundary, restore
 from magr_fx.passes.decisions import (
@@ -470,9 +470,9 @@ def _run_node(
     try:
         with autocast_of(node):
             return runner.run_node(node)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever an op raises on real values
+        if is_out_of_memory(error):
+            raise
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         where = (stack[-1][0] if stack else "") or "the model"
         remedy = "Check that the model itself runs on this batch"

@@ -10,6 +10,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from magr_fx.config import MagRConfig
 from magr_fx.errors import ModelError
+from magr_fx.memory import out_of_memory_told
 from magr_fx.passes.calibration import notes_of, read_calib
 from magr_fx.passes.check_model import check_finite, check_group_size, check_model, check_not_frozen
 from magr_fx.passes.find_linears import FilterFn, check_filter, find_linears
@@ -78,6 +79,11 @@ class MagRPass(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph's weights; ``modified`` says whether there were any."""
+        meta = getattr(graph_module, "meta", {})
+        with out_of_memory_told(lambda: meta.get("magr")):
+            return self._call(graph_module)
+
+    def _call(self, graph_module: fx.GraphModule) -> PassResult:
         if not isinstance(graph_module, fx.GraphModule):
             raise ModelError(
                 f"MagRPass takes a torch.fx GraphModule, got {type(graph_module).__name__}; "

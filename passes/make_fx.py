@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from magr_fx.errors import TraceError, first_line
+from magr_fx.memory import is_out_of_memory
 from magr_fx.passes.addresses import address
 from magr_fx.passes.module_calls import CALLS
 from magr_fx.passes.module_state import attributes_kept
@@ -94,6 +95,8 @@ def run_and_trace(
         ):
             graph_module = _make_fx(function, list(traced.values()), inputs)
     except Exception as error:  # whatever the model's own code raises
+        if is_out_of_memory(error):
+            raise
         remedy = "check that the model itself runs on this batch"
         if "flex_attention" in str(error):
             remedy = 'take another attention: attn_implementation="sdpa" or "eager"'

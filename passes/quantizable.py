@@ -16,6 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torchao.core.config import AOBaseConfig
 
 from magr_fx.errors import ConfigError, ModelError
+from magr_fx.memory import is_out_of_memory
 from magr_fx.passes.as_linears import Rebuilt, rebuildable
 from magr_fx.passes.calibration import Batch
 from magr_fx.passes.find_linears import UNREACHED, FilterFn, Found, Site
@@ -210,6 +211,8 @@ class Trial:
                 with reads:
                     run_apart(model, batch, {}, self.device)
             except Exception as error:  # whatever the model's own code raises
+                if is_out_of_memory(error):
+                    raise
                 blamed = blame(model.named_parameters())
                 raise ModelError(
                     f"{type(model).__name__} itself does not run on calibration batch "
@@ -249,6 +252,8 @@ class Trial:
                 with self._reads(model, {}, target):  # which fetches other weights
                     run_apart(model, batch, stand_ins, self.device)
         except Exception as error:  # whatever torchao, or the model itself, raises
+            if is_out_of_memory(error):
+                raise
             return brief(error)
         return None
 

@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from magr_fx.errors import TraceError, first_line
+from magr_fx.memory import is_out_of_memory
 from magr_fx.passes.compare_outputs import difference
 from magr_fx.passes.decisions import State, is_random, random_state, torch_state
 from magr_fx.passes.make_fx import nothing_kept
@@ -81,9 +82,9 @@ def _compare(
     try:
         with buffers_kept([Trace(graph_module, ())]), random_state(state), torch_silenced():
             graphs = list(graph_module(*_copies(leaves)))
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:  # whatever an op raises on real values
+        if is_out_of_memory(error):
+            raise
         failure = f"it fails with {type(error).__name__}: {first_line(error)}"
     models = _run(model, leaves, spec, state)
     if failure:
