@@ -229,7 +229,9 @@ def magr_quantize(
     Returns:
         ``model`` itself, with every rewritten weight a torchao tensor. With a PT2E quantizer the
         converted ``torch.fx.GraphModule``, which is called as the model was; ``model`` keeps its
-        rewritten weights.
+        rewritten weights. Such a graph cannot be pickled, by ``torch.save`` for one, as no graph
+        that comes from PT2E can: to save it, export it once more, ``torch.export.save(
+        torch.export.export(converted, args, dynamic_shapes=...), file)``.
 
     Raises:
         HandoverError: torchao left a rewritten weight unquantized; the message lists which.
