@@ -13,8 +13,14 @@ from torch import nn
 
 from magr_fx.config import Handling, MagRConfig
 from magr_fx.errors import ConfigError, ModelError
+from magr_fx.memory import out_of_memory_told
 from magr_fx.passes.calibration import Batch, notes_of, read_calib
-from magr_fx.passes.check_model import check_group_size, check_model, check_not_frozen
+from magr_fx.passes.check_model import (
+    check_finite,
+    check_group_size,
+    check_model,
+    check_not_frozen,
+)
 from magr_fx.passes.checkpoint import Checkpoint, fingerprint
 from magr_fx.passes.find_linears import FilterFn, Site, check_filter, find_linears
 from magr_fx.passes.module_state import state_kept
@@ -43,6 +49,7 @@ from magr_fx.passes.to_pt2e import (
 from magr_fx.passes.to_torchao import describe, described_in_full, hand_over, try_target
 from magr_fx.passes.trace import calibration_mode, unwrap
 from magr_fx.passes.trace_batches import Tracing
+from magr_fx.passes.unsupported_weights import unsupported_named
 from magr_fx.report import MagRReport
 
 logger = logging.getLogger("magr_fx")
@@ -124,11 +131,12 @@ def magr_transform(
         TraceError: the model cannot be traced.
         CoverageError: ``strict``, and a weight is not rewritten.
         CheckpointError: ``checkpoint_dir`` belongs to another run, or cannot be used.
+        OutOfMemoryError: the memory of the host or the device is used up.
         DistributedError: another rank failed, does not answer, or was called otherwise. Any of
             these errors is raised on all ranks.
         Nothing was changed then, but for a CalibrationError that says that a quantized model
-        failed, a CoverageError that says that a solve did, a CheckpointError of a full disk and a
-        DistributedError: the log names what was rewritten.
+        failed, a CoverageError that says that a solve did, a CheckpointError of a full disk, an
+        OutOfMemoryError that says so and a DistributedError: the log names what was rewritten.
 
     Example:
         >>> import torch
@@ -138,14 +146,14 @@ def magr_transform(
         >>> [site.name for site in model.magr_report.rewritten]
         ['0.weight']
     """
-    with together(process_group) as ranks:
+    with out_of_memory_told(lambda: _report(model)), together(process_group) as ranks:
         config = resolve_config(config, target)
         taking_part = target_for_rewriting(config, target, propagate, holdout)
         tracing = Tracing(trace, calibrate_all_experts)
         check_filter(filter_fn)
         inner = unwrap(model)
         offloaded, sharded = is_offloaded(inner), is_sharded(inner)
-        check_model(inner, offloaded=offloaded, sharded=sharded)
+        check_model(inner, filter_fn, offloaded=offloaded, sharded=sharded)
         check_not_frozen(model)
         if offloaded or sharded:
             tracing = tracing.without_values()
@@ -221,14 +229,16 @@ def magr_quantize(
     Returns:
         ``model`` itself, with every rewritten weight a torchao tensor. With a PT2E quantizer the
         converted ``torch.fx.GraphModule``, which is called as the model was; ``model`` keeps its
-        rewritten weights.
+        rewritten weights. Such a graph cannot be pickled, by ``torch.save`` for one, as no graph
+        that comes from PT2E can: to save it, export it once more, ``torch.export.save(
+        torch.export.export(converted, args, dynamic_shapes=...), file)``.
 
     Raises:
         HandoverError: torchao left a rewritten weight unquantized; the message lists which.
         ConfigError, CalibrationError, ModelError, TraceError, CoverageError, CheckpointError,
             DistributedError: as for :func:`magr_transform`.
     """
-    with together(process_group) as ranks:
+    with out_of_memory_told(lambda: _report(model)), together(process_group) as ranks:
         handling = Handling(rounding, act_order, refine, propagate is not False, holdout)
         options: dict[str, Any] = {
             "filter_fn": filter_fn,
@@ -287,11 +297,11 @@ def quantize_apart(
         ConfigError, CalibrationError, ModelError, TraceError, CheckpointError, DistributedError:
             as for :func:`magr_quantize`.
     """
-    with together() as ranks:
+    with out_of_memory_told(lambda: _report(model)), together() as ranks:
         taking_part = Target(target, Handling(rounding, True, refine, propagate is not False))
         config = resolve_config(config, target, required=True)
         check_filter(filter_fn)
-        check_model(model, offloaded=is_offloaded(model))
+        check_model(model, filter_fn, offloaded=is_offloaded(model))
         device = execution_device(model)
         with at_hand(model, device) as resident:
             _, weights = _run(
@@ -314,6 +324,11 @@ def quantize_apart(
     return [place.name for weight in weights for place in weight.places]
 
 
+def _report(model: object) -> Any:
+    """The report that the model has by now, if it has one."""
+    return getattr(model, "magr_report", None)
+
+
 def _each_once(names: list[str]) -> list[str]:
     """All of them, in order; one where they are the same."""
     return names if len(set(names)) > 1 else names[:1]
@@ -333,7 +348,8 @@ def _quantize_graph(
     batches = _read(model, calib, options["filter_fn"])
     inner = unwrap(model)
     with calibration_mode(inner), state_kept(inner):
-        graph_module, check, inputs = export_for_pt2e(inner, batches)
+        with unsupported_named(inner):
+            graph_module, check, inputs = export_for_pt2e(inner, batches)
         try_quantizer(type(inner).__name__, graph_module, check, quantizer, inputs)
     report, _ = _run(model, batches, config, None, quantize=False, **options)
     with report.timed("quantize"), calibration_mode(inner), state_kept(inner):
@@ -362,7 +378,7 @@ def _read(model: nn.Module, calib: Any, filter_fn: FilterFn | None) -> list[Batc
             "magr_transform(model, calib, target=target), save the gathered weights, and let "
             "quantize_ quantize the loaded model"
         )
-    check_model(inner)
+    check_model(inner, filter_fn)
     check_not_frozen(model)
     return read_calib(calib, inner)
 
@@ -401,10 +417,12 @@ def _run(
                 found, inner, quantizer.config, group_size=config.group_size, filter_fn=filter_fn
             )
         check_group_size(found.sites, config.group_size)
+        candidates: list[Site | Quantizable] = [*found.sites, *weights]
+        # Weights that are elsewhere were looked at where they are.
+        check_finite((one.name, one.weight) for one in candidates if resident is all_resident)
         if target is not None:
             with report.timed("quantize"):
                 kinds: dict[Any, Site | Quantizable] = {}
-                candidates: list[Site | Quantizable] = [*found.sites, *weights]
                 for one in candidates:
                     kinds.setdefault((one.weight.shape, one.weight.dtype), one)
                 with resident([one.weight for one in kinds.values()]):

@@ -25,7 +25,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from magr_fx.errors import CalibrationError
-from magr_fx.memory import high_water_mark
+from magr_fx.memory import high_water_mark, is_out_of_memory
 from magr_fx.passes.blocks import Block, cut_into_blocks, in_step
 from magr_fx.passes.boundary import Environment, boundary, restore
 from magr_fx.passes.decisions import (
@@ -53,6 +53,7 @@ from magr_fx.passes.trace import (
     is_mutation,
     written_in_place,
 )
+from magr_fx.passes.unsupported_weights import blame, is_plain
 from magr_fx.passes.vmap import vmap_depth
 from magr_fx.passes.weight_uses import Call
 from magr_fx.passes.weight_views import VIEWS, WeightView
@@ -276,7 +277,7 @@ class CalibrationRun:
         """Which nodes read a weight that may be replaced, or are made of such weights alone."""
         for node in trace.graph_module.graph.nodes:
             stored, taken_of = attribute(trace, node), set[WeightView]()
-            if isinstance(stored, nn.Parameter) and stored.dim() >= 2:
+            if isinstance(stored, nn.Parameter) and is_plain(stored) and stored.dim() >= 2:
                 self._stored[node] = self._views[stored] = WeightView.of(stored)
                 taken_of = {self._stored[node]}
             elif not is_mutation(node) and all(map(self._is_weight_or_size, node.all_input_nodes)):
@@ -469,9 +470,9 @@ def _run_node(
     try:
         with autocast_of(node):
             return runner.run_node(node)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever an op raises on real values
+        if is_out_of_memory(error):
+            raise
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         where = (stack[-1][0] if stack else "") or "the model"
         remedy = "Check that the model itself runs on this batch"
@@ -480,6 +481,8 @@ def _run_node(
                 "The weights before it were quantized by the target; calibrate with "
                 "propagate=False, or choose another target"
             )
+        read = ((str(n.target), attribute(batch.trace, n)) for n in node.all_input_nodes)
+        remedy = blame((name, t) for name, t in read if isinstance(t, nn.Parameter)) or remedy
         raise CalibrationError(
             f"calibration batch {batch.index} fails in {where}, at {node.target}: "
             f"{type(error).__name__}: {error}. {remedy}"

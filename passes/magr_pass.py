@@ -10,8 +10,9 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from magr_fx.config import MagRConfig
 from magr_fx.errors import ModelError
+from magr_fx.memory import out_of_memory_told
 from magr_fx.passes.calibration import notes_of, read_calib
-from magr_fx.passes.check_model import check_group_size, check_model, check_not_frozen
+from magr_fx.passes.check_model import check_finite, check_group_size, check_model, check_not_frozen
 from magr_fx.passes.find_linears import FilterFn, check_filter, find_linears
 from magr_fx.passes.pipeline import resolve_config, rewrite_sites, target_for_rewriting
 from magr_fx.passes.read_exported import trace_or_read
@@ -78,12 +79,17 @@ class MagRPass(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph's weights; ``modified`` says whether there were any."""
+        meta = getattr(graph_module, "meta", {})
+        with out_of_memory_told(lambda: meta.get("magr")):
+            return self._call(graph_module)
+
+    def _call(self, graph_module: fx.GraphModule) -> PassResult:
         if not isinstance(graph_module, fx.GraphModule):
             raise ModelError(
                 f"MagRPass takes a torch.fx GraphModule, got {type(graph_module).__name__}; "
                 "for a module that is not traced use magr_transform"
             )
-        check_model(graph_module)
+        check_model(graph_module, self.filter_fn)
         check_not_frozen(graph_module)
         report = MagRReport(self.config)
         batches = read_calib(self.calib, graph_module)
@@ -94,6 +100,7 @@ class MagRPass(PassBase):
             found = find_linears(
                 dict.fromkeys(b.trace for b in traced), graph_module, self.filter_fn
             )
+            check_finite((site.name, site.weight) for site in found.sites)
             check_group_size(found.sites, self.config.group_size)
             if self.target is not None:
                 matrices = [(site.name, site.weight) for site in found.sites]

@@ -16,14 +16,16 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torchao.core.config import AOBaseConfig
 
 from magr_fx.errors import ConfigError, ModelError
+from magr_fx.memory import is_out_of_memory
 from magr_fx.passes.as_linears import Rebuilt, rebuildable
 from magr_fx.passes.calibration import Batch
-from magr_fx.passes.find_linears import UNREACHED, FilterFn, Found, Site, can_be_solved
+from magr_fx.passes.find_linears import UNREACHED, FilterFn, Found, Site
 from magr_fx.passes.quantized_reads import QuantizedReads, brief, run_apart
 from magr_fx.passes.resident import Resident, all_resident
 from magr_fx.passes.torchao_private import takes_parameter_names
 from magr_fx.passes.torchao_rounding import quantized_copy
 from magr_fx.passes.trace import Trace, TracedBatch, all_nodes, buffers_kept
+from magr_fx.passes.unsupported_weights import blame, is_plain
 from magr_fx.passes.weight_views import WeightView
 
 
@@ -101,7 +103,6 @@ def leave_out_unquantizable(
         if (
             parameter.dim() == 2
             and parameter.numel() > 0
-            and can_be_solved(parameter)
             and weight.is_linear
             and parameter.shape[1] % (group_size or 1) == 0
             and (filter_fn is None or filter_fn(unreached.owner, unreached.name.rpartition(".")[0]))
@@ -210,9 +211,13 @@ class Trial:
                 with reads:
                     run_apart(model, batch, {}, self.device)
             except Exception as error:  # whatever the model's own code raises
+                if is_out_of_memory(error):
+                    raise
+                blamed = blame(model.named_parameters())
                 raise ModelError(
                     f"{type(model).__name__} itself does not run on calibration batch "
                     f"{batch.index}, although it could be traced: {brief(error)}"
+                    + (f". {blamed}" if blamed else "")
                 ) from error
         reads.end()
         refused = dict(reads.refused)
@@ -247,6 +252,8 @@ class Trial:
                 with self._reads(model, {}, target):  # which fetches other weights
                     run_apart(model, batch, stand_ins, self.device)
         except Exception as error:  # whatever torchao, or the model itself, raises
+            if is_out_of_memory(error):
+                raise
             return brief(error)
         return None
 
@@ -358,7 +365,7 @@ def _places(model: nn.Module) -> dict[WeightView, list[Place]]:
     places: dict[WeightView, list[Place]] = defaultdict(list)
     for module_name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if parameter.dim() == 2:
+            if parameter.dim() == 2 and is_plain(parameter):
                 name = f"{module_name}.{key}" if module_name else key
                 places[WeightView.of(parameter)].append(Place(module, key, name))
     return places
