@@ -13,6 +13,7 @@ from torch import nn
 
 from magr_fx.config import Handling, MagRConfig
 from magr_fx.errors import ConfigError, ModelError
+from magr_fx.memory import out_of_memory_told
 from magr_fx.passes.calibration import Batch, read_calib
 from magr_fx.passes.check_model import check_model, check_not_frozen
 from magr_fx.passes.execution import Execution, execution_of, is_elsewhere
@@ -37,6 +38,7 @@ from magr_fx.passes.to_pt2e import (
 from magr_fx.passes.to_torchao import hand_over
 from magr_fx.passes.trace import calibration_mode, unwrap
 from magr_fx.passes.trace_batches import Tracing
+from magr_fx.passes.unsupported_weights import unsupported_named
 from magr_fx.report import MagRReport
 
 logger = logging.getLogger("magr_fx")
@@ -118,11 +120,12 @@ def magr_transform(
         TraceError: the model cannot be traced.
         CoverageError: ``strict``, and a weight is not rewritten.
         CheckpointError: ``checkpoint_dir`` belongs to another run, or cannot be used.
+        OutOfMemoryError: the memory of the host or the device is used up.
         DistributedError: another rank failed, does not answer, or was called otherwise. Any of
             these errors is raised on all ranks.
         Nothing was changed then, but for a CalibrationError that says that a quantized model
-        failed, a CoverageError that says that a solve did, a CheckpointError of a full disk and a
-        DistributedError: the log names what was rewritten.
+        failed, a CoverageError that says that a solve did, a CheckpointError of a full disk, an
+        OutOfMemoryError that says so and a DistributedError: the log names what was rewritten.
 
     Example:
         >>> import torch
@@ -132,7 +135,7 @@ def magr_transform(
         >>> [site.name for site in model.magr_report.rewritten]
         ['0.weight']
     """
-    with together(process_group) as ranks:
+    with out_of_memory_told(lambda: _report(model)), together(process_group) as ranks:
         config = resolve_config(config, target)
         request = Request(
             config,
@@ -143,7 +146,7 @@ def magr_transform(
             Folders(checkpoint_dir, spill_dir),
             progress,
         )
-        inner = _checked(model)
+        inner = _checked(model, request)
         if is_elsewhere(inner):
             request = request.without_values()
         with execution_of(inner, ranks) as execution:
@@ -202,14 +205,16 @@ def magr_quantize(
     Returns:
         ``model`` itself, with every rewritten weight a torchao tensor. With a PT2E quantizer the
         converted ``torch.fx.GraphModule``, which is called as the model was; ``model`` keeps its
-        rewritten weights.
+        rewritten weights. Such a graph cannot be pickled, by ``torch.save`` for one, as no graph
+        that comes from PT2E can: to save it, export it once more, ``torch.export.save(
+        torch.export.export(converted, args, dynamic_shapes=...), file)``.
 
     Raises:
         HandoverError: torchao left a rewritten weight unquantized; the message lists which.
         ConfigError, CalibrationError, ModelError, TraceError, CoverageError, CheckpointError,
             DistributedError: as for :func:`magr_transform`.
     """
-    with together(process_group) as ranks:
+    with out_of_memory_told(lambda: _report(model)), together(process_group) as ranks:
         handling = Handling(rounding, act_order, refine, propagate is not False, holdout)
         by_graph = is_pt2e_quantizer(target)
         if by_graph and (rounding != "nearest" or propagate):
@@ -230,7 +235,7 @@ def magr_quantize(
             progress,
             quantize=not by_graph,
         )
-        inner = _checked(model)
+        inner = _checked(model, request)
         _refuse_elsewhere(inner)
         batches, execution = read_calib(calib, inner), Execution(ranks)
         if by_graph:
@@ -268,8 +273,8 @@ def quantize_apart(
         ConfigError, CalibrationError, ModelError, TraceError, CheckpointError, DistributedError:
             as for :func:`magr_quantize`.
     """
-    with together() as ranks:
-        inner, request = _checked(model), request.without_values()
+    with out_of_memory_told(lambda: _report(model)), together() as ranks:
+        inner, request = _checked(model, request), request.without_values()
         with execution_of(inner, ranks) as execution:
             batches = read_calib(calib, inner)
             ledger, weights = _rewrite(model, batches, request, execution, tensors)
@@ -277,10 +282,16 @@ def quantize_apart(
     return [place.name for weight in weights for place in weight.places]
 
 
-def _checked(model: nn.Module) -> nn.Module:
+def _report(model: object) -> Any:
+    """The report that the model has by now, if it has one."""
+    return getattr(model, "magr_report", None)
+
+
+def _checked(model: nn.Module, request: Request) -> nn.Module:
     """The model itself, where it is compiled, once it has been looked at."""
     inner = unwrap(model)
-    check_model(inner, offloaded=is_offloaded(inner), sharded=is_sharded(inner))
+    elsewhere = {"offloaded": is_offloaded(inner), "sharded": is_sharded(inner)}
+    check_model(inner, request.filter_fn, **elsewhere)
     check_not_frozen(model)
     return inner
 
@@ -327,7 +338,8 @@ def _quantize_graph(
     """The way of PT2E: the graph is made first, so that what cannot be exported stays as it was."""
     inner = unwrap(model)
     with calibration_mode(inner), state_kept(inner):
-        graph_module, check, inputs = export_for_pt2e(inner, batches)
+        with unsupported_named(inner):
+            graph_module, check, inputs = export_for_pt2e(inner, batches)
         try_quantizer(type(inner).__name__, graph_module, check, quantizer, inputs)
     ledger, _ = _rewrite(model, batches, request, execution)
     report = ledger.report

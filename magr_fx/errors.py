@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 
 def first_line(error: BaseException) -> str:
     """What an error says first: of torch's, that is all that fits into another message."""
@@ -39,6 +41,13 @@ class CheckpointError(MagRError, RuntimeError):
 
 class HandoverError(MagRError, RuntimeError):
     """torchao left a rewritten weight unquantized; the message lists which."""
+
+
+class OutOfMemoryError(MagRError, torch.OutOfMemoryError, MemoryError):
+    """The memory of the host or of the device is used up; the message says what was done by then.
+
+    ``except torch.OutOfMemoryError`` and ``except MemoryError`` catch it too.
+    """
 
 
 class DistributedError(MagRError, RuntimeError):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from magr_fx.matmul_precision import full_float32
+from magr_fx.memory import is_out_of_memory
 
 # Up to this size every eigenvalue is computed, which is exact and takes a few steps' time; beyond
 # it the largest one is iterated for and bounded.
@@ -83,9 +84,9 @@ def _bounded_estimate(gram: Tensor) -> Tensor | None:
     try:
         with full_float32():
             values, _ = torch.lobpcg(gram, X=start, niter=_ITERATIONS, largest=True)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ArithmeticError):  # it divides by the norms of what it has found
+    except (RuntimeError, ArithmeticError) as error:  # it divides by the norms of what it found
+        if is_out_of_memory(error):
+            raise
         return None
     estimate: Tensor = values[0]
     shifted = -gram

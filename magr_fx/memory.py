@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import functools
 import math
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from magr_fx.errors import MagRError, OutOfMemoryError, first_line
+
 FREED_FROM = 2**20  # bytes
+# What allocators that raise a RuntimeError say: those of a CPU, of MPS, of libraries of CUDA.
+_PHRASES = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory",
+            "alloc_failed")  # fmt: skip
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -46,6 +54,46 @@ def give_back_what_is_freed() -> None:
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, FREED_FROM)
         mallopt(_TRIM_THRESHOLD, FREED_FROM)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is used up, of the host or of a device.
+
+    torch has a class of its own for devices; its allocator for the CPU raises a RuntimeError.
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, OSError):  # of a memory map
+        return error.errno == errno.ENOMEM
+    said = str(error).lower() if isinstance(error, RuntimeError) else ""
+    return any(phrase in said for phrase in _PHRASES)
+
+
+@contextlib.contextmanager
+def out_of_memory_told(report: Callable[[], Any]) -> Iterator[None]:
+    """Raise :class:`OutOfMemoryError`, with a remedy, for whatever says that memory is used up.
+
+    Args:
+        report: gets the model's MagRReport, or None: whether weights are rewritten by then.
+    """
+    before = report()
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MagRError) or not is_out_of_memory(error):
+            raise
+        now = report()
+        count = 0 if now is None or now is before else len(now.rewritten)
+        done = (
+            f"{count} weights are rewritten already (see magr_report): load the model anew"
+            if count
+            else "Nothing was changed"
+        )
+        raise OutOfMemoryError(
+            f"out of memory: {type(error).__name__}: {first_line(error)}. {done}. Calibrate with "
+            "smaller or shorter batches, keep activations on a disk (spill_dir), or offload the "
+            "model (device_map with accelerate)"
+        ) from error
 
 
 def available(device: torch.device) -> float:

@@ -11,6 +11,7 @@ from magr_fx.errors import (
     HandoverError,
     MagRError,
     ModelError,
+    OutOfMemoryError,
     TraceError,
 )
 from magr_fx.passes.as_linears import as_linears
@@ -32,6 +33,7 @@ __all__ = [
     "MagRPass",
     "MagRReport",
     "ModelError",
+    "OutOfMemoryError",
     "SiteReport",
     "Solution",
     "Status",

@@ -7,12 +7,13 @@ says; the comparison is transformers' own loading, of tensors without values.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 
 from magr_fx.errors import ModelError, brief
 from magr_fx.model_class import model_class
@@ -20,6 +21,7 @@ from magr_fx.model_directory import CONFIG
 from magr_fx.passes.transformers_private import revert_weight_conversion
 from magr_fx.safetensors_header import FLOATS, StoredTensor
 
+_log = logging.getLogger("magr_fx")
 _META = torch.device("meta")
 _DTYPES = {
     "F64": torch.float64,
@@ -65,7 +67,8 @@ def check_stored(model: Any, folder: Path, tensors: dict[str, StoredTensor]) -> 
     """Whether a directory holds each tensor of its model, in its shape, and no other.
 
     What transformers knows that files may hold or lack is no error: tied weights once or twice,
-    prefixes, fused experts one by one, old buffers.
+    prefixes, fused experts one by one, old buffers. Nor is what the model's class leaves out, such
+    as heads over a base model: a warning names that.
 
     Args:
         model: of :func:`empty_model`.
@@ -108,6 +111,10 @@ def check_stored(model: Any, folder: Path, tensors: dict[str, StoredTensor]) -> 
             f"{folder} lacks {own}, which {kind} has, so that its values would be made up"
             f"{_more(missing)}{also}; {_MEND}"
         )
+    left_out = _left_out(loaded, unexpected, tensors)
+    if left_out:
+        _log.warning("%s leaves out what %s holds: %s", kind, folder, ", ".join(sorted(left_out)))
+    unexpected = {n for n in unexpected if _stored_name(loaded, n, tensors) not in left_out}
     if unexpected:
         name = min(unexpected)
         own = _stored_name(loaded, name, tensors) or name
@@ -117,6 +124,40 @@ def check_stored(model: Any, folder: Path, tensors: dict[str, StoredTensor]) -> 
             f"{_more(unexpected)}; correct {CONFIG} if it belongs there, else {_ANEW}, which "
             "leaves it out"
         )
+
+
+def _left_out(model: Any, unexpected: set[str], tensors: dict[str, StoredTensor]) -> set[str]:
+    """The stored names of what belongs to the architecture, and not to this class of it.
+
+    That is a head: beside the base model in the files, and of no module that the model has. Or a
+    part of the base model that some classes are built without, such as a pooler.
+    """
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    stored = {n for name in unexpected if (n := _stored_name(model, name, tensors)) is not None}
+    if not stored or not prefix or not any(name.startswith(prefix) for name in tensors):
+        return set()
+    modules = {name for name, _ in model.named_modules()}
+    kinds = {_unnumbered(name) for name in model.state_dict()}
+    base = _of_base_model(model)
+    return {
+        name
+        for name in stored
+        if (
+            base.get(name.removeprefix(prefix)) == tensors[name].shape
+            if name.startswith(prefix)
+            else name.rpartition(".")[0] not in modules and _unnumbered(name) not in kinds
+        )
+    }
+
+
+def _of_base_model(model: Any) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the base model's tensors, as transformers builds it by itself."""
+    try:
+        with _META:
+            base = AutoModel.from_config(model.config)
+    except Exception:  # whatever transformers raises of what has no base model
+        return {}
+    return {name: tuple(tensor.shape) for name, tensor in base.state_dict().items()}
 
 
 _MEND = f"{CONFIG} and the weights are of two models, or damaged: download both anew"

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from magr_fx.errors import CalibrationError
 from magr_fx.memory import available
@@ -25,7 +24,7 @@ from magr_fx.passes.calibration_forms import (
 from magr_fx.passes.dataclass_inputs import dataclasses_open
 from magr_fx.passes.module_calls import named_leaves
 from magr_fx.passes.tensors_only import PLAIN
-from magr_fx.passes.torch_private import tree_leaves, tree_map
+from magr_fx.passes.torch_private import is_fake, tree_leaves, tree_map
 
 logger = logging.getLogger("magr_fx")
 
@@ -253,7 +252,7 @@ def _strange_kind(tensor: torch.Tensor) -> str:
         return "is nested: pad it (torch.nested.to_padded_tensor), with an attention_mask"
     if tensor.is_meta:
         return "is on the meta device"
-    if isinstance(tensor, FakeTensor):
+    if is_fake(tensor):
         return "is fake (FakeTensorMode)"
     if tensor.layout is not torch.strided:
         return f"has the layout {tensor.layout}"

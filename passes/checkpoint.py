@@ -30,10 +30,12 @@ import torch
 from magr_fx.config import MagRConfig
 from magr_fx.disk import BETWEEN_STATES, folder_named, save, settle
 from magr_fx.errors import CheckpointError
+from magr_fx.memory import is_out_of_memory
 from magr_fx.passes.ranks import ALONE, Ranks
 from magr_fx.passes.resident import Resident
 from magr_fx.passes.torch_private import tree_leaves
 from magr_fx.passes.trace import TracedBatch
+from magr_fx.passes.unsupported_weights import shape_of, values_of
 from magr_fx.report import MagRReport, Quantization, SiteReport
 
 _FINGERPRINT = "fingerprint.json"
@@ -252,6 +254,8 @@ class Checkpoint:
         try:
             yield
         except OSError as error:
+            if is_out_of_memory(error):
+                raise
             raise CheckpointError(
                 f"{path} cannot be written: {error}. Free some space, or give another "
                 "checkpoint_dir; a run with this one goes on from what was saved before"
@@ -303,9 +307,9 @@ def _state(path: Path) -> dict[str, Any]:
 def _load(path: Path, *, mmap: bool = False) -> Any:
     try:
         return torch.load(path, weights_only=True, mmap=mmap)
-    except (MemoryError, torch.OutOfMemoryError):  # no fault of the file
-        raise
     except Exception as error:  # whatever a file raises that was damaged since
+        if is_out_of_memory(error):  # no fault of the file
+            raise
         raise CheckpointError(
             f"{path} cannot be read: {type(error).__name__}: {error}; empty {path.parent} to "
             "start anew"
@@ -330,9 +334,10 @@ def fingerprint(
     model = hashlib.blake2b()
     for name, weight in weights:
         with resident([weight]):
-            values = weight.detach().flatten()
-            values = values[:: max(1, values.numel() // _SAMPLE)]
-            model.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + _bytes(values))
+            model.update(f"{name} {shape_of(weight)} {weight.dtype}".encode())
+            for part in values_of(weight):
+                values = part.detach().flatten()
+                model.update(_bytes(values[:: max(1, values.numel() // _SAMPLE)]))
     calibration, graphs = hashlib.blake2b(), hashlib.blake2b()
     for batch in batches:
         for leaf in tree_leaves(batch.values):

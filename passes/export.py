@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from magr_fx.errors import TraceError, first_line
+from magr_fx.memory import is_out_of_memory
 from magr_fx.passes.module_calls import CALLS
 from magr_fx.passes.module_state import attributes_kept
 from magr_fx.passes.tensors_only import TensorsOnly
@@ -52,6 +53,8 @@ def export(
         graph_module = exported.module()
         graph_module.meta[CALLS] = tuple(wrapper.log.calls)
     except Exception as error:  # export lets through whatever the model's own code raises
+        if is_out_of_memory(error):
+            raise
         remedy = "check that the model itself runs on this batch"
         if "data-dependent" in str(error).lower():
             remedy = 'control flow that depends on tensor values needs trace="make_fx"'

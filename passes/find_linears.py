@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from magr_fx.errors import ConfigError, ModelError
 from magr_fx.passes.trace import Trace, attribute
+from magr_fx.passes.unsupported_weights import is_plain, shape_of, why_unsupported
 from magr_fx.passes.weight_uses import Call, Reader, Uses
 from magr_fx.passes.weight_views import WeightView, overlap, unread_parts
 
@@ -101,7 +102,7 @@ def find_linears(
             its sites out, with that as the reported reason.
 
     Raises:
-        ModelError: no graph has a weight matmul.
+        ModelError: no graph has a weight matmul, or one reads a weight that has no values.
         ConfigError: ``filter_fn`` leaves nothing to work on.
     """
     owners = _owners(model)
@@ -121,16 +122,14 @@ def find_linears(
     for parameter, sharing in _sharing_memory(owners).items():
         owner, owner_name, name = owners[parameter]
         use = uses[id(parameter)]
-        reason = _why_not(use, [uses[id(other)] for other in sharing])
-        near = fixed.get(parameter.untyped_storage().data_ptr(), ())
-        held = next((what for what, tensor in near if _share(parameter, tensor)), None)
-        if reason is None and held is not None:
-            reason = f"shares its memory with the {held}, which would change"
-        if reason is None and not can_be_solved(parameter):
-            reason = (
-                f"stored as {parameter.dtype}: MagR works on floating numbers of 16 to 64 bits; "
-                "start from the full-precision model"
+        if parameter.is_meta and use.is_read:
+            raise ModelError(
+                f"{name} is on the meta device, without values, and the model reads it; load the "
+                "weights first"
             )
+        reason = why_unsupported(parameter)
+        reason = reason or _why_not(use, [uses[id(other)] for other in sharing])
+        reason = reason or _held_elsewhere(parameter, fixed)
         if reason is None:
             for view, calls in use.calls.items():
                 site_name = name + (view.name(parameter) if parameter.numel() else "")
@@ -144,19 +143,14 @@ def find_linears(
                 for part, shape in unread_parts(parameter, use.calls)
             ]
         elif parameter.dim() >= 2:
-            shape, matmul = tuple(parameter.shape), any(uses[id(p)].matmul for p in sharing)
-            matmul |= reason == UNREACHED and is_linear_weight(owner, parameter)
+            shape, matmul = shape_of(parameter), any(uses[id(p)].matmul for p in sharing)
+            matmul |= not use.is_read and is_linear_weight(owner, parameter)
             rejections.append(Rejection(name, shape, reason, parameter, owner, owner_name, matmul))
     sites = _disjoint(candidates, rejections)
     sites.sort(key=lambda site: order[site.calls[0].node])  # as the model runs, however it is named
     if not sites:
         raise ModelError(_nothing_found(model, rejections))
     return Found(_filtered(sites, filter_fn, rejections), rejections)
-
-
-def can_be_solved(weight: torch.Tensor) -> bool:
-    """Whether it holds floating numbers of 16 to 64 bits."""
-    return weight.is_floating_point() and weight.element_size() >= 2
 
 
 def _owners(model: nn.Module) -> dict[nn.Parameter, tuple[nn.Module, str, str]]:
@@ -171,8 +165,9 @@ def _owners(model: nn.Module) -> dict[nn.Parameter, tuple[nn.Module, str, str]]:
 
 def _sharing_memory(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, list[nn.Parameter]]:
     """parameter → all that hold some of its memory, itself included: two objects may be one."""
+    parameters = list(parameters)
     by_storage: dict[int, list[nn.Parameter]] = defaultdict(list)
-    for parameter in parameters:
+    for parameter in filter(is_plain, parameters):
         by_storage[parameter.untyped_storage().data_ptr()].append(parameter)
     return {
         parameter: [
@@ -180,6 +175,8 @@ def _sharing_memory(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, li
             for other in by_storage[parameter.untyped_storage().data_ptr()]
             if other is parameter or _share(parameter, other)
         ]
+        if is_plain(parameter)
+        else [parameter]
         for parameter in parameters
     }
 
@@ -215,9 +212,18 @@ def _fixed_tensors(
                 tensors.append((f"constant {node.target}", tensor))
     by_storage: dict[int, list[tuple[str, torch.Tensor]]] = defaultdict(list)
     for what, tensor in tensors:
-        if tensor.layout is torch.strided:  # a sparse tensor has no such memory to share
+        if is_plain(tensor):  # a sparse tensor, for one, has no such memory to share
             by_storage[tensor.untyped_storage().data_ptr()].append((what, tensor))
     return by_storage
+
+
+def _held_elsewhere(
+    parameter: nn.Parameter, fixed: dict[int, list[tuple[str, torch.Tensor]]]
+) -> str | None:
+    """Why a parameter has no site for what else is in its memory, or None."""
+    near = fixed.get(parameter.untyped_storage().data_ptr(), ())
+    held = next((what for what, tensor in near if _share(parameter, tensor)), None)
+    return None if held is None else f"shares its memory with the {held}, which would change"
 
 
 def _why_not(use: Uses, sharing: list[Uses]) -> str | None:

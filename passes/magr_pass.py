@@ -10,6 +10,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from magr_fx.config import MagRConfig
 from magr_fx.errors import ModelError
+from magr_fx.memory import out_of_memory_told
 from magr_fx.passes.calibration import read_calib
 from magr_fx.passes.check_model import check_model, check_not_frozen
 from magr_fx.passes.execution import Execution
@@ -81,12 +82,17 @@ class MagRPass(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph's weights; ``modified`` says whether there were any."""
+        meta = getattr(graph_module, "meta", {})
+        with out_of_memory_told(lambda: meta.get("magr")):
+            return self._call(graph_module)
+
+    def _call(self, graph_module: fx.GraphModule) -> PassResult:
         if not isinstance(graph_module, fx.GraphModule):
             raise ModelError(
                 f"MagRPass takes a torch.fx GraphModule, got {type(graph_module).__name__}; "
                 "for a module that is not traced use magr_transform"
             )
-        check_model(graph_module)
+        check_model(graph_module, self.request.filter_fn)
         check_not_frozen(graph_module)
         batches = read_calib(self.calib, graph_module)
         report = MagRReport(self.request.config)

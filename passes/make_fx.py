@@ -19,11 +19,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from magr_fx.errors import TraceError, first_line
+from magr_fx.memory import is_out_of_memory
 from magr_fx.passes.addresses import address
 from magr_fx.passes.module_calls import CALLS
 from magr_fx.passes.module_state import attributes_kept
 from magr_fx.passes.tensors_only import TensorsOnly
 from magr_fx.passes.torch_private import TreeSpec, schema_of, tree_leaves
+from magr_fx.passes.unsupported_weights import has_strides
 from magr_fx.passes.vmap import in_transform, is_batched, run_inside, unwrapped
 from magr_fx.quiet import torch_unlogged
 
@@ -71,6 +73,8 @@ def run_and_trace(
         TraceError: the model itself does not run, or works in a way that make_fx does not follow.
     """
     stored = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    # What has no strides cannot be an argument: the graph has it as a constant.
+    traced = {name: tensor for name, tensor in stored.items() if has_strides(tensor)}
     function = TensorsOnly(model, leaves, spec)
     function.training = False  # as the model is already
     # Copies: the model may work in place on its inputs, which are the caller's tensors.
@@ -89,8 +93,10 @@ def run_and_trace(
             _FunctionsSeen(seen),
             seen,
         ):
-            graph_module = _make_fx(function, list(stored.values()), inputs)
+            graph_module = _make_fx(function, list(traced.values()), inputs)
     except Exception as error:  # whatever the model's own code raises
+        if is_out_of_memory(error):
+            raise
         remedy = "check that the model itself runs on this batch"
         if "flex_attention" in str(error):
             remedy = 'take another attention: attn_implementation="sdpa" or "eager"'
@@ -98,7 +104,7 @@ def run_and_trace(
             f"{type(model).__name__} cannot be run and traced with calibration batch {index}: "
             f"{type(error).__name__}: {first_line(error)} — {remedy}"
         ) from error
-    graph_module = _with_attributes(graph_module, stored)
+    graph_module = _with_attributes(graph_module, traced)
     graph_module.meta[CALLS] = tuple(function.log.calls)
     return graph_module, not seen.reads_values
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from magr_fx.passes.function_caches import function_caches_kept
 from magr_fx.passes.torch_private import version_of
 
 # Whose objects are left alone: they are no state of a model, or keep it in places of their own.
@@ -139,8 +140,9 @@ def attributes_kept(model: nn.Module) -> Iterator[list[torch.Tensor]]:
 
     Attributes of modules, of their classes, and of the objects that they hold are the same objects
     again, and so is what is in their dicts, lists, sets and deques; tensors in there have their
-    values. Parameters and buffers are not copied: it yields all tensors that the model holds, for
-    those who watch what is written to them.
+    values. What functions of its code keep has none of a tracer's tensors, see
+    :mod:`magr_fx.passes.function_caches`. Parameters and buffers are not copied: it yields all
+    tensors that the model holds, for those who watch what is written to them.
 
     Raises:
         RuntimeError: forward made parameters, which a trace would then have instead of them.
@@ -148,7 +150,8 @@ def attributes_kept(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     state = _State(model)
     parameters = [id(parameter) for parameter in model.parameters()]
     try:
-        yield state.tensors
+        with function_caches_kept(model):
+            yield state.tensors
         if [id(parameter) for parameter in model.parameters()] != parameters:
             raise RuntimeError("forward creates parameters; run the model on one input first")
     finally:

@@ -14,10 +14,11 @@ from torchao.core.config import AOBaseConfig
 
 from magr_fx.errors import ConfigError
 from magr_fx.passes.as_linears import Rebuilt, rebuildable
-from magr_fx.passes.find_linears import UNREACHED, FilterFn, Found, Site, can_be_solved
+from magr_fx.passes.find_linears import UNREACHED, FilterFn, Found, Site
 from magr_fx.passes.quantizable_weight import Place, Quantizable
 from magr_fx.passes.torchao_private import takes_parameter_names
 from magr_fx.passes.trial import Trial, kind_of
+from magr_fx.passes.unsupported_weights import is_plain
 from magr_fx.passes.weight_views import WeightView
 
 
@@ -58,7 +59,6 @@ def leave_out_unquantizable(
         if (
             parameter.dim() == 2
             and parameter.numel() > 0
-            and can_be_solved(parameter)
             and weight.is_linear
             and parameter.shape[1] % (group_size or 1) == 0
             and (filter_fn is None or filter_fn(unreached.owner, unreached.name.rpartition(".")[0]))
@@ -197,7 +197,7 @@ def _places(model: nn.Module) -> dict[WeightView, list[Place]]:
     places: dict[WeightView, list[Place]] = defaultdict(list)
     for module_name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if parameter.dim() == 2:
+            if parameter.dim() == 2 and is_plain(parameter):
                 name = f"{module_name}.{key}" if module_name else key
                 places[WeightView.of(parameter)].append(Place(module, key, name))
     return places

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 from torchao.core.config import AOBaseConfig
 
+from magr_fx.memory import is_out_of_memory
 from magr_fx.passes.calibration import Batch
 from magr_fx.passes.module_state import attributes_kept
 from magr_fx.passes.resident import Resident, all_resident
@@ -180,6 +181,8 @@ class QuantizedReads(TorchFunctionMode):
             quantized = call("quantized")
             return quantized, quantized if plainly else call("worth")
         except Exception as error:  # whatever torchao raises
+            if is_out_of_memory(error):
+                raise
             self._refuse(names, f"{_name(func)} fails ({brief(error)})")
             return None
 

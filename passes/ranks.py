@@ -17,6 +17,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from magr_fx import errors
 from magr_fx.errors import CalibrationError, ConfigError, DistributedError, MagRError
+from magr_fx.memory import is_out_of_memory
 
 Group: TypeAlias = "dist.ProcessGroup | Literal[False] | None"
 Item = TypeVar("Item")
@@ -173,9 +174,9 @@ class Ranks:
     def _call(self, collective: Callable[[], Any]) -> None:
         try:
             collective()
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:  # of a connection that closed, or of a timeout
+            if is_out_of_memory(error):
+                raise
             broken = DistributedError(
                 f"rank {self.rank} of {self.world} lost the others: {error}. One of them has died, "
                 "or did not come to the same call in time: look at its log. Start the ranks anew; "

@@ -22,6 +22,7 @@ from magr_fx.passes.trace_batches import (
     input_names,
     trace_batches,
 )
+from magr_fx.passes.unsupported_weights import unsupported_named
 
 _CONSTANTS = (type(None), bool, int, float, str)
 
@@ -42,7 +43,8 @@ def trace_or_read(
                 "give the model itself to magr_transform"
             )
         return inline_regions(_read(model, batches))
-    traced = trace_batches(model, batches, tracing)
+    with unsupported_named(model):
+        traced = trace_batches(model, batches, tracing)
     return inline_regions(traced, has_values=tracing.has_values)
 
 

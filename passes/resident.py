@@ -22,6 +22,7 @@ from torch import nn
 from magr_fx.errors import CheckpointError, ModelError
 from magr_fx.memory import trim
 from magr_fx.passes.torch_private import version_of
+from magr_fx.passes.unsupported_weights import why_unsupported
 
 
 class Resident(Protocol):
@@ -172,9 +173,8 @@ class Weights:
         for weight in self._weights:
             parameter = weight.outline.parameter
             with self.resident([parameter]):
-                if parameter.element_size() < 2:  # of float8 torch cannot tell
-                    continue
-                if not bool(parameter.detach().isfinite().all()):
+                supported = why_unsupported(parameter) is None
+                if supported and not bool(parameter.detach().isfinite().all()):
                     raise ModelError(
                         f"{weight.name} holds NaN or Inf; repair or reload the model's weights"
                     )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from magr_fx.passes.calibration import Batch, notes_of
-from magr_fx.passes.check_model import check_group_size
+from magr_fx.passes.check_model import check_finite, check_group_size
 from magr_fx.passes.checkpoint import Checkpoint, fingerprint
 from magr_fx.passes.execution import Execution
 from magr_fx.passes.find_linears import Found, Site, find_linears
@@ -19,6 +19,7 @@ from magr_fx.passes.quantizable import keep_stacks, leave_out_unquantizable, lea
 from magr_fx.passes.quantizable_weight import Quantizable
 from magr_fx.passes.read_exported import trace_or_read
 from magr_fx.passes.request import Request
+from magr_fx.passes.resident import all_resident
 from magr_fx.passes.target import described_in_full
 from magr_fx.passes.to_torchao import try_target
 from magr_fx.passes.trace import TracedBatch, calibration_mode
@@ -87,10 +88,13 @@ def _tried(
             filter_fn=request.filter_fn,
         )
     check_group_size(found.sites, config.group_size)
+    candidates: list[Site | Quantizable] = [*found.sites, *weights]
+    if execution.resident is all_resident:  # others were looked at where they are
+        check_finite((one.name, one.weight) for one in candidates)
     if request.target is None:
         return found, weights
     with report.timed("quantize"):
-        _try_each_kind([*found.sites, *weights], request, execution)
+        _try_each_kind(candidates, request, execution)
         if quantizer is not None:
             trial = Trial.of(batches, traced, execution.resident, execution.device)
             found, weights = leave_out_unrunnable(found, weights, model, quantizer.config, trial)

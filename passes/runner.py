@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.nn import functional
 
 from magr_fx.errors import CalibrationError
+from magr_fx.memory import is_out_of_memory
 from magr_fx.passes.inline import autocast_of
-from magr_fx.passes.trace import Trace, TracedBatch, is_mutation
+from magr_fx.passes.trace import Trace, TracedBatch, attribute, is_mutation
+from magr_fx.passes.unsupported_weights import blame
 
 
 class Runner(fx.Interpreter):
@@ -45,9 +47,9 @@ def run_node(runner: Runner, node: fx.Node, batch: TracedBatch, *, quantized: bo
     try:
         with autocast_of(node):
             return runner.run_node(node)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever an op raises on real values
+        if is_out_of_memory(error):
+            raise
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         where = (stack[-1][0] if stack else "") or "the model"
         remedy = "Check that the model itself runs on this batch"
@@ -56,6 +58,8 @@ def run_node(runner: Runner, node: fx.Node, batch: TracedBatch, *, quantized: bo
                 "The weights before it were quantized by the target; calibrate with "
                 "propagate=False, or choose another target"
             )
+        read = ((str(n.target), attribute(batch.trace, n)) for n in node.all_input_nodes)
+        remedy = blame((name, t) for name, t in read if isinstance(t, nn.Parameter)) or remedy
         raise CalibrationError(
             f"calibration batch {batch.index} fails in {where}, at {node.target}: "
             f"{type(error).__name__}: {error}. {remedy}"

@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from magr_fx.errors import TraceError, first_line
+from magr_fx.memory import is_out_of_memory
 from magr_fx.passes.compare_outputs import difference
 from magr_fx.passes.decisions import State, is_random, random_state, torch_state
 from magr_fx.passes.make_fx import ReadersSeen, nothing_kept
@@ -85,9 +86,9 @@ def _compare(
     failure, graphs = "", list[torch.Tensor]()
     try:
         graphs = _run_graph(graph_module, leaves, state)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:  # whatever an op raises on real values
+        if is_out_of_memory(error):
+            raise
         failure = f"it fails with {type(error).__name__}: {first_line(error)}"
     models, _ = _run(model, leaves, spec, state)
     if failure:

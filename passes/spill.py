@@ -21,6 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from magr_fx.disk import folder_named, take_room
 from magr_fx.errors import CheckpointError, ConfigError
+from magr_fx.memory import is_out_of_memory
 from magr_fx.passes.torch_private import tree_map, version_of
 
 LEAST = 2**16  # bytes: what is smaller stays in memory
@@ -146,9 +147,9 @@ class Spill:
             finally:
                 os.close(descriptor)
                 os.unlink(name)
-        except torch.OutOfMemoryError:
-            raise
         except (OSError, RuntimeError) as error:  # torch tells what the system says of a map
+            if is_out_of_memory(error):
+                raise
             raise CheckpointError(
                 f"activations cannot be written to {self.folder}: {error}. Free some space, or "
                 "give another spill_dir"

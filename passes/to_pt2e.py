@@ -22,6 +22,7 @@ from magr_fx.errors import (
     TraceError,
     first_line,
 )
+from magr_fx.memory import is_out_of_memory
 from magr_fx.passes.calibration import Batch
 from magr_fx.passes.tensors_only import own_arguments
 from magr_fx.passes.torch_private import tree_flatten, tree_leaves, tree_map, tree_unflatten
@@ -66,6 +67,8 @@ def export_for_pt2e(
     try:
         graph_module = _export(model, first, open_sizes)
     except Exception as error:  # export lets through whatever the model's own code raises
+        if is_out_of_memory(error):
+            raise
         raise TraceError(
             f"PT2E needs the graph of torch.export, which refuses {type(model).__name__}: "
             f"{type(error).__name__}: {first_line(error)}; use a torchao "
@@ -143,7 +146,9 @@ def _with_a_size_of_one(
                 for run in (graph_module, model)
                 for args, kwargs in [own_arguments((narrow.args, narrow.kwargs))]
             ]
-    except Exception:  # the model, or its graph, does not take a 1 there
+    except Exception as error:  # the model, or its graph, does not take a 1 there
+        if is_out_of_memory(error):
+            raise
         return None
     same = all(
         one.shape == other.shape and torch.allclose(one, other, equal_nan=True)
@@ -180,9 +185,11 @@ def try_quantizer(
             quantize_graph(graph_module, check, quantizer, batches)
     except HandoverError as error:
         raise HandoverError(f"{error}. Nothing was changed") from error
-    except (MagRError, torch.OutOfMemoryError):
+    except MagRError:
         raise
     except Exception as error:  # whatever torchao, or the graph on one of the batches, raises
+        if is_out_of_memory(error):
+            raise
         raise ConfigError(
             f"PT2E cannot quantize {name} with {type(quantizer).__name__} and this "
             f"calibration: {type(error).__name__}: {first_line(error)}. "

@@ -13,6 +13,7 @@ from torchao.quantization import FqnToConfig, quantize_
 from torchao.quantization.utils import recommended_inductor_config_setter
 
 from magr_fx.errors import ConfigError, HandoverError
+from magr_fx.memory import is_out_of_memory
 from magr_fx.passes.as_linears import Rebuilt, replace_module
 from magr_fx.passes.quantizable_weight import Place, Quantizable
 from magr_fx.passes.target import describe
@@ -39,6 +40,8 @@ def try_target(
         try:
             quantized = quantized_copy(weight, target)
         except Exception as error:  # whatever a kernel or a config of torchao raises
+            if is_out_of_memory(error):
+                raise
             raise ConfigError(
                 f"torchao cannot quantize {what} with {describe(target)}: "
                 f"{type(error).__name__}: {error}. Leave the layer out with filter_fn, or choose "
@@ -53,6 +56,8 @@ def try_target(
             token = weight.new_ones(1, weight.shape[1])
             usable = bool(functional.linear(token, quantized).isfinite().all())
         except Exception as error:  # whatever a kernel of torchao raises
+            if is_out_of_memory(error):
+                raise
             raise ConfigError(
                 f"torchao quantizes {what} with {describe(target)}, but what it makes of it does "
                 f"not run here: {type(error).__name__}: {error}. Choose another config or dtype"

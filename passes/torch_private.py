@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch._ops import HigherOrderOperator, OperatorBase, OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import (
     GetAttrKey,
@@ -31,6 +32,7 @@ __all__ = [
     "OperatorBase",
     "TreeSpec",
     "expression_of",
+    "is_fake",
     "schema_of",
     "statically_known_true",
     "tree_flatten",
@@ -51,6 +53,11 @@ def expression_of(size: torch.SymInt) -> Any:
 def schema_of(op: Any) -> Any:
     """The op's schema, with its ``name`` and ``is_mutable``; None for what is no op of torch."""
     return op._schema if isinstance(op, OpOverload) else None
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether it has no values, and is of a tracer: torch.export's, for one."""
+    return isinstance(tensor, FakeTensor)
 
 
 def version_of(tensor: torch.Tensor) -> int:

@@ -16,12 +16,13 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 from magr_fx.config import MagRConfig
 from magr_fx.errors import CalibrationError, ConfigError, ModelError
 from magr_fx.gram import add_to_gram
-from magr_fx.passes.check_model import check_model
+from magr_fx.passes.check_model import check_finite, check_model
 from magr_fx.passes.find_linears import Site
 from magr_fx.passes.pipeline import resolve_config, rewrite_alone, target_for_rewriting
 from magr_fx.passes.shared_gram import SharedGram
 from magr_fx.passes.to_torchao import try_target
 from magr_fx.passes.torchao_private import apply_config, is_quantized
+from magr_fx.passes.unsupported_weights import why_unsupported
 from magr_fx.passes.weight_views import WeightView
 from magr_fx.report import SiteReport
 
@@ -130,6 +131,12 @@ def _prepare(linear: nn.Linear) -> None:
             "with torch.nn.utils.parametrize.remove_parametrizations for instance"
         )
     check_model(linear)
+    reason = why_unsupported(linear.weight)
+    if reason is not None:
+        raise ModelError(
+            f"the weight of {_name(linear)} {reason}; leave it out with quantize_'s filter_fn"
+        )
+    check_finite([(_name(linear), linear.weight)])
     _let_go(linear)
     setattr(linear, _HELD, GramHook(linear))
 

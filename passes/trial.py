@@ -11,12 +11,14 @@ from torch import nn
 from torchao.core.config import AOBaseConfig
 
 from magr_fx.errors import ModelError
+from magr_fx.memory import is_out_of_memory
 from magr_fx.passes.calibration import Batch
 from magr_fx.passes.quantizable_weight import Quantizable
 from magr_fx.passes.quantized_reads import QuantizedReads, brief, run_apart
 from magr_fx.passes.resident import Resident, all_resident
 from magr_fx.passes.torchao_rounding import quantized_copy
 from magr_fx.passes.trace import Trace, TracedBatch, all_nodes, buffers_kept
+from magr_fx.passes.unsupported_weights import blame
 
 
 def kind_of(model: nn.Module, weight: Quantizable) -> Any:
@@ -88,9 +90,13 @@ class Trial:
                 with reads:
                     run_apart(model, batch, {}, self.device)
             except Exception as error:  # whatever the model's own code raises
+                if is_out_of_memory(error):
+                    raise
+                blamed = blame(model.named_parameters())
                 raise ModelError(
                     f"{type(model).__name__} itself does not run on calibration batch "
                     f"{batch.index}, although it could be traced: {brief(error)}"
+                    + (f". {blamed}" if blamed else "")
                 ) from error
         reads.end()
         refused = dict(reads.refused)
@@ -125,6 +131,8 @@ class Trial:
                 with self._reads(model, {}, target):  # which fetches other weights
                     run_apart(model, batch, stand_ins, self.device)
         except Exception as error:  # whatever torchao, or the model itself, raises
+            if is_out_of_memory(error):
+                raise
             return brief(error)
         return None
 

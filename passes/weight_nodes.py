@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from magr_fx.passes.runner import Runner
 from magr_fx.passes.trace import Trace, attribute, is_mutation
+from magr_fx.passes.unsupported_weights import is_plain
 from magr_fx.passes.weight_views import VIEWS, WeightView
 
 Replaced = Mapping[WeightView, torch.Tensor]  # what to read in the place of parameters
@@ -90,7 +91,7 @@ class WeightNodes:
     def _find_reads(self, trace: Trace) -> None:
         for node in trace.graph_module.graph.nodes:
             stored, made_of = attribute(trace, node), set[WeightView]()
-            if isinstance(stored, nn.Parameter) and stored.dim() >= 2:
+            if isinstance(stored, nn.Parameter) and is_plain(stored) and stored.dim() >= 2:
                 self._reads[node] = self._as_stored[stored] = WeightView.of(stored)
                 made_of = {self._reads[node]}
             elif not is_mutation(node) and all(map(self._is_weight_or_size, node.all_input_nodes)):

@@ -17,6 +17,7 @@ from magr_fx.passes.operands import Route, Rows
 from magr_fx.passes.products import Product, is_product, product_of
 from magr_fx.passes.torch_private import HigherOrderOperator, OperatorBase
 from magr_fx.passes.trace import Trace, attribute, attributes, is_mutation, stored
+from magr_fx.passes.unsupported_weights import why_unsupported
 from magr_fx.passes.vmap import vmap_depth
 from magr_fx.passes.weight_views import COPIES, VIEWS, WeightView, gathered, matrices, replay
 
@@ -74,6 +75,10 @@ class Uses:
     embedding: bool = False
     matmul: bool = False  # also where it cannot be rewritten
     others: dict[str, None] = field(default_factory=dict)  # an ordered set of descriptions
+
+    @property
+    def is_read(self) -> bool:
+        return bool(self.calls or self.embedding or self.others)
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,7 +248,11 @@ class Reader:
             )
             return
         result = node.meta.get("val", parameter)
-        if not (parameter.is_floating_point() and result.is_floating_point()):
+        unsupported = why_unsupported(parameter)
+        if unsupported is not None:
+            self._other_use(weight, f"{_name(node)}, of a weight that {unsupported}")
+            return
+        if not result.is_floating_point():
             self._other_use(
                 weight, f"{_name(node)} in {result.dtype}, of a {parameter.dtype} weight"
             )

@@ -463,7 +463,7 @@ LEFT_ALONE: dict[str, tuple[Callable[..., Any], dict[str, Any], list[Any], dict[
         lambda m, x: m.a((x.to(torch.complex64) @ m.w).real),
         {"a": linear(), "w": nn.Parameter(weight(IN, IN).data.to(torch.complex64))},
         TOKENS,
-        {"w": r"aten\.matmul in torch\.complex64, of a torch\.complex64 weight"},
+        {"w": r"stored as torch\.complex64"},
     ),
     "a weight made complex": (
         lambda m, x: m.a((x.to(torch.complex64) @ m.w.to(torch.complex64)).real),
@@ -478,7 +478,7 @@ LEFT_ALONE: dict[str, tuple[Callable[..., Any], dict[str, Any], list[Any], dict[
             "w": nn.Parameter(torch.ones(OUT, IN, dtype=torch.int8), requires_grad=False),
         },
         TOKENS,
-        {"w": r"aten\.linear in torch\.float32, of a torch\.int8 weight"},
+        {"w": r"stored as torch\.int8"},
     ),
     "not used": (
         lambda m, x: m.a(x),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 from torchao.quantization import IntxWeightOnlyConfig, PerGroup
-from toys import WIDTH, Overflows, Shapes, changed, mlp, state, vectors
+from toys import INT, WIDTH, Overflows, Shapes, changed, mlp, state, vectors
 
 from magr_fx import (
     CalibrationError,
@@ -401,6 +402,66 @@ def test_bad_models_and_calibrations_are_refused_before_anything_changes() -> No
     loud[1][3] *= 1e6
     message = r"input of last\.weight holds NaN or Inf in calibration batch 1"
     refused(exported(Overflows("last")), loud, CalibrationError, message)
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.one, self.other = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.first(x)
+        return torch.cond(x.sum() > 0, self.one, self.other, (x,))
+
+
+def without(graph_module: fx.GraphModule, name: str, *, none: bool = False) -> fx.GraphModule:
+    """The graph after what it reads by this name is deleted, or set to None."""
+    path, _, key = name.rpartition(".")
+    owner = graph_module.get_submodule(path)
+    if none:
+        setattr(owner, key, None)
+    else:
+        delattr(owner, key)
+    return graph_module
+
+
+LOST = {
+    "weight": lambda: without(exported(mlp()), "2.weight"),
+    "bias": lambda: without(exported(mlp()), "0.bias"),
+    "set to None": lambda: without(exported(mlp()), "2.weight", none=True),
+    "module": lambda: without(exported(mlp()), "2"),
+    "branch": lambda: without(exported(Branching().requires_grad_(False)), "true_graph_0"),
+    "call_module": lambda: without(fx.symbolic_trace(mlp()), "2"),
+    "get_attr": lambda: without(fx.symbolic_trace(Shapes()), "strided"),
+}
+
+
+QUICK = MagRConfig(alpha=1e-2)
+VERBS: dict[str, Callable[[fx.GraphModule], Any]] = {
+    "pass": lambda graph_module: apply(graph_module, vectors(), QUICK),
+    "transform": lambda graph_module: magr_transform(graph_module, vectors(), QUICK),
+    "quantize": lambda graph_module: magr_quantize(
+        graph_module, vectors(), IntxWeightOnlyConfig(weight_dtype=INT[4])
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("what", LOST)
+def test_what_a_graph_reads_and_is_gone_is_named(what: str, verb: str) -> None:
+    graph_module = LOST[what]()
+    before = state(graph_module)
+    name = {
+        "bias": "0.bias",
+        "module": r"2\.weight",
+        "branch": "true_graph_0",
+        "get_attr": "strided",
+    }
+    expected = rf"reads {name.get(what, '2')}.*deleted or renamed .* make the graph anew"
+    with pytest.raises(ModelError, match=expected):
+        VERBS[verb](graph_module)
+    assert changed(graph_module, before) == []
 
 
 def test_no_warning_from_a_second_run() -> None:

@@ -16,7 +16,7 @@ from cli_helpers import INT3, SMALL, Place, done, edit, refused, run, shard_with
 from safetensors.torch import load_file, save_file
 from tiny_directories import save_model, save_text, save_tokenizer
 from tiny_models import VOCABULARY, tiny_gpt_neox, tiny_llama, tiny_mixtral
-from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
+from transformers import BertConfig, BertForPreTraining, BertModel, RobertaConfig, RobertaModel
 
 from magr_fx.errors import ConfigError, ModelError
 from magr_fx.model_directory import read_config, read_directory
@@ -43,12 +43,18 @@ def tiny_bert() -> BertModel:
     return BertModel(BertConfig(**SIZES)).eval()
 
 
+def tiny_bert_with_heads() -> BertForPreTraining:
+    torch.manual_seed(0)
+    return BertForPreTraining(BertConfig(**SIZES)).eval()
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: tiny_llama(num_hidden_layers=1),
     "tied": lambda: tiny_llama(num_hidden_layers=1, tie_word_embeddings=True),
     "mixtral": lambda: tiny_mixtral(num_hidden_layers=1),
     "neox": tiny_gpt_neox,
     "bert": tiny_bert,
+    "pretraining": tiny_bert_with_heads,
 }
 
 
@@ -217,6 +223,94 @@ def test_such_directories_are_worked_on(
     assert len(original) - len(same) == sites
 
 
+def as_class(name: str) -> Callable[[Any], Any]:
+    return lambda config: config.update(architectures=[name])
+
+
+HEADS = ["cls.predictions.bias", "cls.seq_relationship.weight"]
+POOLER = "bert.pooler.dense.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "change", "left_out"),
+    [
+        ("pretraining", "BertModel", lambda _: None, HEADS),
+        ("pretraining", "BertForMaskedLM", lambda _: None, [HEADS[1], POOLER]),
+        ("pretraining", "BertForNextSentencePrediction", lambda _: None, HEADS[:1]),
+        ("pretraining", "BertModel", put("bert.embeddings.position_ids", 1, 512), HEADS),
+        ("llama", "LlamaModel", lambda _: None, [HEAD]),
+        ("llama", "LlamaForCausalLM", put("v_head.summary.weight", 1, 32), ["v_head.summary"]),
+    ],
+)
+def test_what_a_class_leaves_out_is_told(
+    name: str,
+    kind: str,
+    change: Callable[[Stored], Any],
+    left_out: list[str],
+    place_of: PlaceOf,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    place = place_of(name)
+    store(place.model, change)
+    edit(place.model / "config.json", as_class(kind))
+    check(place.model)
+    (told,) = [r.message for r in caplog.records if r.name == "magr_fx"]
+    assert told.startswith(f"{kind} leaves out what ")
+    assert all(part in told for part in left_out)
+    assert "encoder" not in told
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "change", "message"),
+    [
+        (
+            "pretraining",
+            "BertModel",
+            put("bert.encoder.layer.1.output.dense.weight", 32, 48),
+            "bert.encoder.layer.1.output.dense.weight in .* is no tensor of BertModel",
+        ),
+        (
+            "pretraining",
+            "BertModel",
+            put("bert.extra.weight", 3, 4),
+            "bert.extra.weight in .* is no tensor",
+        ),
+        (
+            "pretraining",
+            "BertForMaskedLM",
+            lambda stored: stored.update({POOLER: torch.ones(3, 4)}),
+            f"{POOLER} in .* is no tensor",
+        ),
+        ("llama", "LlamaModel", put("model.norm.bias", 32), "model.norm.bias in .* is no tensor"),
+        ("llama", "LlamaForCausalLM", put("lm_head.bias", 64), "lm_head.bias in .* is no tensor"),
+        ("bert", "BertModel", put("extra.weight", 3, 4), "extra.weight in .* is no tensor"),
+    ],
+)
+def test_what_no_class_has_is_refused(
+    name: str, kind: str, change: Callable[[Stored], Any], message: str, place_of: PlaceOf
+) -> None:
+    place = place_of(name)
+    store(place.model, change)
+    edit(place.model / "config.json", as_class(kind))
+    with pytest.raises(ModelError, match=message):
+        check(place.model)
+
+
+@pytest.mark.parametrize("verb", ["transform", "quantize"])
+def test_what_is_left_out_stays_in_the_files(verb: str, place_of: PlaceOf) -> None:
+    place = place_of("pretraining")
+    edit(place.model / "config.json", as_class("BertModel"))
+    told = done(verb, place.model, place.out, "--calib", place.text, *INT3, *SMALL).stderr
+    assert "BertModel leaves out what" in told
+    ours, original = tensors(place.out), tensors(place.model)
+    heads = [name for name in original if name.startswith("cls.")]
+    assert heads
+    assert all(torch.equal(ours[name], original[name]) for name in heads)
+    changed = [n for n in original if not (n in ours and torch.equal(ours[n], original[n]))]
+    assert {name.split(".")[1] for name in changed} <= {"encoder", "pooler"}
+    assert len(changed) >= 6
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -224,7 +318,7 @@ def test_such_directories_are_worked_on(
         ({"num_hidden_layers": 0}, r"model.layers.0.\S+ in .* is no tensor of LlamaForCausalLM"),
         ({"hidden_size": "32"}, "cannot build the model .*hidden_size.*expected int"),
         ({"dtype": "float33"}, "cannot build the model .*float33"),
-        ({"architectures": ["LlamaModel"]}, f"{HEAD} in .* is no tensor of LlamaModel"),
+        ({"architectures": ["LlamaModel"]}, None),
         ({"text_config": [1]}, "config.json does not describe a model"),
         ({"quantization_config": "x"}, "is already quantized, by an unknown method"),
         ({"architectures": "x"}, None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from graph_helpers import Formula
 from tiny_models import activations, text_calib, tiny_bert, tiny_llama
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 from torchao.quantization.pt2e import PerChannelMinMaxObserver
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import (
@@ -304,6 +306,39 @@ def test_exported_once_more_it_keeps_what_it_is_right_for() -> None:
         again(torch.randn(2, 3, 32))
     with pytest.raises(ModelError, match="is not right for"):
         torch.export.export(converted, (torch.randn(2, 3, 32),))
+
+
+@pytest.mark.parametrize("quantizer", [WeightOnly, x86])
+@pytest.mark.parametrize("name", ["vectors", "text"])
+def test_exported_once_more_it_can_be_saved(name: str, quantizer: Any, tmp_path: Path) -> None:
+    """What is loaded computes the same, for other sizes too, and refuses what it refused."""
+    model, calib = (mlp(), vectors()) if name == "vectors" else (tiny_llama(), text_calib())
+    model.requires_grad_(False)
+    converted = magr_quantize(model, calib, quantizer(), MagRConfig(alpha=1e-2))
+    first, *_ = calib
+    shapes = ({0: torch.export.Dim.AUTO},)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch's own code
+        program = torch.export.export(converted, (first,), dynamic_shapes=shapes)
+        torch.export.save(program, tmp_path / "converted.pt2")
+        loaded = torch.export.load(tmp_path / "converted.pt2").module()
+    for rows in (len(first), 3, 2):
+        x = first[:1].expand(rows, *first.shape[1:]).clone()
+        for again, was in zip(tree_leaves(loaded(x)), tree_leaves(converted(x)), strict=True):
+            torch.testing.assert_close(again, was, rtol=0, atol=0)
+    with pytest.raises((AssertionError, RuntimeError, ValueError)):
+        loaded(first[..., 1:])
+
+
+def test_a_converted_graph_can_be_copied() -> None:
+    converted = magr_quantize(mlp(), vectors(), x86())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch's own code
+        again = copy.deepcopy(converted)
+    x = vectors()[0]
+    torch.testing.assert_close(again(x), converted(x), rtol=0, atol=0)
+    with pytest.raises(ModelError, match=r"not right for \[torch\.float64"):
+        again(x.double())
 
 
 def test_the_check_comes_first_and_names_dtypes() -> None:
