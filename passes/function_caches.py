@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
-from collections import deque
-from collections.abc import Iterator
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -48,11 +48,11 @@ class _Place:
         inside = _inside(value)
         if inside is None:
             return
-        container = value if isinstance(value, _CONTAINERS) else vars(value)
+        container = value if isinstance(value, (*CONTAINERS, tuple)) else vars(value)
         if isinstance(container, tuple):
             self.containers[id(value)] = value, None
         else:
-            self.containers[id(value)] = container, container.copy()
+            self.containers[id(value)] = container, contents(container)
         for one in inside:
             self.keep(one, deep + 1)
 
@@ -65,13 +65,8 @@ class _Place:
 
     def restore(self) -> None:
         for container, kept in self.containers.values():
-            if kept is None:
-                continue
-            container.clear()
-            if isinstance(container, (dict, set)):
-                container.update(kept)
-            else:
-                container.extend(kept)
+            if kept is not None:
+                refill(container, kept)
         for name, (namespace, value) in self.variables.items():
             if value is not _UNSET:
                 namespace[name] = value
@@ -179,20 +174,55 @@ def function_caches_kept(model: nn.Module) -> Iterator[None]:
         caches.restore()
 
 
-_CONTAINERS = (dict, list, set, deque, tuple)
+# Whose own methods are called, not those of classes derived from them, which may refuse or do more.
+CONTAINERS: tuple[Any, ...] = (OrderedDict, dict, list, set, deque)
+
+
+def contents(container: Any) -> Any:
+    """What a container really holds, as a dict or a list.
+
+    A derived class may give something else when it is asked: transformers' ACT2FN, for one, makes a
+    new module of the class that it holds.
+    """
+    kind = _kind_of(container)
+    if issubclass(kind, dict):
+        return {key: dict.__getitem__(container, key) for key in kind.__iter__(container)}
+    return list(kind.__iter__(container))
+
+
+def refill(container: Any, kept: Any) -> None:
+    """Have the same objects in a container in the same order, if they are not."""
+    kind, now = _kind_of(container), contents(container)
+    if issubclass(kind, dict):
+        if not (_same(now, kept) and _same(now.values(), kept.values())):
+            kind.clear(container)
+            for key, value in kept.items():
+                kind.__setitem__(container, key, value)
+    elif not _same(now, kept):
+        kind.clear(container)
+        (kind.update if issubclass(kind, set) else kind.extend)(container, kept)
+
+
+def _kind_of(container: Any) -> Any:
+    return next(kind for kind in CONTAINERS if isinstance(container, kind))
+
+
+def _same(now: Iterable[Any], kept: Iterable[Any]) -> bool:
+    return [id(one) for one in now] == [id(one) for one in kept]
 
 
 def _with_methods(value: Any) -> list[Any]:
     """A value that may be a function, and the class of an object, whose methods are functions."""
-    is_object = _inside(value) is not None and not isinstance(value, _CONTAINERS)
+    is_object = _inside(value) is not None and not isinstance(value, (*CONTAINERS, tuple))
     return [value, type(value)] if is_object else [value]
 
 
 def _inside(value: Any) -> list[Any] | None:
     """What a container or an object holds; None for what is no state of its own."""
-    if isinstance(value, dict):
-        return list(value.values())
-    if isinstance(value, (list, set, deque, tuple)):
+    if isinstance(value, CONTAINERS):
+        held = contents(value)
+        return list(held.values()) if isinstance(held, dict) else held
+    if isinstance(value, tuple):
         return list(value)
     if isinstance(value, (*_PLAIN, nn.Module, torch.Tensor, types.FunctionType, _MEMOISED)):
         return None

@@ -9,7 +9,6 @@ import random
 import sys
 import sysconfig
 import types
-from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from magr_fx.passes.function_caches import function_caches_kept
+from magr_fx.passes.function_caches import CONTAINERS, contents, function_caches_kept, refill
 from magr_fx.passes.torch_private import version_of
 
 # Whose objects are left alone: they are no state of a model, or keep it in places of their own.
@@ -25,8 +24,6 @@ _FOREIGN = frozenset({"torch", "torchao", "accelerate", "numpy", "logging", "bui
 _NO_STATE = (
     types.BuiltinFunctionType, types.ModuleType, str, bytes, int, float, complex, bool, type(None),
 )  # fmt: skip
-# Whose own methods are called, not those of classes derived from them, which may refuse or do more.
-_CONTAINERS: tuple[Any, ...] = (OrderedDict, dict, list, set, deque)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _INSTALLED = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
 _ARRAYS = (np.ndarray, bytearray, array.array)
@@ -92,11 +89,10 @@ class _State:
 
     def _held(self, value: Any) -> list[Any]:
         """What is in a container, which is kept."""
-        kind = next((kind for kind in _CONTAINERS if isinstance(value, kind)), None)
-        if kind is None:
+        if not isinstance(value, CONTAINERS):
             return []
-        kept = kind(value) if issubclass(kind, dict) else list(value)
-        self._undo.append(functools.partial(_refill, kind, value, kept))
+        kept = contents(value)
+        self._undo.append(functools.partial(refill, value, kept))
         return list(kept.values()) if isinstance(kept, dict) else kept
 
     def _keep_attributes(self, value: Any) -> list[Any]:
@@ -183,21 +179,6 @@ def _joined(value: Any) -> list[Any]:
     if isinstance(value, (staticmethod, classmethod)):
         return [value.__func__]
     return [value.fget] if isinstance(value, property) else []
-
-
-def _refill(kind: Any, container: Any, kept: Any) -> None:
-    """Have the same objects in the container in the same order, if they are not."""
-    if _same(container, kept):
-        return
-    kind.clear(container)
-    (kind.update if issubclass(kind, (dict, set)) else kind.extend)(container, kept)
-
-
-def _same(now: Any, kept: Any) -> bool:
-    if len(now) != len(kept):
-        return False
-    pairs = zip(now, kept, strict=True)
-    return all(a is b and (not isinstance(now, dict) or now[a] is kept[b]) for a, b in pairs)
 
 
 def _reset_slots(owner: Any, kept: dict[str, Any]) -> None:

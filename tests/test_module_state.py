@@ -9,7 +9,7 @@ import io
 import pickle
 import random
 import types
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -17,7 +17,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from graph_helpers import Formula
 from targets import SYMMETRIC, intx
+from tiny_models import text_calib, tiny_llama
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from toys import WIDTH, report_of, vectors
@@ -280,6 +282,55 @@ class Counting(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.count += 1
         return self.linear(x)  # type: ignore[no-any-return]
+
+
+class Making(OrderedDict[str, Any]):
+    """Gives a new object of the class that it holds, as transformers' ACT2FN does."""
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key)()
+
+
+class Nothing(defaultdict[str, Any]):
+    """Shows nothing of what it holds."""
+
+    def __iter__(self) -> Any:
+        return iter(())
+
+    def values(self) -> Any:
+        return ()
+
+
+TABLES: dict[str, Any] = {
+    "makes": Making(silu=nn.SiLU, relu=nn.ReLU),
+    "shows nothing": Nothing(list, a=nn.SiLU),
+}
+
+
+@pytest.mark.parametrize("writes", [False, True])
+@pytest.mark.parametrize("kind", sorted(TABLES))
+@pytest.mark.parametrize("trace", ["export", "make_fx"])
+def test_what_a_container_holds_is_not_what_it_gives(kind: str, trace: str, writes: bool) -> None:
+    table = TABLES[kind]
+
+    def forward(m: Any, x: Tensor) -> Any:
+        if writes:
+            TABLES[kind].update(new=x)
+        return m.b(nn.functional.silu(m.a(x)))
+
+    held = list(dict.items(table))
+    model = Formula(forward, a=nn.Linear(WIDTH, WIDTH), b=nn.Linear(WIDTH, WIDTH))
+    magr_transform(model, [torch.randn(20, WIDTH)], MagRConfig(alpha=1e-2), trace=trace)
+    assert list(dict.items(table)) == held
+
+
+def test_the_tables_of_transformers_are_what_they_were() -> None:
+    from transformers.activations import ACT2FN
+
+    held = list(dict.items(ACT2FN))
+    magr_transform(tiny_llama(), text_calib(), MagRConfig(alpha=1e-2))
+    assert list(dict.items(ACT2FN)) == held
+    assert isinstance(ACT2FN["silu"], nn.Module)
 
 
 @pytest.mark.parametrize("trace", ["export", "make_fx"])

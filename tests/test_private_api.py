@@ -618,7 +618,6 @@ PROMISES: dict[str, Callable[..., None]] = {
     "torch.multiprocessing.reductions.StorageWeakRef": test_storage_weak_ref,
     "_parameters": test_module_registries,
     "_buffers": test_module_registries,
-    "_modules": test_module_registries,
     "_forward_hooks": test_module_hooks,
     "_forward_pre_hooks": test_module_hooks,
     "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": test_linear_of_multihead_attention,
