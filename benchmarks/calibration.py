@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from solver import align
 
-from magr_fx.passes import shared_gram
-from magr_fx.passes.calibration import read_calib
-from magr_fx.passes.collect_grams import CalibrationRun
-from magr_fx.passes.find_linears import find_linears
-from magr_fx.passes.read_exported import trace_or_read
-from magr_fx.passes.trace import calibration_mode
-from magr_fx.passes.trace_batches import Tracing
+from magr_fx.passes.collecting import shared_gram
+from magr_fx.passes.collecting.collect_grams import CalibrationRun
+from magr_fx.passes.finding.find_linears import find_linears
+from magr_fx.passes.graphs.trace import calibration_mode
+from magr_fx.passes.inputs.calibration import read_calib
+from magr_fx.passes.tracing.read_exported import trace_or_read
+from magr_fx.passes.tracing.trace_batches import Tracing
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))

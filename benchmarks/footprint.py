@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from magr_fx import magr_transform
-from magr_fx.report import STAGES, MagRReport
+from magr_fx.reporting.report import STAGES, MagRReport
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))

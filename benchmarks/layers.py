@@ -14,11 +14,11 @@ from texts import TEXT  # also makes the examples importable
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from magr_fx.passes.calibration import read_calib
-from magr_fx.passes.collect_grams import CalibrationRun
-from magr_fx.passes.find_linears import find_linears
-from magr_fx.passes.read_exported import trace_or_read
-from magr_fx.passes.trace import calibration_mode
+from magr_fx.passes.collecting.collect_grams import CalibrationRun
+from magr_fx.passes.finding.find_linears import find_linears
+from magr_fx.passes.graphs.trace import calibration_mode
+from magr_fx.passes.inputs.calibration import read_calib
+from magr_fx.passes.tracing.read_exported import trace_or_read
 
 from language_model import bundled_model, load, token_batches  # isort: skip
 

@@ -29,7 +29,7 @@ from torchao.quantization import quantize_
 
 from magr_fx import MagRConfig, solve_magr, solve_magr_path
 from magr_fx.config import LEAST_DAMPING
-from magr_fx.gram import damped, output_error
+from magr_fx.grams.gram import damped, output_error
 
 from language_model import bundled_model, load, perplexity, token_batches  # isort: skip
 from quickstart import per_channel, quantizable  # isort: skip

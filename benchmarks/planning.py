@@ -1,4 +1,4 @@
-"""What runs on large models would cost by the formulas of magr_fx/planning.py.
+"""What runs on large models would cost by the formulas of magr_fx/costs/planning.py.
 
     python benchmarks/planning.py
 
@@ -16,9 +16,9 @@ from dataclasses import dataclass, fields
 from readme import put_table
 from transformers import LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
-from magr_fx.named_targets import named_target
-from magr_fx.plan_directory import plan_directory
-from magr_fx.planning import (
+from magr_fx.command_line.named_targets import named_target
+from magr_fx.command_line.plan_directory import plan_directory
+from magr_fx.costs.planning import (
     FLOAT,
     Costs,
     Method,

@@ -34,10 +34,10 @@ from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerAxis, Per
 from torchao.quantization.quantize_.workflows import IntxChooseQParamsAlgorithm
 
 from magr_fx import MagRConfig, magr_quantize, solve_magr
-from magr_fx.gptq import compensation
-from magr_fx.gram import damped, output_error
-from magr_fx.passes.torchao_rounding import TorchaoRounding
-from magr_fx.rounding import OnGrid
+from magr_fx.grams.gram import damped, output_error
+from magr_fx.passes.handover.torchao_rounding import TorchaoRounding
+from magr_fx.rounding.gptq import compensation
+from magr_fx.rounding.rounding import OnGrid
 
 from language_model import perplexity, token_batches  # isort: skip
 

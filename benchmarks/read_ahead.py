@@ -22,14 +22,14 @@ from scale import save_llama
 from solver import align
 from transformers import AutoModelForCausalLM
 
-from magr_fx.passes.calibration import read_calib
-from magr_fx.passes.collect_grams import CalibrationRun
-from magr_fx.passes.find_linears import find_linears
-from magr_fx.passes.offloaded import at_hand
-from magr_fx.passes.read_exported import trace_or_read
-from magr_fx.passes.resident import Resident
-from magr_fx.passes.trace import calibration_mode
-from magr_fx.passes.trace_batches import Tracing
+from magr_fx.passes.collecting.collect_grams import CalibrationRun
+from magr_fx.passes.finding.find_linears import find_linears
+from magr_fx.passes.graphs.trace import calibration_mode
+from magr_fx.passes.inputs.calibration import read_calib
+from magr_fx.passes.offloading.offloaded import offloaded_weights_loaded
+from magr_fx.passes.offloading.resident import Resident
+from magr_fx.passes.tracing.read_exported import trace_or_read
+from magr_fx.passes.tracing.trace_batches import Tracing
 
 OUT = Path(__file__).with_suffix(".md")
 GROUPS = Path("/sys/fs/cgroup/blkio")
@@ -78,7 +78,7 @@ def main() -> None:
             folder / "model", device_map={"": "disk"}, offload_folder=str(folder / "offload")
         )
         tokens = torch.randint(0, model.config.vocab_size, (TOKENS // 256, 256))
-        with at_hand(model) as resident, calibration_mode(model):
+        with offloaded_weights_loaded(model) as resident, calibration_mode(model):
             tracing = Tracing("auto", False).without_values()
             traced = trace_or_read(model, read_calib([tokens], model), tracing)
             sites = find_linears([traced[0].trace], model, None).sites

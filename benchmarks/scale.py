@@ -37,16 +37,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from magr_fx import magr_transform
-from magr_fx.calibration_text import BATCH
-from magr_fx.directories import PROCESS, transform_directory
-from magr_fx.measure_rates import measured_rates
-from magr_fx.memory import give_back_what_is_freed
-from magr_fx.named_targets import named_target
-from magr_fx.passes.plan import Plan
-from magr_fx.plan_directory import plan_directory
-from magr_fx.planning import Costs, Rates
-from magr_fx.prepare_directory import Job
-from magr_fx.report import MagRReport
+from magr_fx.command_line.named_targets import named_target
+from magr_fx.command_line.plan_directory import plan_directory
+from magr_fx.costs.measure_rates import measured_rates
+from magr_fx.costs.planning import Costs, Rates
+from magr_fx.directories.convert_directory import PROCESS, transform_directory
+from magr_fx.directories.prepare_directory import Job
+from magr_fx.machine.memory import give_back_what_is_freed
+from magr_fx.model_files.calibration_text import BATCH
+from magr_fx.passes.entries.plan import Plan
+from magr_fx.reporting.report import MagRReport
 
 OUT = Path(__file__).with_suffix(".md")
 TARGET, VOCABULARY, TOKENS, LENGTH = "int3-per-channel", 512, 4096, 128
@@ -399,7 +399,7 @@ def main() -> None:
         "something else runs, processor seconds more. Both are of the whole process, "
         "imports and tracing included; calibration (with saving states) and solve (with rewriting) "
         "are processor "
-        "seconds, and so are those predicted, by the formulas of magr_fx/planning.py and the rates "
+        "seconds, and so are those predicted, by the formulas of costs/planning.py and the rates "
         "that the machine had before each run. Predicted "
         f"memory is above the imports, for which `magr-fx plan` adds {PROCESS / MB:.0f} MB.",
         "",

@@ -22,12 +22,12 @@ from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerAxis, Per
 
 from magr_fx import MagRConfig, solve_magr
 from magr_fx.config import LEAST_DAMPING
-from magr_fx.gptq import compensation
-from magr_fx.gram import damped
-from magr_fx.passes.torchao_rounding import TorchaoRounding
-from magr_fx.rounding import Candidate, Nearest, OnGrid, Rounded, Rounding
-from magr_fx.row_scale import row_scale
-from magr_fx.search import choose
+from magr_fx.grams.gram import damped
+from magr_fx.passes.handover.torchao_rounding import TorchaoRounding
+from magr_fx.rounding.gptq import compensation
+from magr_fx.rounding.rounding import Candidate, Nearest, OnGrid, Rounded, Rounding
+from magr_fx.rounding.search import choose
+from magr_fx.solver.row_scale import row_scale
 
 LAYERS = (60, 61, 62, 63)  # of the middle block: q, k, v; o; gate, up; down
 

@@ -29,8 +29,8 @@ from layers import Layer, encoder_layers, language_model_layers, synthetic_layer
 from torch import Tensor
 
 from magr_fx import Solution, Status, solve_magr, solve_magr_path
-from magr_fx.certificate import Problem, certify
-from magr_fx.gram import largest_eigenvalue
+from magr_fx.grams.gram import largest_eigenvalue
+from magr_fx.iterations.certificate import Problem, certify
 
 ALPHA = 1e-3
 TOL = 1e-3

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torchao.quantization import quantize_
 
 from magr_fx import magr_quantize, solve_magr_path
-from magr_fx.row_scale import row_scale
+from magr_fx.solver.row_scale import row_scale
 
 LAYERS = (
     "model.layers.3.self_attn.q_proj",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-from magr_fx.quiet import errors_only
+from magr_fx.machine.quiet import errors_only
 
 # They log, when parts of torchao are imported, what no user of the command line can act on: which
 # kernels it does not find here, and that it registers with torch in a way that is about to go.
@@ -22,8 +22,8 @@ def main() -> None:
         )
         sys.exit(2)
     with errors_only(*_NOISY):
-        from magr_fx.cli import magr_fx
-        from magr_fx.memory import give_back_what_is_freed
+        from magr_fx.command_line.cli import magr_fx
+        from magr_fx.machine.memory import give_back_what_is_freed
 
         give_back_what_is_freed()  # this process works for nobody else
         magr_fx(prog_name="magr-fx")

@@ -11,35 +11,35 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from magr_fx.config import Handling, MagRConfig
+from magr_fx.config import MagRConfig, QuantizeOptions
 from magr_fx.errors import ConfigError, ModelError
-from magr_fx.memory import out_of_memory_told
-from magr_fx.passes.calibration import Batch, read_calib
-from magr_fx.passes.check_model import check_model, check_not_frozen
-from magr_fx.passes.execution import Execution, execution_of, is_elsewhere
-from magr_fx.passes.find_linears import FilterFn
-from magr_fx.passes.ledger import Ledger
-from magr_fx.passes.module_state import state_kept
-from magr_fx.passes.offloaded import is_offloaded
-from magr_fx.passes.pipeline import resolve_config, target_for_rewriting
-from magr_fx.passes.quantizable_weight import Quantizable
-from magr_fx.passes.ranks import Group, together
-from magr_fx.passes.request import Folders, Request
-from magr_fx.passes.run import run
-from magr_fx.passes.sharded import is_sharded
-from magr_fx.passes.target import Target, describe
-from magr_fx.passes.to_pt2e import (
+from magr_fx.machine.memory import out_of_memory_told
+from magr_fx.machine.ranks import Group, distributed_session
+from magr_fx.passes.entries.run import run
+from magr_fx.passes.finding.find_linears import FilterFn
+from magr_fx.passes.graphs.trace import calibration_mode, unwrap
+from magr_fx.passes.graphs.unsupported_weights import unsupported_named
+from magr_fx.passes.handover.quantizable_weight import QuantizableWeight
+from magr_fx.passes.handover.target import Target, describe
+from magr_fx.passes.handover.to_pt2e import (
     export_for_pt2e,
     is_pt2e_quantizer,
     quantize_graph,
     still_read,
     try_quantizer,
 )
-from magr_fx.passes.to_torchao import hand_over
-from magr_fx.passes.trace import calibration_mode, unwrap
-from magr_fx.passes.trace_batches import Tracing
-from magr_fx.passes.unsupported_weights import unsupported_named
-from magr_fx.report import MagRReport
+from magr_fx.passes.handover.to_torchao import hand_over
+from magr_fx.passes.inputs.calibration import Batch, read_calib
+from magr_fx.passes.offloading.execution import Execution, execution_of, is_elsewhere
+from magr_fx.passes.offloading.offloaded import is_offloaded
+from magr_fx.passes.offloading.sharded import is_sharded
+from magr_fx.passes.rewriting.check_model import check_model, check_not_frozen
+from magr_fx.passes.rewriting.ledger import Ledger
+from magr_fx.passes.rewriting.pipeline import resolve_config, target_for_rewriting
+from magr_fx.passes.rewriting.request import Folders, Request
+from magr_fx.passes.tracing.module_state import state_kept
+from magr_fx.passes.tracing.trace_batches import Tracing
+from magr_fx.reporting.report import MagRReport
 
 logger = logging.getLogger("magr_fx")
 Model = TypeVar("Model", bound=nn.Module)
@@ -135,7 +135,7 @@ def magr_transform(
         >>> [site.name for site in model.magr_report.rewritten]
         ['0.weight']
     """
-    with out_of_memory_told(lambda: _report(model)), together(process_group) as ranks:
+    with out_of_memory_told(lambda: _report(model)), distributed_session(process_group) as ranks:
         config = resolve_config(config, target)
         request = Request(
             config,
@@ -214,8 +214,8 @@ def magr_quantize(
         ConfigError, CalibrationError, ModelError, TraceError, CoverageError, CheckpointError,
             DistributedError: as for :func:`magr_transform`.
     """
-    with out_of_memory_told(lambda: _report(model)), together(process_group) as ranks:
-        handling = Handling(rounding, act_order, refine, propagate is not False, holdout)
+    with out_of_memory_told(lambda: _report(model)), distributed_session(process_group) as ranks:
+        options = QuantizeOptions(rounding, act_order, refine, propagate is not False, holdout)
         by_graph = is_pt2e_quantizer(target)
         if by_graph and (rounding != "nearest" or propagate):
             raise ConfigError(
@@ -227,7 +227,7 @@ def magr_quantize(
             raise ConfigError('alpha=0 shrinks nothing; with it only rounding="gptq" makes sense')
         request = Request(
             config,
-            None if by_graph else Target(target, handling),
+            None if by_graph else Target(target, options),
             Tracing(trace, calibrate_all_experts),
             filter_fn,
             strict,
@@ -273,7 +273,7 @@ def quantize_apart(
         ConfigError, CalibrationError, ModelError, TraceError, CheckpointError, DistributedError:
             as for :func:`magr_quantize`.
     """
-    with out_of_memory_told(lambda: _report(model)), together() as ranks:
+    with out_of_memory_told(lambda: _report(model)), distributed_session() as ranks:
         inner, request = _checked(model, request), request.without_values()
         with execution_of(inner, ranks) as execution:
             batches = read_calib(calib, inner)
@@ -317,7 +317,7 @@ def _rewrite(
     request: Request,
     execution: Execution,
     tensors: MutableMapping[str, torch.Tensor] | None = None,
-) -> tuple[Ledger, list[Quantizable]]:
+) -> tuple[Ledger, list[QuantizableWeight]]:
     """Rewrite the weights, and hang the report on the model; what the target is to quantize."""
     quantizer = request.quantizer
     report = MagRReport(request.config, "" if quantizer is None else describe(quantizer.config))

@@ -121,7 +121,7 @@ class MagRConfig(AOBaseConfig):  # type: ignore[misc]
     """Options of MagR; immutable, so that one config can serve many models.
 
     With a ``step`` it is what torchao's own ``quantize_`` takes, see
-    :func:`magr_fx.passes.torchao_flow.prepare_or_convert`; everything else takes it without.
+    :func:`prepare_or_convert`; everything else takes it without.
 
     Args:
         alpha: penalty weight, relative to λmax of the gram and to each row's root mean square
@@ -279,7 +279,7 @@ class MagRConfig(AOBaseConfig):  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
-class Handling:
+class QuantizeOptions:
     """What happens around the solve where a target is known; the arguments of magr_quantize.
 
     Raises:

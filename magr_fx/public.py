@@ -14,12 +14,12 @@ from magr_fx.errors import (
     OutOfMemoryError,
     TraceError,
 )
-from magr_fx.passes.as_linears import as_linears
-from magr_fx.passes.magr_pass import MagRPass
-from magr_fx.prox import project_l1_ball, prox_linf
-from magr_fx.report import MagRReport, SiteReport
-from magr_fx.solution import Solution, Status
-from magr_fx.solver import solve_magr, solve_magr_path
+from magr_fx.iterations.prox import project_l1_ball, prox_linf
+from magr_fx.iterations.solution import Solution, Status
+from magr_fx.passes.entries.magr_pass import MagRPass
+from magr_fx.passes.known_layers.as_linears import as_linears
+from magr_fx.reporting.report import MagRReport, SiteReport
+from magr_fx.solver.solver import solve_magr, solve_magr_path
 
 __all__ = [
     "CalibrationError",

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
-from magr_fx.cli import magr_fx
+from magr_fx.command_line.cli import magr_fx
 
 SMALL = ("--tokens", "128", "--length", "16")
 INT3 = ("--target", "int3-per-channel")

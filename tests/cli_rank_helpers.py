@@ -15,7 +15,11 @@ from rank_helpers import forked, wait_for
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 # All that a command imports is there when a rank is forked.
-_IMPORTED = ("magr_fx.cli", "magr_fx.directories", "transformers.models.llama.modeling_llama")
+_IMPORTED = (
+    "magr_fx.command_line.cli",
+    "magr_fx.directories.convert_directory",
+    "transformers.models.llama.modeling_llama",
+)
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,6 @@ def _rank(
     torch.set_num_threads(1)
     if before is not None:
         before()
-    from magr_fx.cli import magr_fx
+    from magr_fx.command_line.cli import magr_fx
 
     magr_fx(arguments, prog_name="magr-fx")

@@ -11,8 +11,8 @@ from toys import INT, report_of
 from weight_oracle import oracle
 
 from magr_fx import magr_quantize, magr_transform
-from magr_fx.passes.calibration import read_calib
-from magr_fx.passes.torchao_private import is_quantized
+from magr_fx.passes.graphs.torchao_private import is_quantized
+from magr_fx.passes.inputs.calibration import read_calib
 
 HEADER = ["family", "tracer", "weights found", "by hooks", "quantized share"]
 TARGET = IntxWeightOnlyConfig(weight_dtype=INT[4], mapping_type=MappingType.ASYMMETRIC)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from magr_fx.passes import checkpoint, solve_sites
-from magr_fx.passes.ranks import Ranks
+from magr_fx.machine.ranks import Ranks
+from magr_fx.passes.rewriting import checkpoint, solve_sites
 
 
 def state_after_each_step(patched: pytest.MonkeyPatch) -> None:

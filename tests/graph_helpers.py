@@ -14,12 +14,12 @@ from tiny_models import ARCHITECTURES
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from magr_fx.passes.calibration import Batch, read_calib
-from magr_fx.passes.collect_grams import CalibrationRun
-from magr_fx.passes.find_linears import FilterFn, Found, find_linears
-from magr_fx.passes.read_exported import trace_or_read
-from magr_fx.passes.shared_gram import SharedGram
-from magr_fx.passes.trace import Trace, TracedBatch, calibration_mode
+from magr_fx.passes.collecting.collect_grams import CalibrationRun
+from magr_fx.passes.collecting.shared_gram import SharedGram
+from magr_fx.passes.finding.find_linears import FilterFn, Found, find_linears
+from magr_fx.passes.graphs.trace import Trace, TracedBatch, calibration_mode
+from magr_fx.passes.inputs.calibration import Batch, read_calib
+from magr_fx.passes.tracing.read_exported import trace_or_read
 
 # (module, activation) → which of its rows count; None counts all.
 Keep = Callable[[str, Tensor], "Tensor | None"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from magr_fx.grid import Grid
+from magr_fx.rounding.grid import Grid
 
 
 def make_grid(
@@ -39,14 +39,14 @@ def worth(grid: Grid, codes: Tensor) -> Tensor:
     return ((codes.double() - zero) * scale).to(grid.dtype).double()
 
 
-def energies(values: Tensor, aim: Tensor, gram: Tensor) -> Tensor:
+def energies(values: Tensor, target_weight: Tensor, gram: Tensor) -> Tensor:
     """(v - a)ᵀG(v - a) of every row, in float64."""
-    away = values.double() - aim.double()
+    away = values.double() - target_weight.double()
     return ((away @ gram.double()) * away).sum(-1)
 
 
-def float32_slack(values: Tensor, aim: Tensor, gram: Tensor) -> Tensor:
+def float32_slack(values: Tensor, target_weight: Tensor, gram: Tensor) -> Tensor:
     """By how much float32 may misjudge those errors."""
-    away = values.double() - aim.double()
+    away = values.double() - target_weight.double()
     slack: Tensor = 1e-6 * torch.linalg.matrix_norm(gram.double(), 2) * away.square().sum(-1)
     return slack

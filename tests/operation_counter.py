@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from magr_fx.planning import Work
+from magr_fx.costs.planning import Work
 
 _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm_"}
 # Operations of each, by the cube of the matrix.

@@ -9,9 +9,9 @@ import oracles
 import torch
 from torch import Tensor
 
-from magr_fx.certificate import Problem
-from magr_fx.gram import largest_eigenvalue
-from magr_fx.solution import Solution, Status
+from magr_fx.grams.gram import largest_eigenvalue
+from magr_fx.iterations.certificate import Problem
+from magr_fx.iterations.solution import Solution, Status
 
 
 def problem(

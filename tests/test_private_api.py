@@ -37,10 +37,10 @@ from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from magr_fx.config import MagRConfig
-from magr_fx.passes import experts, read_exported, spill, torchao_rounding, trace, vmap
-from magr_fx.passes.dataclass_inputs import dataclasses_open
-from magr_fx.passes.make_fx import compiled_parts_run
-from magr_fx.passes.torch_private import (
+from magr_fx.passes.collecting import spill
+from magr_fx.passes.entries.torchao_flow import prepare_or_convert
+from magr_fx.passes.graphs import trace, vmap
+from magr_fx.passes.graphs.torch_private import (
     GetAttrKey,
     HigherOrderOperator,
     MappingKey,
@@ -57,9 +57,13 @@ from magr_fx.passes.torch_private import (
     tree_unflatten,
     version_of,
 )
-from magr_fx.passes.torchao_flow import prepare_or_convert
-from magr_fx.passes.torchao_private import apply_config, takes_parameter_names
-from magr_fx.passes.transformers_private import activated, has_expert_interface
+from magr_fx.passes.graphs.torchao_private import apply_config, takes_parameter_names
+from magr_fx.passes.handover import torchao_rounding
+from magr_fx.passes.inputs.dataclass_inputs import dataclasses_open
+from magr_fx.passes.known_layers import experts
+from magr_fx.passes.known_layers.transformers_private import activated, has_expert_interface
+from magr_fx.passes.tracing import read_exported
+from magr_fx.passes.tracing.make_fx import compiled_parts_run
 
 aten = torch.ops.aten
 INT4 = IntxWeightOnlyConfig(weight_dtype=torch.int4)  # type: ignore[attr-defined]
@@ -250,7 +254,13 @@ def test_make_fx() -> None:
 
 
 def test_autocast_and_gradient_mode_in_graphs() -> None:
-    from magr_fx.passes.inline import _AUTOCAST_REGION, _ENTER, _EXIT, _GRAD_MODE, _GRAD_REGION
+    from magr_fx.passes.graphs.inline import (
+        _AUTOCAST_REGION,
+        _ENTER,
+        _EXIT,
+        _GRAD_MODE,
+        _GRAD_REGION,
+    )
 
     def both(x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
@@ -336,7 +346,7 @@ def test_functorch() -> None:
 
 def test_compiled_modules() -> None:
     from magr_fx.errors import ModelError
-    from magr_fx.passes.check_model import check_not_frozen
+    from magr_fx.passes.rewriting.check_model import check_not_frozen
 
     model: Any = nn.Sequential(nn.Linear(2, 2))
     wrapper: Any = torch.compile(model)
@@ -365,7 +375,7 @@ def test_handlers() -> None:
 
 
 def test_own_config_is_registered() -> None:
-    from magr_fx.passes.torchao_private import _QUANTIZE_CONFIG_HANDLER  # type: ignore[attr-defined]
+    from magr_fx.passes.graphs.torchao_private import _QUANTIZE_CONFIG_HANDLER  # type: ignore[attr-defined]
 
     assert _QUANTIZE_CONFIG_HANDLER[MagRConfig] is prepare_or_convert
 
@@ -388,7 +398,7 @@ def test_reduced_range() -> None:
 
 
 def test_quantized_tensors_have_one_base() -> None:
-    from magr_fx.passes.torchao_private import is_quantized
+    from magr_fx.passes.graphs.torchao_private import is_quantized
 
     for config in (INT4, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)):
         linear = nn.Linear(32, 4)
@@ -693,4 +703,4 @@ def test_every_private_name_is_in_one_file_and_has_its_test() -> None:
     assert used.keys() - PROMISES.keys() == set(), "write a test of what is relied on"
     assert PROMISES.keys() - used.keys() == set(), "no longer used: take it off the list"
     scattered = {n: sorted(f) for n, f in used.items() if len(f) > 1 and n not in ANYWHERE}
-    assert scattered == {}, "import it from one file: passes/torch_private.py, for one"
+    assert scattered == {}, "import it from one file: passes/graphs/torch_private.py, for one"

@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from magr_fx.safetensors_header import StoredTensor
+from magr_fx.machine.safetensors_header import StoredTensor
 
 WORDS = [f"w{at}" for at in range(VOCABULARY - 1)]
 

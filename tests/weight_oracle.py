@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from magr_fx.passes.calibration import Batch
-from magr_fx.passes.trace import calibration_mode
+from magr_fx.passes.graphs.trace import calibration_mode
+from magr_fx.passes.inputs.calibration import Batch
 
 aten = torch.ops.aten
 # Ops that hand on elements, whether or not in the same memory.

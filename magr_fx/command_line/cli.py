@@ -1,0 +1,321 @@
+"""The commands of ``magr-fx``: what they take, and how their errors are told."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import enable_progress_bars
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from magr_fx.command_line.cli_types import FILE, FOLDER, LENGTH, TOKENS, Positive
+from magr_fx.command_line.torchrun import Launched
+from magr_fx.config import ALPHA_WORDS, SOLVERS, MagRConfig
+from magr_fx.errors import ConfigError, MagRError
+from magr_fx.machine.quiet import errors_only
+from magr_fx.reporting.block_log import blocks_to
+
+Command = Callable[..., None]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="magr-fx")
+def magr_fx() -> None:
+    """Shrink every channel's largest weight before torchao quantizes it.
+
+    MODEL is a directory with the safetensors of a causal language model or an encoder, or its name
+    on the Hub.
+    What is wrong with the input is told in one line, with exit code 2; nothing is changed then.
+    """
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _alpha(
+    _context: click.Context, _option: click.Parameter, given: str | None
+) -> float | str | None:
+    if given is None or given in ALPHA_WORDS:
+        return given
+    try:
+        return float(given)
+    except ValueError:
+        raise click.UsageError(
+            f"--alpha is a number, {' or '.join(ALPHA_WORDS)}; got {given!r}"
+        ) from None
+
+
+_TOKENS = (
+    click.option("--tokens", default=16_384, show_default=True,
+                 type=TOKENS, help="How many tokens to calibrate on."),
+    click.option("--length", default=512, show_default=True, type=LENGTH,
+                 help="Tokens in a window."),
+    click.option("--skip", multiple=True, metavar="PATTERN",
+                 help="Leave modules of this name, and all in them, alone, such as "
+                 "'*.down_proj'; repeatable."),
+)  # fmt: skip
+_WORK = (
+    click.argument("model"),
+    click.argument("out", type=FOLDER),
+    click.option("--calib", required=True, type=FILE, help="A text file to calibrate on."),
+    *_TOKENS,
+    click.option("--alpha", metavar="auto|published|NUMBER", callback=_alpha,
+                 help="The penalty; by default each row's own where there is a target."),
+    click.option("--solver", default="admm", show_default=True, type=click.Choice(SOLVERS)),
+    click.option("--max-steps", type=int, help="The most steps of the solver."),
+    click.option("--damping", type=float, help="Share of the gram's mean diagonal added to it."),
+    click.option("--propagate/--no-propagate", default=None,
+                 help="Fit each layer behind the quantized ones (default: with a target)."),
+    click.option("--resume", is_flag=True,
+                 help="Go on with a run for OUT that was cut short, if there is one."),
+    click.option("--log-json", type=FILE, help="Append a line of JSON for each finished block."),
+    click.option("--spill", type=FOLDER,
+                 help="Keep the activations between blocks in this directory, not in memory."),
+    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N",
+                 help="Where blocks are run and solved; auto is cuda if there is one. Under "
+                 "torchrun cuda is each rank's own."),
+    click.option("--timeout", default=60.0, show_default=True, metavar="MINUTES",
+                 type=Positive(),
+                 help="Under torchrun: the longest that a rank waits for another. Longer than a "
+                 "block, the download, and writing OUT take."),
+    click.option("--progress/--no-progress", default=None,
+                 help="Show bars (default: on a terminal)."),
+)  # fmt: skip
+
+
+@magr_fx.command()
+@_options(
+    *_WORK,
+    click.option("--target", help="What will quantize the weights: int3-per-channel, ..."),
+    click.option("--head", is_flag=True, help="Also rewrite the head, which is left alone."),
+)
+def transform(target: str | None, head: bool, **given: Any) -> None:
+    """Rewrite MODEL's weights into OUT, a directory of the same kind.
+
+    One block of the model is in memory at a time.
+    """
+
+    def make(job: Any) -> Any:
+        from magr_fx.directories.convert_directory import transform_directory
+
+        return transform_directory(job)
+
+    _work(make, partial(_job, target, given, head=head), given)
+
+
+@magr_fx.command()
+@_options(
+    *_WORK,
+    click.option("--target", required=True, help="The torchao config: int3-per-channel, ..."),
+    click.option("--rounding", default="nearest", show_default=True,
+                 type=click.Choice(["nearest", "gptq"])),
+    click.option("--refine", type=click.IntRange(0), default=0, show_default=True,
+                 help="Passes of coordinate descent after GPTQ."),
+)  # fmt: skip
+def quantize(target: str, rounding: str, refine: int, **given: Any) -> None:
+    """Rewrite and quantize MODEL into OUT, which transformers loads by itself.
+
+    One block of the model is in memory at a time, and one shard when it is saved.
+    """
+    if refine and rounding != "gptq":
+        raise click.UsageError("--refine belongs to --rounding gptq")
+
+    def make(job: Any) -> Any:
+        from magr_fx.directories.convert_directory import quantize_directory
+
+        return quantize_directory(job, rounding)
+
+    _work(make, partial(_job, target, given, refine=refine), given)
+
+
+@magr_fx.command()
+@click.argument("run", type=FOLDER)
+def report(run: Path) -> None:
+    """Print the report of RUN: an OUT, or the OUT.unfinished of a run that was cut short."""
+    with _told(None):
+        from magr_fx.directories.convert_directory import report_of
+
+        click.echo(report_of(run))
+
+
+@magr_fx.command()
+@_options(
+    click.argument("model"),
+    *_TOKENS,
+    click.option("--target", help="What will quantize the weights: int3-per-channel, ..."),
+    click.option("--head", is_flag=True, help="Also rewrite the head."),
+    click.option("--rounding", default="nearest", show_default=True,
+                 type=click.Choice(["nearest", "gptq"])),
+    click.option("--tflops", type=Positive(),
+                 help="What the machine does in a second; by default this one is measured."),
+)  # fmt: skip
+def plan(model: str, target: str | None, rounding: str, tflops: float | None, **given: Any) -> None:
+    """Print what a run on MODEL would rewrite, and what it would cost; no weight is read."""
+    with _told(None):
+        from magr_fx.command_line.named_targets import named_target
+        from magr_fx.command_line.plan_directory import plan_directory
+
+        config = None if target is None else named_target(target)
+        rate = None if tflops is None else tflops * 1e12
+        found = plan_directory(model, config, gptq=rounding == "gptq", rate=rate, **given)
+        click.echo(found)
+
+
+def _job(
+    target: str | None,
+    given: dict[str, Any],
+    launched: Launched,
+    *,
+    head: bool = False,
+    refine: int = 0,
+) -> Any:
+    from magr_fx.command_line.named_device import named_device
+    from magr_fx.command_line.named_targets import named_target
+    from magr_fx.directories.prepare_directory import Job
+
+    return Job(
+        model=given["model"],
+        out=given["out"],
+        text=given["calib"],
+        target=None if target is None else named_target(target),
+        tokens=given["tokens"],
+        length=given["length"],
+        config=MagRConfig(
+            alpha=given["alpha"],
+            solver=given["solver"],
+            max_steps=given["max_steps"],
+            damping=given["damping"],
+        ),
+        skip=given["skip"],
+        head=head,
+        resume=given["resume"],
+        device=named_device(
+            given["device"], local_rank=launched.local_rank, several=launched.world > 1
+        ),
+        refine=refine,
+        propagate=given["propagate"],
+        spill_dir=given["spill"],
+        progress=given["progress"],
+    )
+
+
+def _work(
+    make: Callable[[Any], Any], job_of: Callable[[Launched], Any], given: dict[str, Any]
+) -> None:
+    """Do a job, with all ranks that were started for it; the first one says what came of it."""
+    launched = Launched()
+    speaks = launched.rank == 0
+    with (
+        _told(given["out"], given["progress"], launched),
+        launched.joined(given["timeout"]),
+    ):
+        from magr_fx.directories.run_folder import run_id
+        from magr_fx.machine.ranks import distributed_session
+
+        with distributed_session():
+            job = job_of(launched)
+            if job.device.type == "cuda":  # which torch.distributed goes by
+                torch.cuda.set_device(job.device)
+            log = given["log_json"] if speaks else None
+            _check_log(log, job)
+            named = partial(run_id, job.out)
+            with blocks_to(log, job.out, run_id=named, resumed=job.resume):
+                done = make(job)
+        if speaks:
+            click.echo(done.totals())
+            click.echo(f"{job.out} is written; magr-fx report {job.out} has a row for each weight")
+
+
+def _check_log(log: Path | None, job: Any) -> None:
+    """Lines may be appended to a file of its own only.
+
+    Raises:
+        ConfigError: it is what the run reads, or lies where the run reads or writes.
+    """
+    for what, path in (
+        ("--calib", job.text),
+        ("MODEL", Path(job.model)),
+        ("OUT", job.out),
+        ("OUT.unfinished", job.run),
+    ):
+        if log is not None and log.resolve().is_relative_to(path.resolve()):
+            at = "is" if what == "--calib" else "lies in"
+            raise ConfigError(f"--log-json {log} {at} {what}, {path}; name another file")
+
+
+@contextlib.contextmanager
+def _told(
+    out: Path | None, progress: bool | None = None, launched: Launched | None = None
+) -> Iterator[None]:
+    """Tell errors in one line, and how to go on; other libraries' bars and notes stay away."""
+    launched = launched or Launched(alone=True)
+    with contextlib.ExitStack() as restored:
+        restored.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
+        transformers_logging.set_verbosity_error()
+        if transformers_logging.is_progress_bar_enabled():
+            restored.callback(transformers_logging.enable_progress_bar)
+            transformers_logging.disable_progress_bar()  # and those of the Hub's client
+            shown = sys.stderr.isatty() if progress is None else progress
+            if shown and launched.rank == 0 and not constants.HF_HUB_DISABLE_PROGRESS_BARS:
+                enable_progress_bars()  # a download is long
+        # The one says what is offloaded, which is what is asked for, and so of every run; the other
+        # that it tries again to download, and how it failed is told in the end.
+        restored.enter_context(errors_only("accelerate", "huggingface_hub"))
+        restored.enter_context(_warnings_shown(launched.rank == 0))
+        try:
+            yield
+        except KeyboardInterrupt:
+            if launched.rank == 0:
+                click.echo(f"magr-fx: interrupted{_how_to_go_on(out)}", err=True)
+            raise click.exceptions.Exit(130) from None
+        except MagRError as error:
+            message = " ".join(str(error).split())
+            launched.tell(f"magr-fx: error: {message}{_how_to_go_on(out)}")
+            raise click.exceptions.Exit(2) from error
+        except OSError as error:  # of what is around: paths, permissions, the disk
+            launched.tell(f"magr-fx: error: {' '.join(str(error).split())}{_how_to_go_on(out)}")
+            raise click.exceptions.Exit(2) from error
+
+
+def _how_to_go_on(out: Path | None) -> str:
+    from magr_fx.directories.run_folder import is_ours, is_resumable, run_of
+
+    if out is None or not (is_ours(run_of(out)) and is_resumable(out)):
+        return ""
+    return "; the same command with --resume goes on from what was saved last"
+
+
+@contextlib.contextmanager
+def _warnings_shown(shown: bool) -> Iterator[None]:
+    """The library's warnings, each in a line of its own; errors come as exceptions."""
+    handler = _Lines(logging.WARNING) if shown else logging.NullHandler()
+    handler.addFilter(lambda record: record.levelno == logging.WARNING)
+    logger = logging.getLogger("magr_fx")
+    propagate = logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.propagate = propagate
+        logger.removeHandler(handler)
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(f"magr-fx: warning: {record.getMessage()}", file=sys.stderr)

@@ -1,0 +1,324 @@
+"""A Hugging Face directory → the same with rewritten or quantized weights.
+
+Weights are read, rewritten and saved a block at a time, and quantized a shard at a time. What is
+written is an ordinary directory of transformers; until it is whole it has another name.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TorchAoConfig
+from transformers.quantizers import AutoHfQuantizer
+
+from magr_fx.api import magr_transform, quantize_apart
+from magr_fx.config import QuantizeOptions
+from magr_fx.directories.prepare_directory import Job, Prepared, prepared
+from magr_fx.directories.run_folder import CHECKPOINT, is_ours, is_resumable, run_of
+from magr_fx.directories.skipped import is_skipped, rewritable
+from magr_fx.directories.write_directory import (
+    RewrittenWeights,
+    Shards,
+    StoredWeights,
+    copy_rest,
+    publish,
+    stored_as,
+)
+from magr_fx.directories.write_quantized import write_quantized, write_quantized_config
+from magr_fx.errors import CheckpointError, MagRError, ModelError, brief
+from magr_fx.machine.ranks import distributed_session
+from magr_fx.machine.safetensors_header import StoredTensor
+from magr_fx.machine.tensor_files import LetGo, TensorFiles
+from magr_fx.model_files.model_class import model_class
+from magr_fx.model_files.model_directory import CONFIG, read_config, read_directory
+from magr_fx.passes.finding.find_linears import FilterFn
+from magr_fx.passes.handover.target import Target, describe
+from magr_fx.passes.handover.torchao_rounding import quantized_copy
+from magr_fx.passes.known_layers.transformers_private import (
+    HfQuantizer,
+    revert_weight_conversion,
+    tied_names,
+)
+from magr_fx.passes.offloading.offloaded import keep_in, offloaded_weights, run_on
+from magr_fx.passes.rewriting.checkpoint import checkpoint_report
+from magr_fx.passes.rewriting.pipeline import resolve_config
+from magr_fx.passes.rewriting.request import Folders, Request
+from magr_fx.reporting.report import MagRReport
+from magr_fx.reporting.report_files import has_report, read_report, write_report
+
+REWRITTEN, QUANTIZED = "rewritten", "quantized"  # within OUT.unfinished
+# Bytes that Python, torch and transformers take before there is any model, about.
+PROCESS = 500_000_000
+
+
+def transform_directory(job: Job) -> MagRReport:
+    """:func:`magr_fx.magr_transform` from directory to directory, a block in memory at a time.
+
+    The ranks of torch.distributed's default group, if there is one, work together; the first one
+    writes. All have to see the directory that ``out`` is in.
+
+    Raises:
+        MagRError: something is missing, damaged or too small, or what magr_transform raises;
+            ``out`` is as it was then.
+    """
+    return _made(job, _transformed, quantized=False)
+
+
+def quantize_directory(job: Job, rounding: str = "nearest") -> MagRReport:
+    """:func:`magr_fx.magr_quantize` from directory to directory, a block in memory at a time.
+
+    Quantized are the linears that transformers' ``TorchAoConfig`` quantizes, all but the head,
+    where torchao can: what is left alone, and why, is in the report. Ranks work together as in
+    :func:`transform_directory`.
+
+    Raises:
+        MagRError: as :func:`transform_directory`.
+    """
+    return _made(job, functools.partial(_quantized, rounding=rounding), quantized=True)
+
+
+def _made(
+    job: Job, make: Callable[[Any, Prepared], tuple[Path, MagRReport]], *, quantized: bool
+) -> MagRReport:
+    """Have ``make`` fill a directory, which becomes ``out``; once, however often it is cut short.
+
+    Args:
+        job: what to do.
+        make: an offloaded model → the directory, which the first rank has filled, and the report.
+        quantized: whether a quantized model is made.
+    """
+    with distributed_session() as ranks:
+        if ranks.gather(ranks.rank == 0 and _is_made(job))[0]:
+            if ranks.rank == 0:
+                shutil.rmtree(job.run, ignore_errors=True)
+            return read_report(job.out)
+        with prepared(job, ranks, quantized=quantized) as work:
+            folder, report = make(_load(work), work)
+            if work.writes:
+                write_report(report, folder)
+                publish(folder, job.out)
+                shutil.rmtree(job.run, ignore_errors=True)
+            return report
+
+
+def _is_made(job: Job) -> bool:
+    """Whether a run that is to go on was cut short after its result was whole."""
+    return job.resume and is_ours(job.run) and has_report(job.out)
+
+
+def _transformed(model: Any, work: Prepared) -> tuple[Path, MagRReport]:
+    job = work.job
+    chosen = rewritable(model, job.skip, head=job.head)
+    shards = _rewritten_to(model, work, chosen)
+    magr_transform(
+        model,
+        work.calib,
+        job.config,
+        target=job.target,
+        filter_fn=chosen,
+        propagate=job.propagate,
+        checkpoint_dir=job.run / CHECKPOINT,
+        spill_dir=job.spill_dir,
+        progress=job.progress,
+    )
+    if shards is not None:
+        shards.finish()
+        copy_rest(work.source, shards.folder)
+    return job.run / REWRITTEN, model.magr_report
+
+
+def _quantized(model: Any, work: Prepared, rounding: str) -> tuple[Path, MagRReport]:
+    """Solve and round; then the first rank makes the shards of what was rounded."""
+    job = work.job
+    chosen = rewritable(model, job.skip, head=job.head, linears_only=True)
+    linears = _linears(model, work)
+    tensors: MutableMapping[str, torch.Tensor] = {}
+    shards = None
+    if rounding == "nearest":
+        shards = _rewritten_to(model, work, chosen)
+    else:
+        tensors = TensorFiles(_emptied(job.run / "rounded")) if work.writes else LetGo()
+    options = QuantizeOptions(rounding, refine=job.refine, propagate=job.propagate is not False)
+    request = Request(
+        resolve_config(job.config, job.target, required=True),
+        None if job.target is None else Target(job.target, options),
+        filter_fn=chosen,
+        folders=Folders(job.run / CHECKPOINT, job.spill_dir),
+        progress=job.progress,
+        quantize=True,
+    )
+    able = quantize_apart(model, work.calib, request, tensors)
+    done: set[str] = set()
+    if work.writes:
+        if shards is not None:
+            shards.finish()
+        stored = work.tensors if shards is None else read_directory(shards.folder)
+        done = _write_quantized(model, work, linears, {*able}, stored, tensors)
+    report: MagRReport = model.magr_report
+    report.mark_quantized(work.ranks.gather(done)[0])
+    report.target = describe(job.target)
+    return job.run / QUANTIZED, report
+
+
+def _write_quantized(
+    model: Any,
+    work: Prepared,
+    linears: dict[str, list[str]],
+    able: set[str],
+    stored: dict[str, StoredTensor],
+    tensors: Mapping[str, torch.Tensor],
+) -> set[str]:
+    """Write the quantized model; the names of its quantized weights.
+
+    Args:
+        model: offloaded.
+        work: what is prepared.
+        linears: what transformers would quantize, by the names in the files.
+        able: the names of what torchao can.
+        stored: where the files' tensors are.
+        tensors: torchao's, as far as they are made; others are of the model's weights.
+    """
+    job, weights, left = work.job, offloaded_weights(model), _left_out(model, work.job)
+
+    def value(name: str) -> torch.Tensor:
+        return tensors[name] if name in tensors else quantized_copy(weights[name], job.target)
+
+    unable = {name for names in linears.values() for name in names} - able
+    if unable:
+        left = [*(left or HfQuantizer.get_modules_to_not_convert(model))]
+        left += sorted(name.removesuffix(".weight") for name in unable)
+    wanted = {
+        key: kept
+        for key, names in linears.items()
+        if (kept := [n for n in names if n not in unable])
+    }
+    folder = _emptied(job.run / QUANTIZED)
+    parts = functools.partial(revert_weight_conversion, model)
+    done = write_quantized(stored, wanted, value, parts, folder, progress=job.progress)
+    config = TorchAoConfig(job.target, modules_to_not_convert=left)
+    write_quantized_config(work.source, folder, json.loads(config.to_json_string()))
+    copy_rest(work.source, folder, keep=(CONFIG,))
+    return done
+
+
+def report_of(folder: Path) -> MagRReport:
+    """The report of a directory that is finished, or of what is done in one that is not.
+
+    Args:
+        folder: an ``out``, or the ``OUT.unfinished`` of a run that was cut short.
+
+    Raises:
+        MagRError: there is no report there, or it cannot be read.
+    """
+    if folder.name and is_resumable(folder) and not has_report(folder):
+        folder = run_of(folder)
+    if any((folder / CHECKPOINT).glob("state-*.pt")):
+        try:
+            return checkpoint_report(folder / CHECKPOINT)
+        except MagRError:
+            raise
+        except Exception as error:  # whatever a file raises that holds something else
+            raise CheckpointError(
+                f"{folder / CHECKPOINT} holds no state of a run: {brief(error)}"
+            ) from error
+    return read_report(folder)
+
+
+def _load(work: Prepared) -> Any:
+    """The model, all of it offloaded to where it is stored."""
+    # Of what a run that was cut short wrote; what transformers fuses is written by each rank.
+    rank = work.ranks.rank
+    offload = _emptied(work.job.run / (f"offload-rank{rank}" if rank else "offload"))
+    kind = model_class(read_config(work.source))
+    try:
+        model = kind.from_pretrained(
+            work.source,
+            dtype="auto",
+            device_map={"": "disk"},
+            offload_folder=str(offload),
+            trust_remote_code=False,
+        )
+    except Exception as error:  # whatever transformers raises of a model that it does not know
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ModelError(
+            f"transformers cannot load {work.source} as {kind.__name__}: {brief(error)}"
+        ) from error
+    weights = offloaded_weights(model)
+    for name, partner in tied_names(model).items():
+        if name in weights.index and partner not in weights.index:  # only the head is stored
+            weights.index[partner] = weights.index[name]
+            weights.all_keys.append(partner)
+    run_on(model, work.job.device)
+    return model
+
+
+def _rewritten_to(model: Any, work: Prepared, chosen: FilterFn) -> Shards | None:
+    """Let a model that is offloaded have its weights written to shards as soon as they change.
+
+    Only the first rank writes. The others let go of what was rewritten, and still read what was
+    stored: a weight is rewritten when everything that reads it has run.
+
+    Raises:
+        ModelError: one of those that are chosen cannot be written as it is stored.
+    """
+    stored = offloaded_weights(model)
+    if not work.writes:
+        keep_in(model, StoredWeights(stored))
+        return None
+    shards = Shards(work.tensors, _emptied(work.job.run / REWRITTEN))
+    parts = functools.partial(revert_weight_conversion, model)
+    weights = RewrittenWeights(stored, shards, parts)
+    for name, module in model.named_modules():
+        for key, like in module._parameters.items():
+            full = f"{name}.{key}" if name else key
+            matrix = like is not None and like.dim() > 1 and full in weights.index
+            if matrix and chosen(module, name):
+                weights.check(full, like)
+    keep_in(model, weights)
+    return shards
+
+
+def _linears(model: Any, work: Prepared) -> dict[str, list[str]]:
+    """The weights that transformers quantizes: their names in the files, and in the model.
+
+    Raises:
+        ModelError: one of these is not stored as it is in the model.
+    """
+    job = work.job
+    config = TorchAoConfig(job.target, modules_to_not_convert=_left_out(model, job))
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    quantizer.preprocess_model(model)  # finds out what is left alone
+    index = offloaded_weights(model).index
+    names: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        if quantizer.param_needs_quantization(model, name):
+            key = stored_as(name, index, work.tensors)
+            if key is None:
+                raise ModelError(
+                    f"transformers makes {name} of several stored tensors; load the model with "
+                    "it, save it with save_pretrained(folder, save_original_format=False), and "
+                    "give that directory, or leave it out with --skip"
+                )
+            names.setdefault(key, []).append(name)
+    return names
+
+
+def _left_out(model: nn.Module, job: Job) -> list[str] | None:
+    """What TorchAoConfig is to be told to leave alone; None is what it does by itself."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    skipped = [name for name in linears if is_skipped(name, job.skip)]
+    return [*HfQuantizer.get_modules_to_not_convert(model), *skipped] if skipped else None
+
+
+def _emptied(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder

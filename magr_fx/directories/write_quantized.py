@@ -1,0 +1,112 @@
+"""A model's weights and torchao's tensors → a directory that transformers loads as quantized.
+
+The format is that of transformers' own ``save_pretrained`` with a ``TorchAoConfig``: torchao takes
+each of its tensors apart into plain ones, and says in the metadata of every file what becomes of
+them. Unlike there, one shard at a time is in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+from tqdm import tqdm
+
+from magr_fx.machine.safetensors_header import StoredTensor
+from magr_fx.model_files.model_directory import CONFIG, INDEX
+
+# Bytes of the original weights that go into one shard, which is in memory as a whole.
+SHARD = 512 * 2**20
+
+
+def write_quantized(
+    tensors: dict[str, StoredTensor],
+    quantized: Mapping[str, list[str]],
+    value: Callable[[str], torch.Tensor],
+    stored_as: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    folder: Path,
+    *,
+    progress: bool | None = None,
+) -> set[str]:
+    """Write every tensor of a model, some of them quantized.
+
+    Args:
+        tensors: what the model's directory holds, see
+            :func:`magr_fx.model_files.model_directory.read_directory`.
+        quantized: the names there of weights that are to be quantized, each with the names that
+            the model has for it.
+        value: one of those names → torchao's tensor, or the weight if torchao leaves it alone.
+        stored_as: tensors by the model's names → the same by the names they are stored under.
+        folder: where to write.
+        progress: whether to show a bar.
+
+    Returns:
+        The model's names of those that are torchao's tensors.
+
+    Raises:
+        OSError, SafetensorError: there is no space, or no permission.
+    """
+    shards = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda stored: stored.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD,
+    ).filename_to_tensors
+    metadata: dict[str, str] = {}
+    files: dict[str, str] = {}
+    done: set[str] = set()
+    names: list[str] = []
+    hidden = None if progress is None else not progress
+    for file, shard in tqdm(shards.items(), "MagR save", unit="shard", disable=hidden):
+        flat: dict[str, torch.Tensor] = {}
+        for key in shard:
+            own = {name: value(name).detach() for name in quantized.get(key, ())}
+            flat_own, described = flatten_tensor_state_dict(own or {key: _plain(tensors[key], key)})
+            names += json.loads(described.pop("tensor_names"))
+            metadata |= described
+            done |= {name for name, one in own.items() if type(one) is not torch.Tensor}
+            flat |= stored_as(flat_own) if own else flat_own
+        save_file(flat, folder / file)
+        files |= dict.fromkeys(flat, file)
+    # What reads one file may ask for all names, so that each has to have them: only known now.
+    metadata |= {"tensor_names": json.dumps(names), "format": "pt"}
+    for file in dict.fromkeys(files.values()):
+        _describe(folder / file, metadata)
+    if len(shards) > 1:
+        size = sum((folder / file).stat().st_size for file in dict.fromkeys(files.values()))
+        index = {"metadata": {"total_size": size}, "weight_map": files}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return done
+
+
+def write_quantized_config(source: Path, folder: Path, quantization: dict[str, Any]) -> None:
+    """Write the model's own ``config.json``, and how it is quantized."""
+    config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    config["quantization_config"] = quantization
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _plain(stored: StoredTensor, key: str) -> torch.Tensor:
+    with safe_open(stored.file, framework="pt") as opened:
+        value: torch.Tensor = opened.get_tensor(key)
+    return value
+
+
+def _describe(file: Path, metadata: dict[str, str]) -> None:
+    """Give a file of safetensors other metadata."""
+    described = file.with_name(f"{file.name}.described")
+    with file.open("rb") as plain, described.open("wb") as made:
+        header = json.loads(plain.read(int.from_bytes(plain.read(8), "little")))
+        text = json.dumps({**header, "__metadata__": metadata}).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at multiples of eight bytes
+        made.write(len(text).to_bytes(8, "little") + text)
+        shutil.copyfileobj(plain, made)
+    described.replace(file)

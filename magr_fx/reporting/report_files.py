@@ -1,0 +1,83 @@
+"""A report in a directory: its rows in JSON, each channel's largest magnitude beside them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from magr_fx.config import MagRConfig
+from magr_fx.errors import ConfigError
+from magr_fx.reporting.report import MagRReport, Quantization, SiteReport
+
+ROWS, CHANNELS = "magr_report.json", "magr_report.npz"
+_ARRAYS = ("channel_max_before", "channel_max_after")
+
+
+def write_report(report: MagRReport, folder: Path) -> None:
+    """Write ``magr_report.json`` and ``magr_report.npz``.
+
+    Raises:
+        OSError: there is no space, or no permission.
+    """
+    report.to_json(folder / ROWS)
+    arrays = {
+        f"{at}.{name}": getattr(site, name)
+        for at, site in enumerate(report.sites)
+        for name in _ARRAYS
+        if getattr(site, name) is not None
+    }
+    np.savez(folder / CHANNELS, **arrays)
+
+
+def has_report(folder: Path) -> bool:
+    """Whether a report was written there."""
+    return (folder / ROWS).exists()
+
+
+def read_report(folder: Path) -> MagRReport:
+    """What :func:`write_report` wrote, also that of a version which knew fewer figures.
+
+    Raises:
+        ConfigError: there is no report, or it is damaged.
+    """
+    try:
+        record: dict[str, Any] = json.loads((folder / ROWS).read_text(encoding="utf-8"))
+        # Opened here: of a damaged one np.load would leave it open.
+        with (folder / CHANNELS).open("rb") as file, np.load(file) as arrays:
+            sites = [_site(row, at, arrays) for at, row in enumerate(record["sites"])]
+        rest = {key: value for key, value in record.items() if key not in ("config", "sites")}
+        report = MagRReport(MagRConfig(**record["config"]), sites=sites, **rest)
+        str(report)  # what cannot be shown is damaged too
+        return report
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ConfigError(
+            f"{folder} has no {Path(error.filename).name}; give a directory that magr-fx wrote, or "
+            "that of a run that is not finished"
+        ) from error
+    except Exception as error:  # whatever a file raises of which any byte may be another
+        raise ConfigError(f"the report in {folder} cannot be read: {error!r}") from error
+
+
+def _site(row: dict[str, Any], at: int, arrays: Any) -> SiteReport:
+    known = {f.name for f in fields(SiteReport)}
+    values = {name: _number(value) for name, value in row.items() if name in known}
+    if row["quantization"] is not None:
+        found = {name: _number(value) for name, value in row["quantization"].items()}
+        values["quantization"] = Quantization(**found)
+    else:
+        values["quantization"] = None
+    values["shape"] = tuple(row["shape"])
+    values["damping"] = row.get("damping")  # None is not NaN: it was not solved, or not noted
+    for name in _ARRAYS:
+        if f"{at}.{name}" in arrays:
+            values[name] = arrays[f"{at}.{name}"]
+    return SiteReport(**values)
+
+
+def _number(value: Any) -> Any:
+    """NaN in the place of None, which stands for it in JSON."""
+    return float("nan") if value is None else value

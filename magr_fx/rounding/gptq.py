@@ -1,0 +1,119 @@
+"""GPTQ: round one input after the other, and let the inputs to come make up for the error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from magr_fx.errors import CalibrationError
+from magr_fx.machine.matmul_precision import full_float32
+from magr_fx.rounding.grid import Grid
+
+# Inputs whose errors reach the later ones in one matrix product (the paper's lazy batch updates).
+BLOCK = 64
+# Where the gram cannot be factorised: the first share of its mean diagonal that is added, and the
+# factor to the next. The last is the gram's own size.
+FIRST_DAMPING, RAISE, MOST_DAMPING = 1e-6, 10.0, 1.0
+
+
+class Compensation(NamedTuple):
+    """In which order the inputs are rounded, and how each error spreads to those that follow."""
+
+    order: Tensor  # [in]: position → input
+    factor: Tensor  # [in, in], upper triangular U with UᵀU = G⁻¹, both in that order
+
+
+@full_float32()
+def compensation(gram: Tensor, *, by_activation: bool = False) -> Compensation:
+    """What :func:`gptq` needs of a gram ``[in, in]``, once for all its weights.
+
+    A dead input (G_jj = 0) takes part in nothing: its weights are rounded to the nearest.
+
+    Args:
+        gram: G, positive semidefinite. Where it cannot be factorised, the least share of its mean
+            diagonal with which it can is added to the diagonal.
+        by_activation: round the inputs with the largest G_jj first (the authors' ``act_order``)
+            instead of in the order of the weight.
+
+    Raises:
+        CalibrationError: the gram is not positive semidefinite.
+    """
+    gram = gram.to(torch.float32)
+    energy = gram.diagonal()
+    order = torch.arange(len(gram), device=gram.device)
+    if by_activation:
+        order = torch.argsort(energy, descending=True, stable=True)
+    dead = energy[order] <= 0
+    unit = torch.where(dead, 0, energy[order]).mean()
+    unit = torch.where(unit > 0, unit, 1)
+    # No damping explains a negative energy, and what keeps a dead input regular could hide it.
+    damping = 0.0 if bool((energy >= 0).all()) else torch.inf
+    while damping <= MOST_DAMPING:
+        ordered = gram[order][:, order]
+        ordered.diagonal().add_(torch.where(dead, unit, damping * unit))
+        lower, failed = torch.linalg.cholesky_ex(ordered)
+        del ordered  # each matrix is as large as the gram: none is kept longer than needed
+        if not bool(failed):
+            inverse = torch.cholesky_inverse(lower)
+            del lower
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not bool(failed) and bool(upper.isfinite().all()):
+                return Compensation(order, upper)
+        damping = RAISE * damping if damping else FIRST_DAMPING
+    raise CalibrationError(
+        "gram is not positive semidefinite, by far more than rounding can explain; "
+        "pass XᵀX, summed in float32 or wider"
+    )
+
+
+@full_float32()
+def gptq(weight: Tensor | Sequence[Tensor], grid: Grid, compensation: Compensation) -> Tensor:
+    """Round each row to its grid, input by input, every error compensated by the inputs to come.
+
+    After input j has been rounded with the error e_j = (w_j - v_j)/U_jj, the inputs k > j become
+    w_k - e_j·U_jk: the minimiser of (v - w)ᵀG(v - w) over them, with those up to j fixed
+    (Frantar et al., "GPTQ", ICLR 2023, arXiv 2210.17323, section 3 and algorithm 1).
+
+    The grid is fixed beforehand, unlike in the paper's code, where each group's is chosen from
+    the weights as compensated so far: here the caller chooses it, and any order can be taken.
+
+    Args:
+        weight: ``[out, in]``, any floating dtype; or several, one below the other.
+        grid: what the rows may be rounded to.
+        compensation: of the gram, from :func:`compensation`.
+
+    Returns:
+        Codes ``[out, in]``, int8.
+    """
+    order, factor = compensation
+    columns = len(order)
+    # One row per input: what is visited together lies together.
+    rest = _by_column([weight] if isinstance(weight, Tensor) else weight, order)
+    steps = grid.by_column(columns).permuted(order)
+    codes = torch.empty(rest.shape, dtype=torch.int8, device=rest.device)
+    pivots = factor.diagonal().unsqueeze(-1)
+    for start in range(0, columns, BLOCK):
+        end = min(start + BLOCK, columns)
+        errors = torch.empty_like(rest[start:end])
+        for j in range(start, end):
+            code, value = steps.round(j, rest[j])
+            codes[j] = code
+            error = errors[j - start]
+            torch.div(rest[j] - value, pivots[j], out=error)
+            rest[j + 1 : end].addr_(factor[j, j + 1 : end], error, alpha=-1)
+        rest[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    result = torch.empty_like(codes)
+    result[order] = codes
+    return result.T.contiguous()
+
+
+def _by_column(weights: Sequence[Tensor], order: Tensor) -> Tensor:
+    """The weights' rows as columns ``[in, out]``, float32: a copy, made without another one."""
+    rows = [len(weight) for weight in weights]
+    result = torch.empty(len(order), sum(rows), dtype=torch.float32, device=order.device)
+    for weight, columns in zip(weights, torch.split(result, rows, 1), strict=True):
+        columns.copy_(weight.T[order])
+    return result

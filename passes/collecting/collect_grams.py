@@ -1,0 +1,414 @@
+"""Run the traced graphs on the calibration, block by block, and sum each site's gram.
+
+Inputs are shared: q, k and v read one activation, gate and up another. Each distinct activation is
+taken once, where the first matmul is about to read it, and goes into one gram for all its sites.
+
+With ``propagate`` the model is run twice side by side: as it was, and with every weight quantized
+that has been solved so far. A block then ends before each matmul whose input is taken, so that what
+is taken there already passed through the quantized weights before it; the difference between the
+two runs is taken as well.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Generator, Hashable, Mapping
+from functools import partial
+from itertools import chain
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import fx, nn
+from tqdm import tqdm
+
+from magr_fx.errors import CalibrationError
+from magr_fx.machine.memory import high_water_mark
+from magr_fx.machine.ranks import ALONE, Ranks
+from magr_fx.passes.collecting.blocks import Block, cut_into_blocks, in_step, read_by
+from magr_fx.passes.collecting.boundary import Environment
+from magr_fx.passes.collecting.input_capture import CapturedInput, InputCapture, place_captures
+from magr_fx.passes.collecting.runner import Runner, run_node
+from magr_fx.passes.collecting.shared_gram import SharedGram, add_up
+from magr_fx.passes.collecting.spill import Spill
+from magr_fx.passes.collecting.streams import Streams
+from magr_fx.passes.collecting.weight_nodes import Replaced, WeightNodes
+from magr_fx.passes.finding.find_linears import Site
+from magr_fx.passes.finding.mask_inputs import MaskInputs
+from magr_fx.passes.finding.padding import token_masks
+from magr_fx.passes.finding.weight_uses import Call
+from magr_fx.passes.graphs.decisions import (
+    Decisions,
+    is_decision,
+    is_random,
+    random_state,
+    torch_state,
+)
+from magr_fx.passes.graphs.trace import (
+    Trace,
+    TracedBatch,
+    attributes,
+    buffers_kept,
+)
+from magr_fx.passes.graphs.vmap import vmap_depth
+from magr_fx.passes.offloading.resident import Resident, all_resident
+
+Take = Callable[[CapturedInput], None]
+Replacements = Mapping[nn.Parameter, torch.Tensor]  # what takes the place of parameters
+
+
+class CalibrationRun:
+    """The calibration batches on their way through the traced graphs.
+
+    Args:
+        batches: what to run, each with its trace.
+        sites: whose activations to take.
+        propagate: take what the model computes with what takes the place of each weight, see
+            :meth:`collect`, and by how much that misses what it computed originally.
+        holdout: the share of each activation's tokens, its last ones, that is kept aside.
+        resident: has those weights in memory that a block reads.
+        ranks: who shares the batches. Each knows all traces, so that all come to the same steps,
+            and runs its own batches; the grams that are yielded are everybody's.
+        spill: a directory to keep the values between blocks in; None keeps them in memory.
+    """
+
+    def __init__(
+        self,
+        batches: list[TracedBatch],
+        sites: list[Site],
+        *,
+        propagate: bool = False,
+        holdout: float = 0.0,
+        resident: Resident = all_resident,
+        ranks: Ranks = ALONE,
+        spill: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.batches = [batch for batch in batches if ranks.owns(batch.index)]
+        self.propagate, self.holdout = propagate, holdout
+        self.grams = _share(sites)
+        self.working_on = ("", 0, 0)  # the layer, and which block of how many
+        self._resident, self._ranks = resident, ranks
+        self._traces = list(dict.fromkeys(batch.trace for batch in batches))
+        stored = [tensor for trace in self._traces for tensor in attributes(trace.graph_module)]
+        given = (v for batch in self.batches for v in batch.values if isinstance(v, torch.Tensor))
+        self._devices = {tensor.device for tensor in chain(stored, given)}
+        self._spill = None if spill is None else Spill(spill, stored)
+        self._masks = MaskInputs(batches)
+        self._seen: dict[SharedGram, int] = dict.fromkeys(self.grams, 0)
+        self._captures: dict[fx.Node, list[InputCapture]] = {}
+        for trace in self._traces:
+            calls = _calls(sites, trace)
+            masks = token_masks(trace, calls, self._masks)
+            self._captures |= place_captures(trace, calls, self.grams, masks)
+        self._blocks = {trace: self._cut(trace, _calls(sites, trace)) for trace in self._traces}
+        self._weights = WeightNodes(self._traces, replaceable=propagate)
+        self._runners = {trace: Runner(trace) for trace in self._traces}
+
+    def steps(self) -> list[list[Block]]:
+        """What is run one after the other: of each step the blocks of all traces."""
+        return list(in_step(self._blocks.values()))
+
+    def _cut(self, trace: Trace, calls: list[Call]) -> list[Block]:
+        reads = {
+            node: [n for capture in captures for n in capture.reads]
+            for node, captures in self._captures.items()
+        }
+        before = self._marks() if self.propagate else {}
+        return cut_into_blocks(trace, calls, before=before, reads=reads)
+
+    def check(self, *, progress: bool | None = None) -> None:
+        """Run every batch once and look at every activation, before anything is changed.
+
+        Raises:
+            CalibrationError: a counted token of an activation is NaN or Inf; the message names
+                the site and the batch.
+        """
+        streams = Streams(self.batches, self._traces, 1)
+        steps = self.steps()
+        with buffers_kept(self._blocks):
+            bar = tqdm(steps, "checking", unit="block", disable=_disable(progress))
+            for number, step in enumerate(bar):
+                seen: list[tuple[str, int]] = []
+                finite: list[torch.Tensor] = []  # read together: one sync per step
+                with self._resident(read_by(step), ahead=_read_after(steps, number)):
+                    for block, batch, (environment,) in self._runs(step, streams):
+                        look = partial(self._look, batch, seen, finite)
+                        self._run(block, batch, environment, look)
+                flags = (
+                    torch.stack([f.to(finite[0].device) for f in finite]).tolist() if finite else []
+                )
+                if not all(flags):
+                    name, index = seen[flags.index(False)]
+                    raise CalibrationError(
+                        f"the input of {name} holds NaN or Inf in calibration batch {index}; "
+                        "nothing was changed. Look for overflow (float16?) or broken values "
+                        "before that layer, or leave the batch out"
+                    )
+                self._ranks.meet()  # where one found something all stop
+
+    def unfed(self) -> list[Site]:
+        """After :meth:`check`: the sites that no counted token reaches, on any rank."""
+        seen = torch.tensor([self._seen[shared] for shared in self.grams], device="cpu")
+        self._ranks.sum(seen)
+        pairs = zip(self.grams, seen.tolist(), strict=True)
+        return [site for shared, tokens in pairs if not tokens for site in shared.sites]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the report should say of the inputs: those that may be masks, and are not read."""
+        return self._masks.notes
+
+    def collect(
+        self,
+        *,
+        after: tuple[int, Any] | None = None,
+        save: Callable[[int, Callable[[], Any], bool], None] | None = None,
+        progress: bool | None = None,
+    ) -> Generator[list[SharedGram], Replacements | None, None]:
+        """Sum the grams block by block; yields those whose last activation a block had, together.
+
+        One block's grams and one boundary (the values that later blocks read) per batch are
+        alive at a time. The caller may rewrite the yielded sites' weights at once: every call
+        that reads them has run. With ``propagate`` it sends back what takes the place of their
+        parameters, a torchao tensor for one; the quantized run goes on with that.
+
+        Args:
+            after: a step's number and its boundary, to go on after.
+            save: is called after each step with its number, with what makes its boundary, and
+                with whether it was the last.
+            progress: whether to show a bar.
+        """
+        streams = Streams(self.batches, self._traces, 1 + self.propagate)
+        steps, waiting, done = self.steps(), list(self.grams), -1
+        cpu = torch.device("cpu")  # the device whose memory is shown, if it is the only one
+        shown = next((device for device in self._devices if device != cpu), cpu)
+        with buffers_kept(self._blocks):
+            if after is not None:
+                done, state = after
+                streams.restore(state, self.grams, away=self._spill is not None)
+                after = state = None  # the streams have it now, and let go of it
+            bar = tqdm(steps, "magr", unit="block", disable=_disable(progress))
+            for number, step in enumerate(bar):
+                finished, waiting = _finished(step, waiting)
+                if number <= done:
+                    continue
+                self.working_on = (step[0].label[0], number + 1, len(steps))
+                parameters = [site.parameter for shared in finished for site in shared.sites]
+                reads = [*read_by(step), *parameters]
+                with self._resident(reads, ahead=_read_after(steps, number)):
+                    decisions = self._run_originals(step, streams)
+                    replaced: Replaced = {}
+                    if finished:
+                        add_up(finished, self._ranks)
+                        replacements = yield finished
+                        if self.propagate and replacements:
+                            replaced = self._weights.by_view(replacements)
+                        replacements = None  # held no longer than the step
+                    for shared in finished:
+                        shared.let_go()
+                    if self.propagate:
+                        self._run_quantized(step, streams, decisions, replaced)
+                    del replaced  # everything that reads them has run
+                if save is not None:
+                    state_now = streams.state(self.grams, self._devices)
+                    save(number, state_now, number + 1 == len(steps))
+                bar.set_postfix_str(f"peak {high_water_mark(shown):.0f} MiB", refresh=False)
+
+    def _run_originals(self, step: list[Block], streams: Streams) -> list[Decisions]:
+        """Run the blocks of a step as they were, and take what reaches the sites.
+
+        With two runs what reaches them is taken of both before the original one goes ahead, while
+        the weights are what they were; returned is what it decides for each batch.
+        """
+        if not self.propagate:
+            for block, batch, (env,) in self._runs(step, streams):
+                self._run(block, batch, env, self._add)
+            return []
+        decisions = []
+        for block, batch, (env, original) in self._runs(step, streams):
+            self._take_both(block, batch, env, original)
+            decisions.append(Decisions())
+            self._run(block, batch, original, None, record=decisions[-1])
+        return decisions
+
+    def _run_quantized(
+        self, step: list[Block], streams: Streams, decisions: list[Decisions], replaced: Replaced
+    ) -> None:
+        """Have the other run catch up, with what is in the places of weights."""
+        streams.swap_buffers()
+        for (block, batch, (env, _)), made in zip(
+            self._runs(step, streams), decisions, strict=True
+        ):
+            self._run(block, batch, env, None, replaced, follow=made)
+        streams.swap_buffers()
+
+    def _runs(
+        self, step: list[Block], streams: Streams
+    ) -> list[tuple[Block, TracedBatch, list[Environment]]]:
+        """What a step runs: each of its blocks on each batch of its trace, with their values."""
+        return [
+            (block, batch, environments)
+            for block in step
+            for batch, *environments in zip(self.batches, *streams.runs, strict=True)
+            if batch.trace is block.trace
+        ]
+
+    def _marks(self) -> dict[fx.Node, Hashable]:
+        """For each matmul before which something is taken, what it is taken for, in all traces."""
+        place = {id(shared): at for at, shared in enumerate(self.grams)}
+        return {
+            node: tuple(
+                place[id(shared)]
+                for capture in captures
+                for grams in capture.grams.values()
+                for shared in grams
+            )
+            for node, captures in self._captures.items()
+        }
+
+    def _take_both(
+        self, block: Block, batch: TracedBatch, env: Environment, original: Environment
+    ) -> None:
+        """Take the activations that the block's first matmuls are about to read, of both runs."""
+        self._fetch(env)
+        self._fetch(original)
+        for node in block.nodes:
+            for capture in self._captures.get(node, ()):
+                for source in capture.reads:
+                    if source not in env:  # a stored tensor, which a block reads as it starts
+                        runner = self._runners[block.trace]
+                        env[source] = original[source] = self._weights.value(source, runner, {})
+                # Both send each token the same way: the quantized run follows the decisions.
+                both = zip(capture.take(env, batch), capture.take(original, batch), strict=True)
+                for captured, was in both:
+                    for shared in captured.grams:
+                        shared.add(
+                            captured.tokens,
+                            captured.counted,
+                            original=was.tokens,
+                            holdout=self.holdout,
+                        )
+        self._keep(env)  # its turn comes when all batches have been taken
+
+    def _look(
+        self,
+        batch: TracedBatch,
+        seen: list[tuple[str, int]],
+        finite: list[torch.Tensor],
+        captured: CapturedInput,
+    ) -> None:
+        # One pass: a sum is finite only if all that it sums is.
+        good = captured.tokens.sum(-1, dtype=torch.float32).isfinite()
+        seen.append((captured.grams[0].sites[0].name, batch.index))
+        counted = good if captured.counted is None else good[captured.counted]
+        finite.append(counted.all())
+        for shared in captured.grams:
+            self._seen[shared] += len(counted)
+
+    def _take(self, node: fx.Node, batch: TracedBatch, env: Environment, take: Take) -> None:
+        for capture in self._captures.get(node, ()):
+            for captured in capture.take(env, batch):
+                take(captured)
+
+    def _add(self, captured: CapturedInput) -> None:
+        for shared in captured.grams:
+            shared.add(captured.tokens, captured.counted, holdout=self.holdout)
+
+    def _run(
+        self,
+        block: Block,
+        batch: TracedBatch,
+        env: Environment,
+        take: Take | None,
+        replaced: Replaced = MappingProxyType({}),
+        *,
+        record: Decisions | None = None,
+        follow: Decisions | None = None,
+    ) -> None:
+        """Run one block of one batch; ``env`` is left with what later blocks read.
+
+        ``record`` keeps what the run decides, for another run of the same block to ``follow``.
+        """
+        runner = self._runners[block.trace]
+        self._fetch(env)
+        weights = self._weights
+        for node in [node for node in env if weights.is_made_of(node, replaced)]:
+            env[node] = weights.anew(node, env, runner, replaced)
+        for node in self._views_read(block):
+            env[node] = weights.value(node, runner, replaced)
+        runner.env = env
+        for node in block.nodes:
+            if take is not None:
+                self._take(node, batch, env, take)
+            instead = weights.replacement(node, replaced)
+            if instead is not None:
+                env[node] = instead
+            elif follow is not None and node in follow.values:
+                env[node] = follow.values[node]
+            elif node in block.run:
+                state = None if follow is None else follow.random.get(node)
+                with random_state(state):
+                    if record is not None and is_random(node):
+                        record.random[node] = torch_state(self._devices)
+                    env[node] = run_node(runner, node, batch, quantized=follow is not None)
+                if record is not None and is_decision(env[node]) and not vmap_depth(node):
+                    record.values[node] = env[node]
+            for dead in block.dead_after.get(node, ()):
+                # Sizes cost nothing, and a weight's view may have to be taken anew with them.
+                if not (self.propagate and isinstance(env.get(dead), int)):
+                    env.pop(dead, None)
+        self._keep(env)
+
+    def _fetch(self, env: Environment) -> None:
+        if self._spill is not None:
+            self._spill.fetch(env)
+
+    def _keep(self, env: Environment) -> None:
+        for node in [node for node in env if self._weights.is_read_anew(node)]:
+            del env[node]
+        if self._spill is not None:
+            self._spill.keep(env)
+
+    def _views_read(self, block: Block) -> list[fx.Node]:
+        """The views of weights that a block reads and an earlier one has taken."""
+        reads = (v for n in block.nodes for v in (*n.all_input_nodes, *self._looked_at(n)))
+        return self._weights.views_among(reads, but=set(block.nodes))
+
+    def _looked_at(self, node: fx.Node) -> list[fx.Node]:
+        return [value for capture in self._captures.get(node, ()) for value in capture.reads]
+
+
+def _calls(sites: list[Site], trace: Trace) -> list[Call]:
+    return [call for site in sites for call in site.calls if call.trace is trace]
+
+
+def _finished(
+    step: list[Block], waiting: list[SharedGram]
+) -> tuple[list[SharedGram], list[SharedGram]]:
+    """The grams that wait for nothing after this step, and the others."""
+    visited = {node for block in step for node in block.nodes}
+    for shared in waiting:
+        shared.pending -= visited
+    return [s for s in waiting if not s.pending], [s for s in waiting if s.pending]
+
+
+def _share(sites: list[Site]) -> list[SharedGram]:
+    """One gram for all sites that read exactly the same activations and are solved alike."""
+    shared: dict[Any, SharedGram] = {}
+    for site in sites:
+        weight = site.parameter
+        reads = Counter(call.input_key for call in site.calls)  # one activation may be read twice
+        key = (frozenset(reads.items()), weight.dtype, weight.device)
+        shared.setdefault(key, SharedGram([])).sites.append(site)
+    return list(shared.values())
+
+
+def _read_after(steps: list[list[Block]], number: int) -> list[torch.Tensor]:
+    """The stored tensors that the step after one reads; after the last one there are none."""
+    return read_by(steps[number + 1]) if number + 1 < len(steps) else []
+
+
+def _disable(progress: bool | None) -> bool | None:
+    """tqdm's ``disable``: None shows the bar on a terminal only."""
+    return None if progress is None else not progress

@@ -1,0 +1,70 @@
+"""The batches between two blocks: the values alive in each run of the model, and its buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+
+from magr_fx.passes.collecting.boundary import Environment, boundary, restore
+from magr_fx.passes.collecting.shared_gram import SharedGram
+from magr_fx.passes.graphs.trace import (
+    Trace,
+    TracedBatch,
+    attributes,
+    is_mutation,
+    written_in_place,
+)
+
+
+class Streams:
+    """One run of the model over the calibration, or two side by side.
+
+    Args:
+        batches: what is run.
+        traces: all graphs; what they write in place each run has for itself.
+        runs: how many there are. The first is the one that is worked on.
+
+    Attributes:
+        runs: for each run, the values alive of each batch.
+    """
+
+    def __init__(self, batches: Sequence[TracedBatch], traces: Iterable[Trace], runs: int) -> None:
+        traces = list(traces)
+        self._graphs = [batch.trace.graph_module.graph for batch in batches]
+        self.runs = [[_inputs(batch) for batch in batches] for _ in range(runs)]
+        self._stored = [t for trace in traces for t in attributes(trace.graph_module)]
+        self._buffers = written_in_place(traces)
+        self._other = [buffer.detach().clone() for buffer in self._buffers]  # of the second run
+
+    @torch.no_grad()
+    def swap_buffers(self) -> None:
+        """Have the other run's values in the buffers."""
+        for buffer, values in zip(self._buffers, self._other, strict=True):
+            kept = buffer.detach().clone()
+            buffer.copy_(values)
+            values.copy_(kept)
+
+    def state(
+        self, grams: Sequence[SharedGram], devices: Iterable[torch.device]
+    ) -> partial[dict[str, Any]]:
+        """Makes what a later run needs to go on from here, see :func:`boundary`."""
+        written = [*self._buffers, *self._other]
+        return partial(boundary, self.runs, grams, written, self._stored, devices)
+
+    def restore(self, saved: Any, grams: Sequence[SharedGram], *, away: bool) -> None:
+        """Go on from what :meth:`state` made; ``away`` is as for :func:`restore`."""
+        written = [*self._buffers, *self._other]
+        restore(saved, self.runs, self._graphs, grams, written, self._stored, away=away)
+
+
+def _inputs(batch: TracedBatch) -> Environment:
+    graph = batch.trace.graph_module.graph
+    values = batch.values
+    if any(is_mutation(node) for node in graph.nodes):
+        # The model may work in place on its inputs, which are the caller's tensors.
+        values = tuple(v.clone() if isinstance(v, torch.Tensor) else v for v in values)
+    return dict[fx.Node, Any](zip(graph.find_nodes(op="placeholder"), values, strict=True))

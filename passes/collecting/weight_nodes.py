@@ -1,0 +1,105 @@
+"""The nodes that read a weight, or are made of weights alone: what to run anew for another one.
+
+No value of theirs is kept between blocks: it would hold the memory of weights that are somewhere
+else by then. With the quantized weights in their places they have other values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from magr_fx.passes.collecting.runner import Runner
+from magr_fx.passes.graphs.trace import Trace, attribute, is_mutation
+from magr_fx.passes.graphs.unsupported_weights import is_plain
+from magr_fx.passes.graphs.weight_views import VIEWS, WeightView
+
+Replaced = Mapping[WeightView, torch.Tensor]  # what to read in the place of parameters
+
+
+class WeightNodes:
+    """What the traced graphs read of the model.
+
+    Args:
+        traces: the graphs.
+        replaceable: whether weights will be replaced: only then is it known which.
+    """
+
+    def __init__(self, traces: Iterable[Trace], *, replaceable: bool) -> None:
+        self._reads: dict[fx.Node, WeightView] = {}  # a parameter, as it is stored
+        self._made_of: dict[fx.Node, set[WeightView]] = {}
+        self._views: set[fx.Node] = set()  # of a parameter, and of nothing else
+        self._as_stored: dict[nn.Parameter, WeightView] = {}  # before they are in memory
+        for trace in traces:
+            self._find_views(trace)
+            if replaceable:
+                self._find_reads(trace)
+
+    def by_view(self, replacements: Mapping[nn.Parameter, torch.Tensor]) -> Replaced:
+        """What takes the place of parameters, by what they are whatever memory they are in."""
+        return {self._as_stored[p]: value for p, value in replacements.items()}
+
+    def is_read_anew(self, node: fx.Node) -> bool:
+        """Whether its value is not kept between blocks."""
+        return node.op == "get_attr" or node in self._views
+
+    def views_among(self, nodes: Iterable[fx.Node], *, but: set[fx.Node]) -> list[fx.Node]:
+        """The views of weights among these, each once, and none of ``but``."""
+        return [n for n in dict.fromkeys(nodes) if n in self._views and n not in but]
+
+    def replacement(self, node: fx.Node, replaced: Replaced) -> torch.Tensor | None:
+        """What is in the place of the parameter that the node reads, if it reads such."""
+        view = self._reads.get(node)
+        return None if view is None else replaced.get(view)
+
+    def is_made_of(self, node: fx.Node, replaced: Replaced) -> bool:
+        """Whether its value is another once these are replaced."""
+        return not self._made_of.get(node, set()).isdisjoint(replaced)
+
+    def value(self, node: fx.Node, runner: Runner, replaced: Replaced) -> Any:
+        """What a node reads of the model, or its view of that."""
+        instead = self.replacement(node, replaced)
+        if instead is not None:
+            return instead
+        runner.env = {n: self.value(n, runner, replaced) for n in node.all_input_nodes}
+        return runner.run_node(node)
+
+    def anew(
+        self, node: fx.Node, env: Mapping[fx.Node, Any], runner: Runner, replaced: Replaced
+    ) -> Any:
+        """What was made of weights in an earlier block, a view or a cast, now of the replaced."""
+        instead = self.replacement(node, replaced)
+        if instead is not None:
+            return instead
+        if node.op != "get_attr" and node not in self._made_of:
+            return env[node]  # a size
+        runner.env = {s: self.anew(s, env, runner, replaced) for s in node.all_input_nodes}
+        return runner.run_node(node)
+
+    def _find_views(self, trace: Trace) -> None:
+        for node in trace.graph_module.graph.nodes:
+            sources = node.all_input_nodes
+            if node.target not in VIEWS or len(sources) != 1:
+                continue
+            (source,) = sources
+            if source in self._views or isinstance(attribute(trace, source), nn.Parameter):
+                self._views.add(node)
+
+    def _find_reads(self, trace: Trace) -> None:
+        for node in trace.graph_module.graph.nodes:
+            stored, made_of = attribute(trace, node), set[WeightView]()
+            if isinstance(stored, nn.Parameter) and is_plain(stored) and stored.dim() >= 2:
+                self._reads[node] = self._as_stored[stored] = WeightView.of(stored)
+                made_of = {self._reads[node]}
+            elif not is_mutation(node) and all(map(self._is_weight_or_size, node.all_input_nodes)):
+                made_of = set().union(
+                    *(self._made_of.get(source, set()) for source in node.all_input_nodes)
+                )
+            if made_of:
+                self._made_of[node] = made_of
+
+    def _is_weight_or_size(self, node: fx.Node) -> bool:
+        return node in self._made_of or isinstance(node.meta.get("val"), (int, torch.SymInt))

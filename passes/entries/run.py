@@ -1,0 +1,152 @@
+"""model and calibration → rewritten weights: what every entry does, from the trace on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from magr_fx.passes.finding.find_linears import Found, Site, find_linears
+from magr_fx.passes.graphs.trace import TracedBatch, calibration_mode
+from magr_fx.passes.handover.quantizable import (
+    keep_stacks,
+    leave_out_unquantizable,
+    leave_out_unrunnable,
+)
+from magr_fx.passes.handover.quantizable_weight import QuantizableWeight
+from magr_fx.passes.handover.target import described_in_full
+from magr_fx.passes.handover.to_torchao import try_target
+from magr_fx.passes.handover.trial import Trial
+from magr_fx.passes.inputs.calibration import Batch, notes_of
+from magr_fx.passes.offloading.execution import Execution
+from magr_fx.passes.offloading.on_device import on_device
+from magr_fx.passes.offloading.resident import all_resident
+from magr_fx.passes.rewriting.check_model import check_finite, check_group_size
+from magr_fx.passes.rewriting.checkpoint import Checkpoint, fingerprint
+from magr_fx.passes.rewriting.ledger import Ledger
+from magr_fx.passes.rewriting.pipeline import rewrite_sites
+from magr_fx.passes.rewriting.request import Request
+from magr_fx.passes.tracing.read_exported import trace_or_read
+from magr_fx.reporting.report import MagRReport
+
+
+def run(
+    model: nn.Module,
+    batches: list[Batch],
+    request: Request,
+    execution: Execution,
+    ledger: Ledger,
+) -> list[QuantizableWeight]:
+    """Trace the model, find its weights, and rewrite them; nothing is quantized yet.
+
+    Args:
+        model: unwrapped and checked.
+        batches: the calibration.
+        request: what was asked for.
+        execution: where the work is done.
+        ledger: what is done; its report is filled, also by a run that fails half way.
+
+    Returns:
+        What the target is to quantize, where it does.
+
+    Raises:
+        MagRError: see :func:`magr_fx.magr_transform`.
+    """
+    report = ledger.report
+    report.notes += notes_of(batches)
+    with calibration_mode(model, execution.device):
+        with report.timed("trace"):
+            traced = trace_or_read(model, batches, request.tracing)
+        found = find_linears(dict.fromkeys(b.trace for b in traced), model, request.filter_fn)
+        found, weights = _tried(model, batches, traced, found, request, execution, report)
+        ledger.checkpoint = _checkpoint(model, traced, found, request, execution)
+        if execution.device is not None:
+            traced = on_device(traced, execution.device)
+        rewrite_sites(traced, found, request, execution, ledger)
+    return weights
+
+
+def _tried(
+    model: nn.Module,
+    batches: list[Batch],
+    traced: list[TracedBatch],
+    found: Found,
+    request: Request,
+    execution: Execution,
+    report: MagRReport,
+) -> tuple[Found, list[QuantizableWeight]]:
+    """Leave out what the target cannot quantize, having tried it; what it is to quantize.
+
+    Raises:
+        ConfigError: the target fails, or nothing is left.
+    """
+    config, quantizer = request.config, request.quantizer
+    weights: list[QuantizableWeight] = []
+    if quantizer is not None:
+        found, weights = leave_out_unquantizable(
+            found,
+            model,
+            quantizer.config,
+            group_size=config.group_size,
+            filter_fn=request.filter_fn,
+        )
+    check_group_size(found.sites, config.group_size)
+    candidates: list[Site | QuantizableWeight] = [*found.sites, *weights]
+    if execution.resident is all_resident:  # others were looked at where they are
+        check_finite((one.name, one.weight) for one in candidates)
+    if request.target is None:
+        return found, weights
+    with report.timed("quantize"):
+        _try_each_kind(candidates, request, execution)
+        if quantizer is not None:
+            trial = Trial.of(batches, traced, execution.resident, execution.device)
+            found, weights = leave_out_unrunnable(found, weights, model, quantizer.config, trial)
+            if quantizer.options.rounding == "nearest":
+                weights = keep_stacks(weights, model, quantizer.config, trial)
+    return found, weights
+
+
+def _try_each_kind(
+    candidates: list[Site | QuantizableWeight], request: Request, execution: Execution
+) -> None:
+    """Have the target quantize a copy of one weight of each shape and dtype."""
+    if request.target is None:
+        return
+    kinds: dict[Any, Site | QuantizableWeight] = {}
+    for one in candidates:
+        kinds.setdefault((one.weight.shape, one.weight.dtype), one)
+    with execution.resident([one.weight for one in kinds.values()]):
+        # Looked at only now: where a weight is depends on its being in memory.
+        matrices = [(one.name, one.weight) for one in kinds.values()]
+        try_target(matrices, request.target.config, gptq=request.makes_tensors)
+
+
+def _checkpoint(
+    model: nn.Module,
+    traced: list[TracedBatch],
+    found: Found,
+    request: Request,
+    execution: Execution,
+) -> Checkpoint | None:
+    """Where the run is saved; several ranks also see to it that they are at the same one.
+
+    Raises:
+        CheckpointError: the directory belongs to another run, or cannot be used.
+        DistributedError: the ranks were called otherwise.
+    """
+    folder, ranks, target = request.folders.checkpoint, execution.ranks, request.target
+    if folder is None and ranks.world == 1:
+        return None
+    options = {
+        "config": request.config.as_dict(),
+        "target": None if target is None else described_in_full(target.config),
+        "handling": None if target is None else asdict(target.options),
+        "sites": [site.name for site in found.sites],
+        "strict": request.strict,
+        "devices": execution.names_of_devices(model),
+    }
+    owned = [*model.named_parameters(), *model.named_buffers()]
+    known = fingerprint(traced, owned, options, execution.resident)
+    ranks.agree_on(known)
+    return None if folder is None else Checkpoint(folder, known, ranks)

@@ -1,0 +1,48 @@
+"""A weight that torchao is to quantize, and where the model holds it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from magr_fx.passes.known_layers.as_linears import Rebuilt
+
+
+class Place(NamedTuple):
+    """Where the model holds a weight; a tied one has several places."""
+
+    module: nn.Module
+    key: str
+    name: str
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether ``quantize_`` takes it by default."""
+        return (
+            self.key == "weight"
+            and isinstance(self.module, nn.Linear)
+            # The class that nn.MultiheadAttention gives its out_proj to keep quantizers away.
+            and not isinstance(self.module, NonDynamicallyQuantizableLinear)
+        )
+
+
+class QuantizableWeight(NamedTuple):
+    """A weight that torchao is to quantize: a whole parameter, and every place that holds it.
+
+    Or a part of one, or one that is stored transposed: then ``rebuilt`` is the module that has to
+    be built anew with linears, and ``path`` the linear in it that will hold the weight.
+    """
+
+    name: str
+    weight: torch.Tensor
+    places: list[Place]
+    rebuilt: Rebuilt | None = None
+    path: str = ""
+    covers: tuple[str, ...] = ()  # of a stack: the names of its matrices
+
+    @property
+    def is_linear(self) -> bool:
+        return all(place.is_linear for place in self.places)

@@ -1,0 +1,134 @@
+"""What a torchao config says of how it quantizes, and what we are to prepare it for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Any
+
+from torchao.core.config import AOBaseConfig
+from torchao.quantization.granularity import PerAxis, PerGroup, PerRow, PerTensor
+
+from magr_fx.config import QuantizeOptions
+from magr_fx.errors import ConfigError
+from magr_fx.passes.handover.torchao_rounding import GPTQ_CONFIGS
+from magr_fx.rounding.row_pieces import MULTIPLE
+
+# The field that holds the weight's granularity, by the name of the config: names, because some of
+# these classes are torchao prototypes that cost an import, or are gone in another release.
+_GRANULARITY_FIELD = {
+    "IntxWeightOnlyConfig": "granularity",
+    "Int8WeightOnlyConfig": "granularity",
+    "Int4WeightOnlyConfig": "group_size",
+    "PrototypeInt4WeightOnlyConfig": "group_size",
+    "UIntxWeightOnlyConfig": "group_size",
+    "Int8DynamicActivationIntxWeightConfig": "weight_granularity",
+    "Int8DynamicActivationInt8WeightConfig": "granularity",
+    "Int8DynamicActivationInt4WeightConfig": "group_size",
+    "Int8DynamicActivationUIntxWeightConfig": "group_size",
+}
+# One step for each row of a weight [out, in], or one for all of them.
+_WHOLE_ROWS = (None, PerAxis(0), PerRow(-1), PerRow(1), PerTensor())
+
+
+# Algorithms for scales and zero points that look at one row, or one group, at a time.
+_BY_ROW = ("affine", "tinygemm", "min_max")
+
+
+@dataclass(frozen=True)
+class Target:
+    """The torchao config that will quantize, and how its quantization is prepared."""
+
+    config: AOBaseConfig
+    options: QuantizeOptions
+
+
+def target_group_size(target: AOBaseConfig) -> int | None:
+    """Inputs per quantization group of a torchao config; None where it quantizes whole rows.
+
+    Raises:
+        ConfigError: ``target`` is no int weight-only or dynamic-activation int weight config, or
+            quantizes something else than rows or groups of inputs.
+    """
+    kind = type(target).__name__
+    name = _GRANULARITY_FIELD.get(kind)
+    if name is None or not isinstance(target, AOBaseConfig):
+        raise ConfigError(
+            f"target must be a torchao config that quantizes weights to integers "
+            f"({', '.join(_GRANULARITY_FIELD)}), got "
+            f"{kind if isinstance(target, AOBaseConfig) else repr(target)}. Give an instance, such "
+            "as IntxWeightOnlyConfig(weight_dtype=torch.int4); for several configs run "
+            "magr_transform once with a filter_fn for each, then torchao's quantize_"
+        )
+    granularity = getattr(target, name)
+    if isinstance(granularity, (list, tuple)):  # (activation, weight)
+        granularity = granularity[1]
+    if granularity in _WHOLE_ROWS:
+        return None
+    group_size = granularity.group_size if isinstance(granularity, PerGroup) else granularity
+    if isinstance(group_size, int):
+        return group_size
+    raise ConfigError(
+        f"target must quantize rows, or groups of inputs, as MagR does, got {describe(target)}"
+    )
+
+
+def shares_one_step(target: AOBaseConfig) -> bool:
+    """Whether all rows of a weight have one step between them."""
+    granularity = getattr(target, _GRANULARITY_FIELD[type(target).__name__])
+    if isinstance(granularity, (list, tuple)):
+        granularity = granularity[1]
+    return isinstance(granularity, PerTensor)
+
+
+def rows_are_independent(target: AOBaseConfig) -> bool:
+    """Whether what becomes of a row does not depend on which others are quantized with it."""
+    return not shares_one_step(target) and not any(
+        _couples_rows(name, value) for name, value in fields_of(target).items()
+    )
+
+
+def _couples_rows(name: str, value: Any) -> bool:
+    """Whether a field of a config chooses scales by something that looks at all rows at once.
+
+    HQQ stops when the error of the whole weight does. An algorithm that is not known may, too.
+    """
+    chosen = str(value.value if isinstance(value, Enum) else value).lower()
+    if name.endswith("choose_qparams_algorithm"):
+        return chosen not in _BY_ROW
+    return "hqq" in chosen or ("hqq" in name.lower() and bool(value))
+
+
+def fields_of(target: AOBaseConfig) -> dict[str, Any]:
+    """Every field of a config with its value, those that have their default value too."""
+    return {field.name: getattr(target, field.name) for field in fields(target)}
+
+
+def row_multiple(target: AOBaseConfig) -> int:
+    """Where stacked weights may be cut between two rows, for each part to be quantized by itself.
+
+    Tensors that are packed for a kernel come in panels of rows, which a cut must not go through
+    (16 of PrototypeInt4WeightOnlyConfig on a CPU). All weights of a stack have whole panels, so
+    that a multiple of :data:`magr_fx.rounding.row_pieces.MULTIPLE` is between two in each of them.
+    """
+    return 1 if type(target).__name__ in GPTQ_CONFIGS else MULTIPLE
+
+
+def describe(target: AOBaseConfig) -> str:
+    """A config of the table in brief: its class and the fields that differ from the defaults.
+
+    For people only: nothing is decided by it, since another torchao can have other defaults.
+    """
+    usual = vars(type(target)())
+    changed = [
+        f"{name}={value if isinstance(value, Enum) else repr(value)}"
+        for name, value in vars(target).items()
+        if value != usual.get(name)
+    ]
+    return f"{type(target).__name__}({', '.join(changed)})"
+
+
+def described_in_full(target: AOBaseConfig) -> str:
+    """All that a config says: equal for two only if they ask for the same."""
+    said = ", ".join(f"{name}={value!r}" for name, value in fields_of(target).items())
+    return f"{type(target).__module__}.{type(target).__qualname__}({said})"

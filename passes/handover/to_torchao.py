@@ -1,0 +1,135 @@
+"""rewritten model → torchao: a trial of the target, the hand-over, and proof that it took."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torchao.core.config import AOBaseConfig
+from torchao.quantization import FqnToConfig, quantize_
+from torchao.quantization.utils import recommended_inductor_config_setter
+
+from magr_fx.errors import ConfigError, HandoverError
+from magr_fx.machine.memory import is_out_of_memory
+from magr_fx.passes.graphs.torchao_private import is_quantized
+from magr_fx.passes.handover.quantizable_weight import Place, QuantizableWeight
+from magr_fx.passes.handover.target import describe
+from magr_fx.passes.handover.torchao_rounding import GPTQ_CONFIGS, has_grid, quantized_copy
+from magr_fx.passes.known_layers.as_linears import Rebuilt, replace_module
+
+
+def try_target(
+    weights: Iterable[tuple[str, torch.Tensor]], target: AOBaseConfig, *, gptq: bool = False
+) -> None:
+    """Quantize a copy of one weight of each shape, so that a config that fails does so now.
+
+    Raises:
+        ConfigError: torchao refuses the config on this machine, or would skip the weight, or
+            (``gptq``) makes something of it that cannot take GPTQ's codes.
+    """
+    tried = set()
+    for name, weight in weights:
+        key = (weight.shape, weight.dtype, weight.device)
+        if key in tried:
+            continue
+        tried.add(key)
+        what = f"{name} {tuple(weight.shape)} ({weight.dtype}, {weight.device})"
+        try:
+            quantized = quantized_copy(weight, target)
+        except Exception as error:  # whatever a kernel or a config of torchao raises
+            if is_out_of_memory(error):
+                raise
+            raise ConfigError(
+                f"torchao cannot quantize {what} with {describe(target)}: "
+                f"{type(error).__name__}: {error}. Leave the layer out with filter_fn, or choose "
+                "another config"
+            ) from error
+        if not is_quantized(quantized):
+            raise ConfigError(
+                f"torchao would silently leave {what} as it is with {describe(target)}. Leave the "
+                f"layer out with filter_fn, or choose a group size that divides {weight.shape[1]}"
+            )
+        try:
+            token = weight.new_ones(1, weight.shape[1])
+            usable = bool(functional.linear(token, quantized).isfinite().all())
+        except Exception as error:  # whatever a kernel of torchao raises
+            if is_out_of_memory(error):
+                raise
+            raise ConfigError(
+                f"torchao quantizes {what} with {describe(target)}, but what it makes of it does "
+                f"not run here: {type(error).__name__}: {error}. Choose another config or dtype"
+            ) from error
+        if not usable:
+            raise ConfigError(
+                f"torchao makes NaN or Inf of {what} with {describe(target)}. Choose another config"
+            )
+        if gptq and not has_grid(quantized):
+            raise ConfigError(
+                f'rounding="gptq" cannot serve {describe(target)}: it needs whole-number '
+                f"codes with a scale for each row or group, and got {type(quantized).__name__}. "
+                f"It serves {', '.join(GPTQ_CONFIGS)}, per axis and per group, unpacked"
+            )
+
+
+def _with_places(model: nn.Module, weights: Iterable[QuantizableWeight]) -> list[QuantizableWeight]:
+    """The weights, each with the places that hold it, once modules are built anew for them."""
+    built: dict[Rebuilt, nn.Module] = {}
+    result = []
+    for weight in weights:
+        if weight.rebuilt is None:
+            result.append(weight)
+            continue
+        if weight.rebuilt not in built:
+            built[weight.rebuilt] = replace_module(model, weight.rebuilt)
+        linear = built[weight.rebuilt].get_submodule(weight.path)
+        name = ".".join(part for part in (weight.rebuilt.name, weight.path, "weight") if part)
+        result.append(weight._replace(places=[Place(linear, "weight", name)]))
+    return result
+
+
+def hand_over(
+    model: nn.Module,
+    target: AOBaseConfig,
+    weights: Iterable[QuantizableWeight],
+    tensors: Mapping[str, torch.Tensor],
+) -> None:
+    """Quantize the weights with torchao's ``quantize_``, and prove that it did.
+
+    The weight of an nn.Linear goes by its module, as ``quantize_`` does by default; any other
+    parameter goes by its name. Where ``tensors`` has a tensor for the weight's name, with codes
+    of our own, it takes the weight's place instead.
+
+    Raises:
+        HandoverError: a weight is no torchao tensor afterwards; the message lists which.
+    """
+    weights = _with_places(model, weights)
+    places = [place for weight in weights for place in weight.places]
+
+    def is_open(module: nn.Module, key: str) -> bool:
+        return not is_quantized(getattr(module, key))
+
+    for weight in weights:
+        if weight.name in tensors:
+            own = nn.Parameter(tensors[weight.name], requires_grad=False)
+            for module, key, _ in weight.places:
+                setattr(module, key, own)
+    if tensors and getattr(target, "set_inductor_config", False):
+        recommended_inductor_config_setter()  # as quantize_ does
+    linears = {id(place.module) for place in places if place.is_linear and is_open(*place[:2])}
+    if linears:
+        # A module that the model holds twice is asked about twice: hence is_open.
+        quantize_(model, target, lambda m, _: id(m) in linears and is_open(m, "weight"))
+    for module, key, _ in (place for place in places if not place.is_linear):
+        if is_open(module, key):
+            quantize_(module, FqnToConfig(OrderedDict({key: target})), filter_fn=None)
+
+    left = [place.name for place in places if is_open(place.module, place.key)]
+    if left:
+        raise HandoverError(
+            f"torchao left {len(left)} rewritten weights unquantized: {', '.join(left[:5])}. "
+            "Their values are rewritten (see magr_report) and the model is partly quantized: "
+            "load it again and leave these out with filter_fn"
+        )

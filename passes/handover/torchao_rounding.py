@@ -1,0 +1,116 @@
+"""What torchao makes of a weight: its values, its grid, and a tensor with other codes on a grid."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchao.core.config import AOBaseConfig
+from torchao.quantization import FqnToConfig, Int8Tensor, IntxUnpackedToInt8Tensor, quantize_
+from torchao.quantization.quant_primitives import _DTYPE_TO_QVALUE_BOUNDS
+
+from magr_fx.rounding.grid import Grid, stacked
+
+# The tensors whose values are (qdata - zero_point)·scale, by row or by group, all of it plain.
+GridTensor = (IntxUnpackedToInt8Tensor, Int8Tensor)
+# What makes such tensors.
+GPTQ_CONFIGS = (
+    "IntxWeightOnlyConfig",
+    "Int8WeightOnlyConfig",
+    "Int8DynamicActivationIntxWeightConfig",
+    "Int8DynamicActivationInt8WeightConfig",
+)
+
+
+def quantized_copy(weight: Tensor, target: AOBaseConfig) -> Tensor:
+    """What torchao's ``quantize_`` makes of a weight of an nn.Linear, or of a stack by its name."""
+    if weight.dim() > 2:
+        holder = nn.Module()
+        holder.stack = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        quantize_(holder, FqnToConfig(OrderedDict(stack=target)), filter_fn=None)
+        return holder.stack
+    linear = nn.Linear(1, 1, bias=False, device="meta")
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    if getattr(target, "set_inductor_config", False):  # global settings: for the model itself
+        target = replace(target, set_inductor_config=False)
+    quantize_(linear, target)
+    quantized = linear.weight
+    # torchao has the module refer to itself: the copy would live until Python looks for that.
+    del linear.weight
+    return quantized
+
+
+class TorchaoRounding:
+    """torchao's rounding of weights that are stacked because they share an input.
+
+    Each is quantized by itself, as it will be in the end.
+
+    Args:
+        target: the torchao config.
+        rows: how many rows each weight has.
+    """
+
+    def __init__(self, target: AOBaseConfig, rows: Sequence[int]) -> None:
+        self.target, self.rows = target, list(rows)
+
+    def tensors(self, weight: Tensor) -> list[Tensor]:
+        """torchao's tensor of each of the stacked weights ``[out, in]``."""
+        return [quantized_copy(part, self.target) for part in torch.split(weight, self.rows)]
+
+    def values(self, weight: Tensor) -> Tensor:
+        """What the quantized weights are worth, ``[out, in]`` float32."""
+        return torch.cat([dequantized(tensor) for tensor in self.tensors(weight)])
+
+    def grid(self, weight: Tensor) -> Grid:
+        """The grid that torchao chooses for the weight; only where its tensors are on grids."""
+        return stacked([grid_of(tensor) for tensor in self.tensors(weight)])
+
+    def on_grid(self, weight: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
+        """torchao's tensors with other codes, scales and zero points, each ``[out, ...]``.
+
+        Args:
+            weight: ``[out, in]``: for everything else of the tensors.
+            parts: codes ``[out, in]``, scales and zero points ``[out, groups]``.
+        """
+        tensors = self.tensors(weight)
+        for tensor, *new in zip(tensors, *(torch.split(p, self.rows) for p in parts), strict=True):
+            for name, numbers in zip(("qdata", "scale", "zero_point"), new, strict=True):
+                stored = getattr(tensor, name)
+                if stored is not None:
+                    stored.copy_(numbers)
+        return tensors
+
+
+def dequantized(tensor: Tensor) -> Tensor:
+    """The values ``[out, in]`` of a torchao tensor, float32."""
+    try:
+        values = tensor.dequantize()
+    except NotImplementedError:  # packed for its kernel, which is all that can read it
+        identity = torch.eye(tensor.shape[1], dtype=tensor.dtype, device=tensor.device)
+        values = functional.linear(identity, tensor).T
+    return values.to(torch.float32)
+
+
+def has_grid(tensor: Tensor) -> bool:
+    """Whether :func:`grid_of` can read it: whether GPTQ's codes can take the place of its own."""
+    return isinstance(tensor, GridTensor) and len(tensor.scale) == len(tensor)  # no PerTensor
+
+
+def grid_of(tensor: Tensor) -> Grid:
+    """The grid of a torchao tensor for which :func:`has_grid` holds."""
+    stored: Any = tensor
+    scale, zero = stored.scale, stored.zero_point
+    if isinstance(tensor, IntxUnpackedToInt8Tensor):
+        low, high = _DTYPE_TO_QVALUE_BOUNDS[tensor.target_dtype]
+    else:
+        low, high = _DTYPE_TO_QVALUE_BOUNDS[torch.int8]
+        if getattr(tensor, "reduce_range", False):
+            low, high = low // 2, high // 2
+    zero = torch.zeros_like(scale, dtype=torch.int8) if zero is None else zero
+    return Grid(scale, zero, low, high, tensor.dtype)

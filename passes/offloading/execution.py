@@ -1,0 +1,67 @@
+"""Where the work is done: on which ranks and device, with which weights in memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from magr_fx.machine.ranks import ALONE, Ranks
+from magr_fx.passes.offloading.offloaded import (
+    execution_device,
+    is_offloaded,
+    offloaded_weights_loaded,
+)
+from magr_fx.passes.offloading.resident import Resident, all_resident
+from magr_fx.passes.offloading.sharded import device_of_shards, is_sharded, sharded_weights_gathered
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where the work is done.
+
+    Attributes:
+        ranks: those that share it, and end with the same weights and report.
+        resident: has those weights in memory that are worked on.
+        device: where blocks are run and solved; None is wherever their weights are.
+    """
+
+    ranks: Ranks = ALONE
+    resident: Resident = all_resident
+    device: torch.device | None = None
+
+    def names_of_devices(self, model: nn.Module) -> str:
+        """Where each rank works, as text: what a run has saved is of these devices."""
+        places = {str(p.device) for p in model.parameters()}
+        if self.device is not None:
+            places = {str(self.device)}
+        names = self.ranks.gather(", ".join(sorted(places)))
+        return "; ".join(names if len(set(names)) > 1 else names[:1])
+
+
+def is_elsewhere(model: object) -> bool:
+    """Whether weights of the model are offloaded, or sharded over ranks."""
+    return is_offloaded(model) or is_sharded(model)
+
+
+@contextlib.contextmanager
+def execution_of(model: nn.Module, ranks: Ranks) -> Iterator[Execution]:
+    """Where a model is worked on, for as long as it is open; see the two ways it may be stored.
+
+    An offloaded model has addresses for its weights meanwhile (:mod:`offloaded`), a
+    sharded one whole parameters (:mod:`sharded`); any other stays as it is.
+
+    Raises:
+        ModelError: the weights cannot be had, or are NaN or Inf.
+    """
+    if is_sharded(model):
+        device = device_of_shards(model)
+        around = sharded_weights_gathered(model, ranks, device)
+    else:
+        device = execution_device(model)
+        around = offloaded_weights_loaded(model, device)
+    with around as resident:
+        yield Execution(ranks, resident, device)

@@ -1,0 +1,253 @@
+"""traced batches → rewritten weights: the steps that magr_transform and MagRPass share."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import closing
+from dataclasses import replace
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from magr_fx.config import MagRConfig, QuantizeOptions
+from magr_fx.errors import CalibrationError, ConfigError
+from magr_fx.machine.memory import high_water_mark
+from magr_fx.machine.ranks import Ranks
+from magr_fx.passes.collecting.collect_grams import CalibrationRun
+from magr_fx.passes.collecting.few_tokens import fill_up
+from magr_fx.passes.collecting.shared_gram import SharedGram
+from magr_fx.passes.finding.find_linears import Found
+from magr_fx.passes.graphs.trace import TracedBatch
+from magr_fx.passes.handover.target import Target, target_group_size
+from magr_fx.passes.offloading.execution import Execution
+from magr_fx.passes.rewriting.coverage import refuse_failed, refuse_uncovered
+from magr_fx.passes.rewriting.ledger import Ledger
+from magr_fx.passes.rewriting.request import Request
+from magr_fx.passes.rewriting.share_solves import exchange, plan
+from magr_fx.passes.rewriting.solve_sites import (
+    batch_same_shape,
+    quantize_and_rewrite,
+    solve_and_rewrite,
+)
+from magr_fx.reporting.block_log import log_block
+from magr_fx.reporting.report import MagRReport, SiteReport
+
+logger = logging.getLogger("magr_fx")
+
+
+def resolve_config(config: MagRConfig | None, target: Any, *, required: bool = False) -> MagRConfig:
+    """The options to solve with: the given or the default ones, with what the target says.
+
+    Raises:
+        ConfigError: ``config`` or ``target`` is of the wrong type, or they disagree.
+    """
+    if not (config is None or isinstance(config, MagRConfig)):
+        raise ConfigError(
+            f"config must be a MagRConfig or None, got {type(config).__name__}; a torchao config "
+            "goes into target"
+        )
+    config = config or MagRConfig()
+    if config.step is not None:
+        raise ConfigError(
+            f'a MagRConfig with step="{config.step}" belongs into torchao\'s quantize_(model, '
+            "config), with the calibration run in between; leave step and base_config out here, "
+            "and give the torchao config as target"
+        )
+    if target is None and not required:
+        if config.alpha == "auto":
+            raise ConfigError(
+                'alpha="auto" chooses by what the target makes of each row: give a target, the '
+                "torchao config that will quantize the model, or a number for alpha"
+            )
+        return config
+    config = config.for_groups_of(target_group_size(target))
+    return replace(config, alpha="auto") if config.alpha is None else config
+
+
+def target_for_rewriting(
+    config: MagRConfig, target: Any, propagate: bool | None, holdout: float
+) -> Target | None:
+    """How the target takes part in rewriting the weights; None where it only sets the groups.
+
+    Raises:
+        ConfigError: the options do not go together.
+    """
+    options = QuantizeOptions(propagate=propagate is not False, holdout=holdout)
+    if config.alpha == 0:
+        raise ConfigError("alpha=0 shrinks nothing, so that there is nothing to transform")
+    if target is None and propagate:
+        raise ConfigError("propagate needs a target: what is propagated is what it quantizes")
+    if config.alpha != "auto" and not propagate:
+        return None
+    return Target(target, options)
+
+
+def rewrite_sites(
+    traced: list[TracedBatch],
+    found: Found,
+    request: Request,
+    execution: Execution,
+    ledger: Ledger,
+) -> None:
+    """Check the calibration, then solve and rewrite every site, block by block.
+
+    Nothing is written before every batch has run once and every activation was finite. Should
+    the work be interrupted after that, the report holds exactly the sites that were rewritten.
+
+    Args:
+        traced: the calibration batches, each with its trace.
+        found: the sites.
+        request: what was asked for.
+        execution: where the work is done.
+        ledger: what is done, and its report; a run that was cut short goes on from its checkpoint.
+
+    Raises:
+        CalibrationError: an activation is NaN or Inf, or no token counts.
+        CoverageError: ``strict``, and a weight is not rewritten.
+    """
+    run = CalibrationRun(
+        traced,
+        found.sites,
+        propagate=request.propagates,
+        holdout=request.holdout,
+        resident=execution.resident,
+        ranks=execution.ranks,
+        spill=request.folders.spill,
+    )
+    _describe(run, traced, ledger.report)
+    saved = ledger.saved()
+    if saved is None:
+        _check(run, found, request, ledger.report)
+    try:
+        ledger.restore(saved, found.sites, execution.resident, gptq=request.makes_tensors)
+        _rewrite_blocks(run, saved, request, execution.ranks, ledger)
+    except BaseException as error:
+        ledger.interrupted(error, gptq=request.makes_tensors)
+        raise
+    finally:
+        ledger.close(found.rejections)
+    ledger.count_saved(execution.ranks)
+    _warn_of_overfitting(ledger.report)
+    if request.strict:
+        refuse_failed(ledger.report, written=not request.makes_tensors)
+
+
+def _describe(run: CalibrationRun, traced: list[TracedBatch], report: MagRReport) -> None:
+    """Put into the report what it says of the calibration."""
+    report.batches = len(traced)
+    report.traces = len({batch.trace for batch in traced})
+    report.tracer, report.refusal = traced[0].trace.tracer, traced[0].trace.refusal
+    report.notes += run.notes
+
+
+def _check(run: CalibrationRun, found: Found, request: Request, report: MagRReport) -> None:
+    """Look at the whole calibration before anything is changed.
+
+    What is unclear of the inputs is logged.
+
+    Raises:
+        CalibrationError: an activation is NaN or Inf, or no token counts.
+        CoverageError: ``strict``, and a weight would not be rewritten.
+    """
+    with report.timed("check"):
+        run.check(progress=request.progress)
+    for note in run.notes:
+        logger.warning("%s", note)
+    unfed = run.unfed()
+    if len(unfed) == len(found.sites):
+        raise CalibrationError(
+            f"no token of the {report.batches} calibration batches counts: all are padding by "
+            "their masks, or the inputs are empty; nothing was changed. In attention_mask 1 (or 0, "
+            "if it is added to the scores) stands for a token"
+        )
+    if request.strict:
+        refuse_uncovered(found.rejections, unfed, request.filter_fn)
+
+
+def _rewrite_blocks(
+    run: CalibrationRun,
+    saved: dict[str, Any] | None,
+    request: Request,
+    ranks: Ranks,
+    ledger: Ledger,
+) -> None:
+    """Take one step of the calibration after the other, and rewrite the sites that each ends.
+
+    ``saved`` is what an earlier run saved last, which loses its boundary to this one.
+    """
+    steps = run.collect(
+        after=None if saved is None else (saved["step"], saved.pop("boundary")),
+        save=None if ledger.checkpoint is None else ledger.save,
+        progress=request.progress,
+    )
+    finished: list[SharedGram] | None = None
+    started = perf_counter()
+    with closing(steps):  # gives the model its buffers back, whatever happens here
+        while True:
+            with ledger.timed("grams"):
+                try:  # what takes the place of weights is held by nobody but the run
+                    finished = steps.send(None if finished is None else ledger.end_step(finished))
+                except StopIteration:
+                    return
+            fill_up(finished)
+            _rewrite(finished, request, ledger, ranks)
+            memory = high_water_mark(finished[0].sites[0].parameter.device)
+            now = perf_counter()
+            log_block(*run.working_on, ledger.step.rows, now - started, memory)
+            started = now
+
+
+def _rewrite(finished: list[SharedGram], request: Request, ledger: Ledger, ranks: Ranks) -> None:
+    """Solve and rewrite the sites of grams that are complete."""
+    config, target, step = request.config, request.target, ledger.step
+    whole, owners, split = plan(finished, target, ranks)
+    own = [shared for shared, owner in zip(whole, owners, strict=True) if owner == ranks.rank]
+    device = finished[0].sites[0].parameter.device.type
+    with torch.autocast(device, enabled=False):  # the caller's is for the forward
+        for together in batch_same_shape(own):
+            if target is None:
+                solve_and_rewrite(together, config, ledger)
+            else:
+                for one in together:
+                    quantize_and_rewrite(one, config, target, ledger)
+        exchange(whole, owners, step, target, ranks)
+        for shared in split:
+            if target is None:
+                solve_and_rewrite([shared], config, ledger, ranks)
+            else:
+                quantize_and_rewrite(shared, config, target, ledger, ranks)
+    if split:  # each has its own seconds, and memory
+        step.rows = ranks.gather(step.rows)[0]
+
+
+def _warn_of_overfitting(report: MagRReport) -> None:
+    if report.overfitted:
+        logger.warning(
+            "%d sites gain much less over torchao alone on the held-out tokens than on the "
+            "calibration, %s for one: calibrate on more text, and more kinds of it, or raise "
+            "damping",
+            len(report.overfitted),
+            report.overfitted[0].name,
+        )
+
+
+def rewrite_alone(shared: SharedGram, config: MagRConfig, target: Target | None) -> SiteReport:
+    """Solve and rewrite the one site of a gram that is complete, outside of any graph.
+
+    Args:
+        shared: its site, its gram and the number of tokens in that.
+        config: how to solve, resolved for the target.
+        target: what will quantize the site, and takes part, without propagation and to the
+            nearest; None rewrites without it.
+
+    Returns:
+        What happened to the site. A failed one keeps its weight.
+    """
+    ledger = Ledger(MagRReport(config))
+    with torch.autocast(shared.sites[0].parameter.device.type, enabled=False):
+        if target is None:
+            solve_and_rewrite([shared], config, ledger)
+        else:
+            quantize_and_rewrite(shared, config, target, ledger)
+    return ledger.rows[0]

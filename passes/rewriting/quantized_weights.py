@@ -1,0 +1,179 @@
+"""One gram's sites → what each becomes under the target: chosen, rounded, and judged."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from magr_fx.config import MagRConfig
+from magr_fx.grams.drift import compensate_input_error
+from magr_fx.grams.gram import damped, output_energy, relative_error, within_range
+from magr_fx.iterations.solution import Status
+from magr_fx.machine.ranks import ALONE, Ranks
+from magr_fx.passes.collecting.shared_gram import SharedGram
+from magr_fx.passes.finding.find_linears import Site
+from magr_fx.passes.handover.target import (
+    Target,
+    row_multiple,
+    rows_are_independent,
+    shares_one_step,
+)
+from magr_fx.passes.handover.torchao_rounding import TorchaoRounding, dequantized, grid_of
+from magr_fx.reporting.report import Quantization
+from magr_fx.rounding.coordinate_descent import descend
+from magr_fx.rounding.gptq import Compensation, compensation
+from magr_fx.rounding.grid import stacked
+from magr_fx.rounding.rounding import Nearest, OnGrid, Rounded
+from magr_fx.rounding.row_pieces import cut, pieces, within
+from magr_fx.rounding.search import Choice, choose, joined
+
+
+class QuantizedWeight(NamedTuple):
+    """What became of one site."""
+
+    site: Site
+    weight: Tensor  # [out, in], the weight's dtype: what torchao is to quantize
+    tensor: Tensor  # torchao's tensor of it, or one with GPTQ's codes
+    choice: Choice  # its rows
+    report: Quantization
+
+    @property
+    def refusal(self) -> str | None:
+        """Why it must not be written, or None where it may be."""
+        failed = int((self.choice.status == Status.FAILED).sum())
+        if failed:
+            return f"{failed} of {len(self.weight)} rows: {Status.FAILED.sentence}"
+        if not bool(self.choice.rounded.values.isfinite().all()):
+            return "what torchao makes of it is not finite"
+        return None
+
+
+def quantized_weights(
+    shared: SharedGram, config: MagRConfig, target: Target, ranks: Ranks = ALONE
+) -> list[QuantizedWeight]:
+    """Choose, for every row of the sites, what the target is to make of it; nothing is changed.
+
+    Of several ranks each chooses for its part of the rows, and all return the whole.
+
+    Raises:
+        MagRError: the gram or the weight cannot be worked with.
+    """
+    sites = shared.sites
+    rows, columns = [site.shape[0] for site in sites], sites[0].shape[1]
+    whole = torch.cat([site.weight for site in sites])
+    gptq = target.options.rounding == "gptq"
+    gram = within_range(damped(shared.collected, shared.damping(config)))
+    hessian_factor = compensation(gram, by_activation=target.options.act_order) if gptq else None
+    own = ranks.part_of(len(whole), row_multiple(target.config))
+    weight = whole[own]
+    target_weight = weight.to(torch.float32)
+    if shared.drift is not None:
+        target_weight = compensate_input_error(weight, shared.collected, shared.drift)
+    count = 1
+    if rows_are_independent(target.config):  # the same on all ranks, which meet in every piece
+        count = pieces(-(-len(whole) // ranks.world), columns, whole.device)
+    rtns: list[Tensor] = []
+    choices: list[Choice] = []
+    for piece in cut(len(weight), count):
+        stacked_rows = within(rows, slice(own.start + piece.start, own.start + piece.stop))
+        torchao = TorchaoRounding(target.config, stacked_rows)
+        rtn, choice = _choose(
+            weight[piece],
+            target_weight[piece],
+            gram,
+            torchao,
+            config,
+            target,
+            hessian_factor,
+            ranks,
+        )
+        rtns.append(rtn)
+        choices.append(choice)
+        del rtn, choice
+    rtn = rtns[0] if count == 1 else torch.cat(rtns)
+    rtns.clear()  # of each matrix only one copy more than is kept
+    choice = joined(choices)
+    choices.clear()
+    target_weight, rtn, choice = (
+        ranks.concat(target_weight),
+        ranks.concat(rtn),
+        choice.mapped(ranks.concat),
+    )
+    values, parts = choice.rounded
+    torchao = TorchaoRounding(target.config, rows)
+    if gptq:
+        tensors, final = torchao.on_grid(whole, parts), values.to(whole.dtype)
+    else:
+        (final,) = parts
+        tensors = torchao.tensors(final)
+    result = []
+    for at, site in enumerate(sites):
+        part = slice(sum(rows[:at]), sum(rows[: at + 1]))
+        report = _report(shared, choice.rows(part), target_weight[part], rtn[part], values[part])
+        result.append(QuantizedWeight(site, final[part], tensors[at], choice.rows(part), report))
+    return result
+
+
+def _choose(
+    weight: Tensor,
+    target_weight: Tensor,
+    gram: Tensor,
+    torchao: TorchaoRounding,
+    config: MagRConfig,
+    target: Target,
+    hessian_factor: Compensation | None,
+    ranks: Ranks,
+) -> tuple[Tensor, Choice]:
+    """For rows that are worked on together: what torchao alone makes of them, and their choice.
+
+    With GPTQ, ``hessian_factor`` is of the gram.
+    """
+    alone = torchao.tensors(weight)
+    rtn = torch.cat([dequantized(tensor) for tensor in alone])
+    options: dict[str, Any] = {
+        "dtype": weight.dtype,
+        "units": torchao.rows if shares_one_step(target.config) else None,
+        "all_gather_rows": ranks.concat if ranks.world > 1 else None,
+    }
+    if hessian_factor is None:
+        rounding = Nearest(torchao.values)
+        choice = choose(target_weight, gram, rounding, Rounded(rtn, (weight,)), config, **options)
+        return rtn, choice
+    grid = stacked([grid_of(tensor) for tensor in alone])
+    codes = torch.cat([tensor.qdata for tensor in alone])  # type: ignore[attr-defined]
+    alone.clear()
+    first = Rounded(rtn, (codes, grid.scale, grid.zero_point))
+    choice = choose(
+        target_weight, gram, OnGrid(torchao.grid, hessian_factor), first, config, **options
+    )
+    codes, scale, zero = choice.rounded.parts
+    grid = grid._replace(scale=scale, zero_point=zero)
+    if target.options.refine:
+        codes = descend(codes, target_weight, gram, grid, passes=target.options.refine)
+    return rtn, replace(choice, rounded=Rounded(grid.values(codes), (codes, scale, zero)))
+
+
+def _report(
+    shared: SharedGram, choice: Choice, target_weight: Tensor, alone: Tensor, values: Tensor
+) -> Quantization:
+    alphas, counts = torch.unique(choice.alpha, return_counts=True)
+    error_alone, error = _errors(target_weight, alone, values, gram=shared.collected)
+    report = Quantization(
+        alphas={f"{a:g}": n for a, n in zip(alphas.tolist(), counts.tolist(), strict=True)},
+        clip=float(choice.clip.mean()),
+        error_alone=error_alone,
+        error=error,
+    )
+    if shared.held is None or int(shared.held_tokens) == 0:
+        return report
+    held_alone, held = _errors(target_weight, alone, values, gram=shared.held)
+    return replace(report, held_alone=held_alone, held=held)
+
+
+def _errors(target_weight: Tensor, *candidates: Tensor, gram: Tensor) -> list[float]:
+    """The output error of each candidate."""
+    energy = output_energy(target_weight, gram)
+    return [relative_error(output_energy(c - target_weight, gram), energy) for c in candidates]

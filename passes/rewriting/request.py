@@ -1,0 +1,86 @@
+"""What the caller asked for, in one object that every step can read and none can change."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+from magr_fx.config import MagRConfig
+from magr_fx.passes.finding.find_linears import FilterFn, check_filter
+from magr_fx.passes.handover.target import Target
+from magr_fx.passes.tracing.trace_batches import AUTO, Tracing
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where a run may write.
+
+    Attributes:
+        checkpoint: what is saved to go on from after a crash; None saves nothing.
+        spill: the activations between blocks; None keeps them in memory.
+    """
+
+    checkpoint: PathLike | None = None
+    spill: PathLike | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the caller asked for.
+
+    Attributes:
+        config: how to solve, at the group size of the target.
+        target: what will quantize the weights, and takes part in rewriting them; None where they
+            are rewritten without it.
+        tracing: how to trace.
+        filter_fn: which weights to take; None takes all but those that an embedding shares.
+        strict: whether every weight that meets an input has to be rewritten.
+        folders: where to write.
+        progress: whether to show bars; None shows them on a terminal only.
+        quantize: whether the target quantizes the model afterwards.
+
+    Raises:
+        ConfigError: ``filter_fn`` cannot be called with a module and a name.
+    """
+
+    config: MagRConfig
+    target: Target | None = None
+    tracing: Tracing = AUTO
+    filter_fn: FilterFn | None = None
+    strict: bool = False
+    folders: Folders = Folders()
+    progress: bool | None = None
+    quantize: bool = False
+
+    def __post_init__(self) -> None:
+        check_filter(self.filter_fn)
+
+    @property
+    def quantizer(self) -> Target | None:
+        """The target, where it quantizes the model afterwards."""
+        return self.target if self.quantize else None
+
+    @property
+    def makes_tensors(self) -> bool:
+        """Whether torchao's tensors are made at once (GPTQ), and no weight is rewritten."""
+        return self.target is not None and self.target.options.rounding == "gptq"
+
+    @property
+    def propagates(self) -> bool:
+        """Whether each layer is calibrated behind the quantized ones."""
+        return self.target is not None and self.target.options.propagate
+
+    @property
+    def holdout(self) -> float:
+        """The share of the tokens that no weight is fitted to."""
+        return 0.0 if self.target is None else self.target.options.holdout
+
+    def without_values(self) -> Request:
+        """The same for a model whose weights are elsewhere while it is traced.
+
+        Raises:
+            ConfigError: the tracer that was asked for runs the model.
+        """
+        return replace(self, tracing=self.tracing.without_values())

@@ -1,0 +1,287 @@
+"""What forward assigns while a model is traced or tried is taken back afterwards."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import functools
+import random
+import sys
+import sysconfig
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from magr_fx.passes.graphs.torch_private import version_of
+from magr_fx.passes.tracing.function_caches import (
+    CONTAINERS,
+    contents,
+    function_caches_kept,
+    refill,
+)
+
+# Whose objects are left alone: they are no state of a model, or keep it in places of their own.
+_FOREIGN = frozenset({"torch", "torchao", "accelerate", "numpy", "logging", "builtins"})
+_NO_STATE = (
+    types.BuiltinFunctionType, types.ModuleType, str, bytes, int, float, complex, bool, type(None),
+)  # fmt: skip
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_INSTALLED = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+_ARRAYS = (np.ndarray, bytearray, array.array)
+_STANDARD = sys.stdlib_module_names - {"__main__"}
+_ABSENT = object()
+
+
+class _State:
+    """Everything that can be reached from a model's modules and holds something, and what it holds.
+
+    Such are the attributes of modules, of other objects, and of the classes of both; dicts, lists,
+    sets, deques and arrays; and what the functions among them hold: what they enclose, their
+    defaults, and the globals that they name. So hooks are followed to where they write. Of
+    installed packages only those files' globals count that define the model's modules.
+
+    Attributes:
+        tensors: those that are found on the way: also what is no parameter and no buffer.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self._known: dict[int, Any] = {}  # by id: which is kept, so that no other gets its id
+        self._undo: list[Callable[[], Any]] = []
+        self._modules = {type(module).__module__ for module in model.modules()}
+        pending: list[Any] = list(model.modules())
+        while pending:
+            pending.extend(self._keep(pending.pop()))
+        own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        others = [t for t in self.tensors if id(t) not in own and _has_values(t)]
+        self._values = [(tensor, version_of(tensor), tensor.detach().clone()) for tensor in others]
+
+    def restore(self) -> None:
+        """Have the same objects in the same places again."""
+        for undo in self._undo:
+            undo()
+        self._restore_values()
+
+    @torch.no_grad()
+    def _restore_values(self) -> None:
+        for tensor, version, before in self._values:
+            if version_of(tensor) != version:
+                tensor.copy_(before)
+
+    def _keep(self, value: Any) -> list[Any]:
+        """Keep what is in a value; returns that, to go on with."""
+        if id(value) in self._known:
+            return []
+        self._known[id(value)] = value
+        if isinstance(value, torch.Tensor):
+            self.tensors.append(value)
+        elif isinstance(value, type):
+            return self._keep_class(value)
+        elif isinstance(value, types.FunctionType):
+            return self._keep_function(value)
+        elif isinstance(value, (*_GENERATORS, *_ARRAYS)):
+            generates = isinstance(value, _GENERATORS)
+            self._undo.append(_generator_undo(value) if generates else _array_undo(value))
+        elif not isinstance(value, _NO_STATE):
+            inside = [*self._held(value), *_joined(value)]
+            if inside or isinstance(value, nn.Module) or _package(type(value)) not in _FOREIGN:
+                return inside + self._keep_attributes(value)
+        return []
+
+    def _held(self, value: Any) -> list[Any]:
+        """What is in a container, which is kept."""
+        if not isinstance(value, CONTAINERS):
+            return []
+        kept = contents(value)
+        self._undo.append(functools.partial(refill, value, kept))
+        return list(kept.values()) if isinstance(kept, dict) else kept
+
+    def _keep_attributes(self, value: Any) -> list[Any]:
+        attributes = getattr(value, "__dict__", None)
+        inside: list[Any] = [type(value)]
+        if isinstance(attributes, dict):
+            inside += self._held(attributes)
+        names = _slots(type(value))
+        if names:
+            kept = {name: getattr(value, name, _ABSENT) for name in names}
+            self._undo.append(functools.partial(_reset_slots, value, kept))
+            inside += kept.values()
+        return inside
+
+    def _keep_class(self, kind: type) -> list[Any]:
+        if _is_foreign(kind.__module__):
+            return []
+        own = {n: v for n, v in vars(kind).items() if not n.startswith("__")}
+        self._undo.append(functools.partial(_reset_class, kind, own))
+        return [*own.values(), vars(kind).get("__call__"), *kind.__bases__]
+
+    def _keep_function(self, function: types.FunctionType) -> list[Any]:
+        if _is_foreign(function.__module__):
+            return []
+        inside = [function.__defaults__, function.__kwdefaults__]
+        if function.__module__ in self._modules or not _is_installed(function.__code__):
+            every = function.__globals__
+            named = {name: every.get(name, _ABSENT) for name in _names(function.__code__)}
+            self._undo.append(functools.partial(_reset_globals, every, named))
+            inside += named.values()
+        for cell in function.__closure__ or ():
+            content = _content(cell)
+            self._undo.append(functools.partial(_reset_cell, cell, content))
+            inside.append(content)
+        return inside + self._held(function.__dict__)
+
+
+@contextlib.contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Take back what forward assigns anywhere in the model, also after an error.
+
+    Attributes of modules, of their classes, and of the objects that they hold are the same objects
+    again, and so is what is in their dicts, lists, sets and deques; tensors in there have their
+    values. What functions of its code keep has none of a tracer's tensors, see
+    :mod:`function_caches`. Parameters and buffers are not copied: it yields all
+    tensors that the model holds, for those who watch what is written to them.
+
+    Raises:
+        RuntimeError: forward made parameters, which a trace would then have instead of them.
+    """
+    state = _State(model)
+    parameters = [id(parameter) for parameter in model.parameters()]
+    try:
+        with function_caches_kept(model):
+            yield state.tensors
+        if [id(parameter) for parameter in model.parameters()] != parameters:
+            raise RuntimeError("forward creates parameters; run the model on one input first")
+    finally:
+        state.restore()
+
+
+@contextlib.contextmanager
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """The same, and the values of the model's buffers, whoever writes to them."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        with attributes_kept(model):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+def _joined(value: Any) -> list[Any]:
+    """What is in a value that is made of others for good."""
+    if isinstance(value, (tuple, frozenset)):
+        return list(value)
+    if isinstance(value, types.MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, (staticmethod, classmethod)):
+        return [value.__func__]
+    return [value.fget] if isinstance(value, property) else []
+
+
+def _reset_slots(owner: Any, kept: dict[str, Any]) -> None:
+    for name, value in kept.items():
+        if value is not _ABSENT:
+            object.__setattr__(owner, name, value)
+        elif hasattr(owner, name):
+            object.__delattr__(owner, name)
+
+
+def _reset_class(kind: type, own: dict[str, Any]) -> None:
+    for name in [n for n in vars(kind) if n not in own and not n.startswith("__")]:
+        delattr(kind, name)
+    for name, value in own.items():
+        if vars(kind).get(name, _ABSENT) is not value:
+            setattr(kind, name, value)
+
+
+def _reset_globals(all_of_them: dict[str, Any], named: dict[str, Any]) -> None:
+    for name, value in named.items():
+        if value is _ABSENT:
+            all_of_them.pop(name, None)
+        elif all_of_them.get(name, _ABSENT) is not value:
+            all_of_them[name] = value
+
+
+def _reset_cell(cell: types.CellType, content: Any) -> None:
+    if content is not _ABSENT:
+        cell.cell_contents = content
+    elif _content(cell) is not _ABSENT:
+        del cell.cell_contents
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing was assigned yet
+        return _ABSENT
+
+
+def _generator_undo(generator: Any) -> Callable[[], Any]:
+    """Have a generator draw the same numbers again."""
+    if isinstance(generator, torch.Generator):
+        return functools.partial(generator.set_state, generator.get_state())
+    if isinstance(generator, random.Random):
+        return functools.partial(generator.setstate, generator.getstate())
+    if isinstance(generator, np.random.RandomState):
+        return functools.partial(generator.set_state, generator.get_state())
+    bits: Any = generator.bit_generator
+    return functools.partial(setattr, bits, "state", bits.state)
+
+
+def _array_undo(values: Any) -> Callable[[], Any]:
+    """Have an array hold the same values again; one that is on a disk, or locked, is left alone."""
+    if isinstance(values, np.ndarray):
+        if isinstance(values, np.memmap) or not values.flags.writeable:
+            return lambda: None
+        return functools.partial(np.copyto, values, values.copy())
+    return functools.partial(values.__setitem__, slice(None), values[:])
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """What a function may name of its globals, also in the functions that it makes."""
+    inner = [part for part in code.co_consts if isinstance(part, types.CodeType)]
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def _is_installed(code: types.CodeType) -> bool:
+    """Whether it is code of a package that was installed, and not the caller's own."""
+    return code.co_filename.startswith(_INSTALLED)
+
+
+def _has_values(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a plain one; parameters of other models are not written to."""
+    plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided
+    return plain and not (tensor.is_meta or tensor.is_inference())
+
+
+def _package(kind: type) -> str:
+    return str(kind.__module__).partition(".")[0]
+
+
+def _is_foreign(module: str | None) -> bool:
+    """Whether what is defined there holds no state of a model."""
+    package = str(module).partition(".")[0]
+    return package in _FOREIGN or package == "magr_fx" or package in _STANDARD
+
+
+def _slots(kind: type) -> list[str]:
+    """The names of the attributes that an object of this class has outside of its ``__dict__``."""
+    if _package(kind) in _FOREIGN:
+        return []
+    found: list[str] = []
+    for base in kind.__mro__:
+        names = vars(base).get("__slots__", ())
+        found += [names] if isinstance(names, str) else list(names)
+    hidden = [
+        f"_{kind.__name__.lstrip('_')}{n}" if n.startswith("__") and not n.endswith("__") else n
+        for n in found
+    ]
+    return [name for name in hidden if name not in ("__dict__", "__weakref__")]

@@ -1,0 +1,276 @@
+"""model, batches → traced batches: by torch.export where it can, else by make_fx."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from magr_fx.errors import CalibrationError, ConfigError, TraceError
+from magr_fx.passes.graphs.module_calls import CALLS, named_leaves
+from magr_fx.passes.graphs.torch_private import TreeSpec, tree_flatten
+from magr_fx.passes.graphs.trace import Trace, TracedBatch
+from magr_fx.passes.inputs.calibration import Batch
+from magr_fx.passes.inputs.calibration_forms import describe_failure, describe_misfit
+from magr_fx.passes.inputs.dataclass_inputs import dataclasses_open
+from magr_fx.passes.inputs.tensors_only import PLAIN
+from magr_fx.passes.known_layers.experts import all_experts
+from magr_fx.passes.tracing.export import export
+from magr_fx.passes.tracing.input_fit import fits
+from magr_fx.passes.tracing.make_fx import run_and_trace
+from magr_fx.passes.tracing.same_output import check_same_output
+
+logger = logging.getLogger("magr_fx")
+
+TRACERS = ("auto", "export", "make_fx")
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """How to trace.
+
+    Attributes:
+        tracer: "export", "make_fx", or "auto": the first, and the second for all batches where
+            that refuses the model.
+        all_experts: whether every token meets every expert.
+        has_values: whether the weights have their values while the model is traced.
+
+    Raises:
+        ConfigError: no such tracer.
+    """
+
+    tracer: str = "auto"
+    all_experts: bool = False
+    has_values: bool = True
+
+    def __post_init__(self) -> None:
+        if self.tracer not in TRACERS:
+            raise ConfigError(f"trace must be one of {', '.join(TRACERS)}, got {self.tracer!r}")
+
+    def without_values(self) -> Tracing:
+        """The same for a model whose weights are elsewhere, which therefore cannot be run."""
+        if self.tracer == "make_fx":
+            raise ConfigError(
+                'trace="make_fx" runs the model, which an offloaded or sharded one cannot be as a '
+                'whole; trace by "export", or load the model as a whole'
+            )
+        return replace(self, tracer="export", has_values=False)
+
+
+AUTO = Tracing()
+
+
+def trace_batches(
+    model: nn.Module, batches: list[Batch], tracing: Tracing = AUTO
+) -> list[TracedBatch]:
+    """Trace ``model`` for every batch, and again only for a batch that no earlier trace fits.
+
+    By torch.export dimensions are dynamic where the batches differ in them, and it can make them
+    so. What it specialises (a batch of 1, a length that the code computes with) is in the trace's
+    guards and placeholder shapes, which every batch is checked against: an input is never run on
+    a graph made for another.
+
+    By make_fx shapes are fixed, and the graph is the batch's own, unless the model provably looked
+    at no value on its way: then batches of the same shapes share it.
+
+    Args:
+        model: in evaluation mode.
+        batches: the calibration.
+        tracing: how.
+
+    Raises:
+        CalibrationError: a batch's arguments do not fit ``forward``.
+        ConfigError: there are no experts to send all tokens to.
+        TraceError: the model cannot be traced.
+    """
+    if tracing.all_experts:
+        with all_experts(model):
+            return trace_batches(model, batches, replace(tracing, all_experts=False))
+    with dataclasses_open([(batch.args, batch.kwargs) for batch in batches]):
+        return _trace(model, batches, tracing)
+
+
+def _trace(model: nn.Module, batches: list[Batch], tracing: Tracing) -> list[TracedBatch]:
+    if tracing.tracer == "make_fx":
+        return _run(model, batches, "")
+    try:
+        last = tracing.tracer == "export"
+        return _exported(model, batches, compare=tracing.has_values, last=last)
+    except TraceError as error:
+        if tracing.tracer == "export":
+            raise
+        refusal = error
+    logger.info("%s; tracing by make_fx instead", refusal)
+    try:
+        return _run(model, batches, str(refusal))
+    except TraceError as error:
+        raise TraceError(f"{error}. Before that, {refusal}") from error
+
+
+def _exported(
+    model: nn.Module, batches: list[Batch], *, compare: bool, last: bool
+) -> list[TracedBatch]:
+    open_sizes = _open_sizes(model, batches)
+
+    def make(index: int, leaves: list[Any], spec: TreeSpec) -> tuple[fx.GraphModule, bool]:
+        dynamic = open_sizes[_signature(leaves, spec)]
+        graph_module = export(model, index, leaves, spec, dynamic)
+        if not fits(graph_module, _tensors(leaves)):
+            raise TraceError(
+                f"torch.export's graph of {type(model).__name__} refuses the very input that "
+                f"it was traced with (calibration batch {index})"
+            )
+        if compare:
+            check_same_output(graph_module, model, index, leaves, spec)
+        return graph_module, True
+
+    return _traced(model, batches, make, "export", "", explain=last)
+
+
+def _run(model: nn.Module, batches: list[Batch], refusal: str) -> list[TracedBatch]:
+    def make(index: int, leaves: list[Any], spec: TreeSpec) -> tuple[fx.GraphModule, bool]:
+        return run_and_trace(model, index, leaves, spec)
+
+    return _traced(model, batches, make, "make_fx", refusal, explain=True)
+
+
+def _traced(
+    model: nn.Module,
+    batches: list[Batch],
+    make: Callable[[int, list[Any], TreeSpec], tuple[fx.GraphModule, bool]],
+    tracer: str,
+    refusal: str,
+    *,
+    explain: bool,
+) -> list[TracedBatch]:
+    """The batches, each with a trace that fits it; ``make`` says whether others may share it.
+
+    ``explain``: what it raises says what may be wrong with the form of the batch.
+    """
+    known: dict[Hashable, list[Trace]] = {}
+    traced = []
+    for batch in batches:
+        arguments = bind(model, batch)
+        leaves, spec = tree_flatten(arguments)
+        values = _tensors(leaves)
+        traces = known.setdefault(_signature(leaves, spec), [])
+        trace = next((trace for trace in traces if fits(trace.graph_module, values)), None)
+        if trace is None:
+            logger.info("tracing %s for calibration batch %d", type(model).__name__, batch.index)
+            try:
+                graph_module, reusable = make(batch.index, leaves, spec)
+            except TraceError as error:
+                remedy = describe_failure(model, batch.args, batch.kwargs) if explain else ""
+                if not remedy:
+                    raise
+                raise TraceError(f"{error}. If its form is wrong: {remedy}") from error
+            names = zip(input_names(arguments), leaves, strict=True)
+            tensors = tuple(name for name, x in names if isinstance(x, torch.Tensor))
+            calls = graph_module.meta.pop(CALLS)
+            trace = Trace(graph_module, tensors, tracer, refusal, calls)
+            if reusable:
+                traces.append(trace)
+        traced.append(TracedBatch(batch.index, trace, values))
+    return traced
+
+
+def _open_sizes(model: nn.Module, batches: list[Batch]) -> dict[Hashable, list[set[int]]]:
+    """For each form of input, and each of its leaves, the dimensions that a graph is to leave open.
+
+    The first one and those in which the batches differ, as each costs time. Where a mask leaves
+    anything out, its sequences and tokens as well: by their symbols a graph tells its tokens from
+    what is as long by chance.
+    """
+    first: dict[Hashable, list[Any]] = {}
+    dynamic: dict[Hashable, list[set[int]]] = {}
+    for batch in batches:
+        arguments = bind(model, batch)
+        leaves, spec = tree_flatten(arguments)
+        key = _signature(leaves, spec)
+        if key not in first:
+            first[key] = leaves
+            dynamic[key] = [
+                set(range(min(leaf.dim(), 1))) if isinstance(leaf, torch.Tensor) else set()
+                for leaf in leaves
+            ]
+        masked = _of_masked_tokens(input_names(arguments), leaves)
+        for dims, found in zip(dynamic[key], masked, strict=True):
+            dims.update(found)
+        for known, leaf, dims in zip(first[key], leaves, dynamic[key], strict=True):
+            if isinstance(leaf, torch.Tensor):
+                sizes = zip(known.shape, leaf.shape, strict=True)
+                dims.update(dim for dim, (one, other) in enumerate(sizes) if one != other)
+    return dynamic
+
+
+def _of_masked_tokens(names: tuple[str, ...], leaves: list[Any]) -> list[set[int]]:
+    """The dimensions of each leaf that are as large as the last ones of a mask, or its first.
+
+    A mask that is the same everywhere leaves nothing out, whose tokens it may be of.
+    """
+    masks = [
+        leaf
+        for name, leaf in zip(names, leaves, strict=True)
+        if isinstance(leaf, torch.Tensor) and leaf.dim() >= 2 and "mask" in name
+        if leaf.numel() and bool((leaf != leaf.flatten()[0]).any())
+    ]
+    sizes = {size for mask in masks for size in (mask.shape[0], *mask.shape[-2:])}
+    return [
+        {
+            dim
+            for dim, size in enumerate(leaf.shape)
+            if size in sizes and (dim < 2 or "mask" in name)
+        }
+        if isinstance(leaf, torch.Tensor)
+        else set()
+        for name, leaf in zip(names, leaves, strict=True)
+    ]
+
+
+def _tensors(leaves: list[Any]) -> tuple[torch.Tensor, ...]:
+    return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+
+def bind(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """The batch by argument name, as ``forward`` would receive it."""
+    signature = inspect.signature(model.forward)
+    try:
+        return dict(signature.bind(*batch.args, **batch.kwargs).arguments)
+    except TypeError as error:
+        raise CalibrationError(
+            f"calibration batch {batch.index} does not fit {type(model).__name__}.forward: "
+            f"{error}. A tensor is taken as the first argument, a tuple or list as positional "
+            "arguments, a mapping as keyword arguments"
+            f"{describe_misfit(signature, batch.args, batch.kwargs)}"
+        ) from error
+
+
+def input_names(arguments: dict[str, Any]) -> tuple[str, ...]:
+    """The forward argument that each leaf of the bound arguments belongs to, in order.
+
+    What lies in a mapping, that of ``**kwargs`` included, goes by its own key there, and what lies
+    in a named tuple by its field.
+    """
+    return tuple(name for name, _ in named_leaves(arguments))
+
+
+def _signature(leaves: list[Any], spec: TreeSpec) -> Any:
+    """What one trace freezes: structure, dtypes, ranks, and the value of whatever is no tensor.
+
+    Also which arguments are one and the same tensor: self-attention, for one, asks that.
+    """
+    first: dict[int, int] = {}
+    signature: list[Any] = [repr(spec)]
+    for at, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor):
+            same = first.setdefault(id(leaf), at)
+            signature.append((leaf.dtype, leaf.dim(), str(leaf.device), same))
+        else:
+            # By what it prints if that is all of it, else, safely, by which object it is.
+            signature.append(repr(leaf) if isinstance(leaf, PLAIN) else id(leaf))
+    return tuple(signature)

@@ -1,0 +1,688 @@
+"""The choice of each row: never worse than the start, and really what is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from grid_helpers import energies, float32_slack, make_grid
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from solver_helpers import problem
+from torch import Tensor
+
+from magr_fx.config import SEARCH_TOL, MagRConfig
+from magr_fx.iterations.solution import Solution, Status
+from magr_fx.rounding.gptq import compensation, gptq
+from magr_fx.rounding.grid import Grid
+from magr_fx.rounding.rounding import Nearest, OnGrid, Rounded
+from magr_fx.rounding.search import (
+    ALPHAS,
+    ALPHAS_GROUPS,
+    CLIPS,
+    FINER,
+    FINER_GROUPS,
+    Choice,
+    Search,
+    _worst,
+    choose,
+)
+from magr_fx.solver.row_scale import row_scale
+from magr_fx.solver.solver import solve_magr, solve_magr_path
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+repeatable = settings(deadline=None, derandomize=True, database=None, max_examples=25)
+
+Quantize = Callable[[Tensor], Tensor]
+
+
+def quantizer(bits: int, group_size: int | None, *, symmetric: bool) -> Quantize:
+    """Round-to-nearest on a grid for each row or group."""
+
+    def quantize(weight: Tensor) -> Tensor:
+        grid = make_grid(weight, bits, group_size, symmetric=symmetric)
+        return grid.values(grid.nearest(weight))
+
+    return quantize
+
+
+def per_tensor(bits: int, units: list[int]) -> Quantize:
+    """One step for each of the stacked tensors."""
+
+    def quantize(weight: Tensor) -> Tensor:
+        parts = []
+        for part in torch.split(weight, units):
+            grid = make_grid(part.reshape(1, -1), bits)
+            flat = part.reshape(1, -1)
+            parts.append(grid.values(grid.nearest(flat)).view(part.shape))
+        return torch.cat(parts)
+
+    return quantize
+
+
+def pursue(
+    weight: Tensor,
+    target_weight: Tensor,
+    gram: Tensor,
+    quantize: Quantize,
+    group_size: int | None = None,
+    units: list[int] | None = None,
+) -> tuple[Choice, Tensor]:
+    """alpha="auto" to the nearest; and the values that the start has."""
+    start = quantize(weight)
+    choice = choose(
+        target_weight,
+        gram,
+        Nearest(quantize),
+        Rounded(start, (weight,)),
+        MagRConfig(alpha="auto", group_size=group_size),
+        dtype=weight.dtype,
+        units=units,
+    )
+    return choice, start
+
+
+def on_grid(
+    weight: Tensor, gram: Tensor, bits: int, group_size: int | None, *, symmetric: bool
+) -> tuple[OnGrid, Rounded]:
+    """GPTQ on the quantizer's grids, and what the quantizer alone makes of the weight."""
+
+    def grid_of(clipped: Tensor) -> Grid:
+        return make_grid(clipped, bits, group_size, symmetric=symmetric)
+
+    grid = grid_of(weight)
+    codes = grid.nearest(weight).to(torch.int8)
+    start = Rounded(grid.values(codes), (codes, grid.scale, grid.zero_point))
+    return OnGrid(grid_of, compensation(gram)), start
+
+
+def other_aim(weight: Tensor, seed: int = 9, amount: float = 0.1) -> Tensor:
+    """Near the weight, as what makes up for drifted inputs is."""
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+    return weight.float() + amount * noise
+
+
+def distinct(numbers: Tensor) -> int:
+    return len(set(numbers.flatten().tolist()))
+
+
+def assert_no_row_is_worse(
+    values: Tensor, start: Tensor, target_weight: Tensor, gram: Tensor
+) -> None:
+    limit = energies(start, target_weight, gram) * (1 + 2e-5)
+    slack = float32_slack(values, target_weight, gram) + float32_slack(start, target_weight, gram)
+    assert (energies(values, target_weight, gram) <= limit + slack).all()
+
+
+cases = {
+    "rows": st.integers(1, 5),
+    "groups": st.integers(1, 3),
+    "size": st.integers(2, 8),
+    "bits": st.integers(2, 5),
+    "grouped": st.booleans(),
+    "symmetric": st.booleans(),
+    "drifted": st.booleans(),
+    "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
+    "seed": st.integers(0, 2**16),
+}
+
+
+# --- alpha="auto", to the nearest
+
+
+@repeatable
+@given(**cases)
+def test_no_row_is_worse_than_at_the_start(
+    rows: int,
+    groups: int,
+    size: int,
+    bits: int,
+    grouped: bool,
+    symmetric: bool,
+    drifted: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    weight, gram = problem(rows=rows, columns=groups * size, tokens=20, seed=seed)
+    weight = weight.to(dtype)
+    target_weight = other_aim(weight, seed) if drifted else weight.float()
+    group_size = size if grouped else None
+    quantize = quantizer(bits, group_size, symmetric=symmetric)
+    choice, start = pursue(weight, target_weight, gram, quantize, group_size)
+    values, (chosen,) = choice.rounded
+    assert_no_row_is_worse(values, start, target_weight, gram)
+    # What is returned is what the quantizer makes of the returned weight.
+    assert chosen.dtype == dtype
+    assert values.dtype == torch.float32
+    assert torch.equal(quantize(chosen), values)
+    want, slack = energies(values, target_weight, gram), float32_slack(values, target_weight, gram)
+    assert ((choice.error.double() - want).abs() <= slack + 1e-5 * want).all()
+    check_fields(choice, rows, groups if grouped else 1, grouped=grouped)
+
+
+def check_fields(choice: Choice, rows: int, groups: int, *, grouped: bool) -> None:
+    assert choice.status.shape == choice.steps.shape == (rows,)
+    assert choice.alpha.shape == choice.clip.shape == (rows, groups)
+    assert choice.status.dtype == torch.int8
+    assert choice.steps.dtype == torch.int32
+    assert choice.error.dtype == choice.alpha.dtype == choice.clip.dtype == torch.float32
+    known = torch.tensor([0.0, *(ALPHAS_GROUPS if grouped else ALPHAS)])
+    assert torch.isin(choice.alpha, known).all()
+    assert ((choice.clip > 0) & (choice.clip <= 1)).all()
+    unshrunk = (choice.alpha == 0).all(-1)
+    assert (choice.status[unshrunk] == Status.TRIVIAL).all()
+    assert (choice.steps[unshrunk] == 0).all()
+
+
+@pytest.mark.parametrize("group_size", [None, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_choice_helps(bits: int, group_size: int | None) -> None:
+    weight, gram = problem(rows=30, columns=32, tokens=100)
+    quantize = quantizer(bits, group_size, symmetric=True)
+    choice, start = pursue(weight, weight, gram, quantize, group_size)
+    ours, alone = (energies(v, weight, gram) for v in (choice.rounded.values, start))
+    assert ours.sum() < 0.75 * alone.sum()
+    assert (choice.alpha > 0).any()
+    assert (choice.clip < 1).any()
+    assert group_size is None or (choice.clip != choice.clip[:, :1]).any()
+    shrunk = (choice.alpha > 0).any(-1)
+    assert (choice.status[shrunk] != Status.TRIVIAL).any()
+    assert (choice.steps[shrunk] > 0).any()
+
+
+@repeatable
+@given(
+    rows=st.integers(1, 5),
+    columns=st.integers(2, 20),
+    bits=st.integers(2, 5),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    drifted=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_alpha_and_clip_reproduce_the_row(
+    rows: int, columns: int, bits: int, dtype: torch.dtype, drifted: bool, seed: int
+) -> None:
+    weight, gram = problem(rows=rows, columns=columns, tokens=20, seed=seed)
+    weight = weight.to(dtype)
+    target_weight = other_aim(weight, seed) if drifted else weight.float()
+    choice, _ = pursue(weight, target_weight, gram, quantizer(bits, None, symmetric=True))
+    path = solve_magr_path(
+        target_weight, gram, ALPHAS, tol=SEARCH_TOL, row_scale=row_scale(target_weight)
+    )
+    for row in range(rows):
+        alpha, share = float(choice.alpha[row]), choice.clip[row]
+        solved, status = target_weight[row], int(Status.TRIVIAL)
+        if alpha:
+            solution = path[[float(torch.tensor(a)) for a in ALPHAS].index(alpha)]
+            solved, status = solution.weight[row], int(solution.status[row])
+            assert int(choice.steps[row]) == int(solution.steps[row])
+        limit = solved.abs().amax() * share
+        again = solved.clamp(-limit, limit).to(dtype)
+        chosen = choice.rounded.parts[0][row]
+        as_it_was = not alpha and float(share) == 1 and torch.equal(chosen, weight[row])
+        assert as_it_was or torch.equal(chosen, again)
+        assert int(choice.status[row]) == status
+
+
+def test_a_row_that_is_on_the_grid_stays() -> None:
+    weight, gram = problem(rows=4, columns=8)
+    quantize = quantizer(4, None, symmetric=False)
+    grid = Grid(torch.ones(4, 1), torch.zeros(4, 1), -8, 7, torch.float32)
+    weight = grid.values(grid.nearest(3 * weight))
+    weight[:, 0], weight[:, 1] = -8, 7  # so that the step is 1
+    assert torch.equal(quantize(weight), weight)
+    choice, _ = pursue(weight, weight, gram, quantize)
+    assert torch.equal(choice.rounded.parts[0], weight)
+    assert (choice.error == 0).all()
+    assert (choice.alpha == 0).all()
+    assert (choice.clip == 1).all()
+    assert (choice.status == Status.TRIVIAL).all()
+
+
+def test_nothing_is_changed() -> None:
+    weight, gram = problem(rows=6, columns=12)
+    target_weight, quantize = other_aim(weight), quantizer(2, 4, symmetric=True)
+    kept = [tensor.clone() for tensor in (weight, target_weight, gram)]
+    first = Rounded(quantize(weight), (weight,))
+    start = first.values.clone()
+    config = MagRConfig(alpha="auto", group_size=4)
+    backends: Any = torch.backends
+    for precision in ("highest", "high", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        modes = backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision
+        try:
+            choose(target_weight, gram, Nearest(quantize), first, config, dtype=weight.dtype)
+            assert torch.get_float32_matmul_precision() == precision
+            assert modes == (
+                backends.cuda.matmul.fp32_precision,
+                backends.mkldnn.matmul.fp32_precision,
+            )
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    assert all(map(torch.equal, kept, (weight, target_weight, gram)))
+    assert torch.equal(first.values, start)
+
+
+def test_no_graph_is_recorded() -> None:
+    weight, gram = problem(rows=3, columns=8)
+    parameter = torch.nn.Parameter(weight)
+    choice, _ = pursue(parameter, parameter, gram, quantizer(3, None, symmetric=True))
+    assert not choice.rounded.values.requires_grad
+    assert not choice.rounded.parts[0].requires_grad
+
+
+def test_rows_of_a_choice() -> None:
+    weight, gram = problem(rows=6, columns=12)
+    choice, _ = pursue(weight, weight, gram, quantizer(3, 4, symmetric=True), 4)
+    part = choice.rows(slice(2, 5))
+    assert torch.equal(part.rounded.values, choice.rounded.values[2:5])
+    assert torch.equal(part.rounded.parts[0], choice.rounded.parts[0][2:5])
+    for name in ("alpha", "clip", "status", "steps", "error"):
+        assert torch.equal(getattr(part, name), getattr(choice, name)[2:5])
+
+
+# --- the steps of a search, with candidates that are made by hand
+
+
+def shrunk(target_weight: Tensor, share: float) -> Solution:
+    """In the place of a solve: each row, limited to a share of its largest magnitude."""
+    limit = share * target_weight.abs().amax(-1, keepdim=True)
+    status = torch.full((len(target_weight),), int(Status.CONVERGED), dtype=torch.int8)
+    nothing = torch.zeros(len(target_weight))
+    steps = torch.full((len(target_weight),), 7, dtype=torch.int32)
+    return Solution(target_weight.clamp(-limit, limit), status, steps, nothing, nothing, nothing)
+
+
+def ready(
+    weight: Tensor, gram: Tensor, quantize: Quantize, group_size: int | None = None
+) -> tuple[Search, Rounded]:
+    """A search that has not begun, with three alphas."""
+    target_weight = weight.float()
+    size = group_size or weight.shape[1]
+    search = Search(target_weight, gram, Nearest(quantize), dtype=weight.dtype, group_size=size)
+    start = Rounded(quantize(weight), (weight,))
+    search.start(start)
+    search.add(0.0)
+    search.add(0.1, shrunk(target_weight, 0.9))
+    search.add(0.2, shrunk(target_weight, 0.55))
+    return search, start
+
+
+@pytest.mark.parametrize("group_size", [None, 5])
+def test_rows_choose_by_themselves(group_size: int | None) -> None:
+    weight, gram = problem(rows=8, columns=20, tokens=60)
+
+    def chosen(rows: list[int]) -> Choice:
+        quantize = quantizer(3, group_size, symmetric=False)
+        search, start = ready(weight[rows], gram, quantize, group_size)
+        search.try_each(CLIPS)
+        search.refine(FINER)
+        if group_size is not None:
+            search.refine_groups(FINER_GROUPS)
+        search.requantize_and_revert_worse(start)
+        return search.choice()
+
+    everything = chosen(list(range(8)))
+    assert distinct(everything.alpha) > 1
+    assert distinct(everything.clip) > 2
+    for rows in ([0], [7, 3], [1, 2, 4, 5, 6]):
+        found = chosen(rows)
+        for name in ("alpha", "clip", "status", "steps"):
+            assert torch.equal(getattr(found, name), getattr(everything, name)[rows])
+        assert torch.equal(found.rounded.parts[0], everything.rounded.parts[0][rows])
+        assert torch.allclose(found.error, everything.error[rows], rtol=1e-4)
+
+
+def test_each_row_has_the_best_of_all_candidates() -> None:
+    weight, gram = problem(rows=8, columns=20, tokens=60)
+    quantize = quantizer(3, None, symmetric=True)
+    search, start = ready(weight, gram, quantize)
+    search.try_each(CLIPS)
+    choice = search.choice()
+    every = [start.values]
+    for source in search.sources:
+        for clip in CLIPS:
+            limit = clip * source.rows.abs().amax(-1, keepdim=True)
+            every.append(quantize(source.rows.clamp(-limit, limit)))
+    least = torch.stack([energies(values, weight, gram) for values in every]).amin(0)
+    torch.testing.assert_close(choice.error.double(), least, rtol=1e-4, atol=0)
+    want = energies(choice.rounded.values, weight, gram)
+    torch.testing.assert_close(want, least, rtol=1e-4, atol=0)
+
+
+@repeatable
+@given(
+    groups=st.integers(1, 5),
+    size=st.integers(1, 6),
+    bits=st.integers(2, 4),
+    symmetric=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**16),
+)
+def test_no_step_raises_an_error(
+    groups: int, size: int, bits: int, symmetric: bool, dtype: torch.dtype, seed: int
+) -> None:
+    weight, gram = problem(rows=4, columns=groups * size, tokens=20, seed=seed)
+    weight = weight.to(dtype)
+    quantize = quantizer(bits, size, symmetric=symmetric)
+    search, start = ready(weight, gram, quantize, size)
+    before = start.values.clone()
+    steps: list[Callable[[], None]] = [
+        lambda: search.try_each(CLIPS),
+        lambda: search.refine(FINER),
+        lambda: search.refine_groups(FINER_GROUPS[:1]),
+        lambda: search.refine_groups(FINER_GROUPS[1:]),
+    ]
+    for step in steps:
+        step()
+        after = search.values.clone()
+        slack = float32_slack(before, weight, gram) + float32_slack(after, weight, gram)
+        was, now = (energies(values, weight, gram) for values in (before, after))
+        assert (now <= was * (1 + 1e-5) + 2 * slack).all()
+        assert ((search.best.double() - now).abs() <= 1e-5 * now + slack).all()
+        # Groups that were taken one by one are still what the quantizer makes of them.
+        made = quantize(search.parts[0])
+        torch.testing.assert_close(after, made, rtol=1e-6, atol=1e-6)
+        before = after
+
+
+def test_one_group_takes_the_best_of_the_alphas() -> None:
+    """With a single group, a sweep over the alphas is a plain comparison of whole rows."""
+    weight, gram = problem(rows=12, columns=20, tokens=60)
+    kept, quantize = weight.clone(), quantizer(3, None, symmetric=True)
+    search, start = ready(weight, gram, quantize)
+    search.refine_groups(())
+    every = [start.values] + [quantize(source.rows) for source in search.sources]
+    errors = torch.stack([energies(values, weight, gram) for values in every])
+    found = energies(search.values, weight, gram)
+    torch.testing.assert_close(found, errors.amin(0), rtol=1e-4, atol=0)
+    moved = (search.parts[0] != weight).any(-1)
+    assert moved.any()
+    assert not moved.all()
+    assert torch.equal((search.source >= 0).squeeze(-1), moved)  # these can be put back
+    assert torch.equal(weight, kept)
+
+
+def test_a_group_that_took_a_shrunken_one_says_so() -> None:
+    """Each group is what its own alpha and clip make of it, and the row tells of its solves."""
+    weight, gram = problem(rows=16, columns=24, tokens=80)
+    choice, _ = pursue(weight, weight, gram, quantizer(3, 6, symmetric=True), 6)
+    scale = row_scale(weight)
+    path = solve_magr_path(
+        weight, gram, ALPHAS_GROUPS, group_size=6, tol=SEARCH_TOL, row_scale=scale, exact=False
+    )
+    solutions = {float(torch.tensor(a)): s for a, s in zip(ALPHAS_GROUPS, path, strict=True)}
+    old, chosen = weight.view(16, 4, 6), choice.rounded.parts[0].view(16, 4, 6)
+    mixed = 0
+    for row in range(16):
+        used = [solutions[alpha] for alpha in choice.alpha[row].tolist() if alpha]
+        mixed += len({*choice.alpha[row].tolist()}) > 1
+        for group in range(4):
+            alpha = float(choice.alpha[row, group])
+            own = solutions[alpha].weight.view(16, 4, 6)[row, group] if alpha else old[row, group]
+            limit = own.abs().amax() * choice.clip[row, group]
+            as_it_was = not alpha and torch.equal(chosen[row, group], old[row, group])
+            assert as_it_was or torch.equal(chosen[row, group], own.clamp(-limit, limit))
+        assert int(choice.steps[row]) == max((int(s.steps[row]) for s in used), default=0)
+        trivial = all(int(s.status[row]) == Status.TRIVIAL for s in used)
+        assert (int(choice.status[row]) == Status.TRIVIAL) == trivial
+    assert mixed
+
+
+def test_of_several_solves_the_worst_is_told() -> None:
+    kinds = [Status.TRIVIAL, Status.CONVERGED, Status.STEP_LIMIT, Status.FAILED]
+    for at, worst in enumerate(kinds):
+        for other in kinds[: at + 1]:
+            told = _worst(torch.tensor([[int(other), int(worst)], [int(worst), int(other)]]))
+            assert told.tolist() == [int(worst)] * 2
+            assert told.dtype == torch.int8
+
+
+def test_groups_that_choose_by_themselves_help() -> None:
+    weight, gram = problem(rows=20, columns=24, tokens=80)
+    search, _ = ready(weight, gram, quantizer(2, 6, symmetric=True), 6)
+    search.try_each(CLIPS)
+    search.refine(FINER)
+    before, clip = search.best.clone(), search.clip.clone()
+    assert (clip == clip[:, :1]).all()
+    search.refine_groups(FINER_GROUPS)
+    assert search.best.sum() < 0.98 * before.sum()
+    assert (search.clip != search.clip[:, :1]).any()
+
+
+# --- rows that share a step
+
+
+@pytest.mark.parametrize("units", [[6], [2, 3, 1]])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_that_share_a_step_choose_together(units: list[int], bits: int, seed: int) -> None:
+    weight, gram = problem(rows=6, columns=12, tokens=30, seed=seed)
+    weight = weight * torch.tensor([1.0, 0.2, 3.0, 0.5, 1.0, 2.0]).unsqueeze(-1)
+    target_weight, quantize = other_aim(weight), per_tensor(bits, units)
+    choice, start = pursue(weight, target_weight, gram, quantize, units=units)
+    values, (chosen,) = choice.rounded
+    assert torch.equal(quantize(chosen), values)
+    ours, alone = energies(values, target_weight, gram), energies(start, target_weight, gram)
+    at = 0
+    for count in units:
+        part = slice(at, at + count)
+        at += count
+        assert distinct(choice.alpha[part]) == 1
+        assert distinct(choice.clip[part]) == 1
+        assert distinct(choice.error[part]) == 1
+        assert ours[part].sum() <= alone[part].sum() * (1 + 2e-5)
+        assert float(choice.error[part][0]) == pytest.approx(float(ours[part].sum()), rel=1e-4)
+
+
+def test_a_shared_clip_is_of_the_shared_largest() -> None:
+    """A row that is small beside the others of its tensor is not clipped by its own size."""
+    weight, gram = problem(rows=5, columns=12, tokens=40)
+    weight[1] *= 1e-3
+    quantize, units = per_tensor(2, [4, 1]), [4, 1]
+    search = Search(weight, gram, Nearest(quantize), dtype=weight.dtype, group_size=12, units=units)
+    search.start(Rounded(quantize(weight), (weight,)))
+    search.add(0.0)
+    search.try_each((0.6,))
+    choice = search.choice()
+    assert (choice.clip == 0.6).all()
+    limits = 0.6 * torch.tensor([weight[:4].abs().max()] * 4 + [weight[4].abs().max()])
+    want = weight.clamp(-limits.unsqueeze(-1), limits.unsqueeze(-1))
+    torch.testing.assert_close(choice.rounded.parts[0], want)
+    assert torch.equal(choice.rounded.parts[0][1], weight[1])
+
+
+# --- a quantizer that looks at more than a row's own numbers
+
+
+class Disturbed:
+    """Round-to-nearest that gives every other row another step once a certain row has changed."""
+
+    def __init__(self, weight: Tensor, flag: int, factor: float, bits: int, size: int) -> None:
+        self.original, self.flag, self.factor = weight[flag].clone(), flag, factor
+        self.bits, self.size = bits, size
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        grid = make_grid(weight, self.bits, self.size)
+        if not torch.equal(weight[self.flag], self.original):
+            scale = grid.scale * self.factor
+            scale[self.flag] = grid.scale[self.flag]
+            grid = grid._replace(scale=scale)
+        return grid.values(grid.nearest(weight))
+
+
+@repeatable
+@given(
+    rows=st.integers(1, 5),
+    flag=st.integers(0, 4),
+    factor=st.sampled_from([0.3, 0.8, 1.0, 1.2, 4.0]),
+    bits=st.integers(2, 4),
+    grouped=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**16),
+)
+def test_rows_that_disturb_each_other_are_settled(
+    rows: int, flag: int, factor: float, bits: int, grouped: bool, dtype: torch.dtype, seed: int
+) -> None:
+    weight, gram = problem(rows=rows, columns=12, tokens=30, seed=seed)
+    weight = weight.to(dtype)
+    target_weight = weight.float()
+    quantize = Disturbed(weight, flag % rows, factor, bits, 4 if grouped else 12)
+    choice, start = pursue(weight, target_weight, gram, quantize, 4 if grouped else None)
+    values, (chosen,) = choice.rounded
+    assert torch.equal(quantize(chosen), values)
+    assert_no_row_is_worse(values, start, target_weight, gram)
+    want, slack = energies(values, target_weight, gram), float32_slack(values, target_weight, gram)
+    assert ((choice.error.double() - want).abs() <= slack + 1e-5 * want).all()
+
+
+def test_a_row_that_chose_nothing_is_not_spoilt_by_another() -> None:
+    """The first row gains, and thereby makes every other row worse than it was at the start."""
+    weight, gram = problem(rows=4, columns=12, tokens=30)
+    quantize = Disturbed(weight, 0, 40.0, 2, 12)
+    choice, start = pursue(weight, weight, gram, quantize)
+    assert_no_row_is_worse(choice.rounded.values, start, weight, gram)
+    assert torch.equal(choice.rounded.parts[0], weight)
+    assert (choice.alpha == 0).all()
+    assert (choice.clip == 1).all()
+    alone, _ = pursue(weight[:1], weight[:1], gram, quantize)
+    assert not torch.equal(alone.rounded.parts[0], weight[:1])  # it would have gained
+
+
+# --- GPTQ on the quantizer's grids
+
+
+@repeatable
+@given(**cases)
+def test_gptqs_rows_are_never_worse_than_at_the_start(
+    rows: int,
+    groups: int,
+    size: int,
+    bits: int,
+    grouped: bool,
+    symmetric: bool,
+    drifted: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    weight, gram = problem(rows=rows, columns=groups * size, tokens=20, seed=seed)
+    weight = weight.to(dtype)
+    target_weight = other_aim(weight, seed) if drifted else weight.float()
+    group_size = size if grouped else None
+    rounding, start = on_grid(weight, gram, bits, group_size, symmetric=symmetric)
+    config = MagRConfig(alpha="auto", group_size=group_size)
+    choice = choose(target_weight, gram, rounding, start, config, dtype=dtype)
+    values, (codes, scale, zero) = choice.rounded
+    assert_no_row_is_worse(values, start.values, target_weight, gram)
+    assert codes.dtype == torch.int8
+    assert scale.dtype == dtype
+    grid = Grid(scale, zero, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, dtype)
+    assert ((codes >= grid.low) & (codes <= grid.high)).all()
+    assert torch.equal(grid.values(codes), values)
+    check_fields(choice, rows, groups if grouped else 1, grouped=grouped)
+
+
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_gptq_beats_the_nearest_search(group_size: int | None) -> None:
+    weight, gram = problem(rows=30, columns=32, tokens=100)
+    nearest, _ = pursue(weight, weight, gram, quantizer(3, group_size, symmetric=True), group_size)
+    rounding, start = on_grid(weight, gram, 3, group_size, symmetric=True)
+    config = MagRConfig(alpha="auto", group_size=group_size)
+    choice = choose(weight, gram, rounding, start, config, dtype=weight.dtype)
+    alone = gptq(weight, make_grid(weight, 3, group_size), rounding.compensation)
+    plain = energies(make_grid(weight, 3, group_size).values(alone), weight, gram)
+    assert choice.error.sum() < nearest.error.sum()
+    assert choice.error.sum() < 0.9 * plain.sum()
+
+
+# --- a fixed alpha makes no choice
+
+
+@pytest.mark.parametrize("group_size", [None, 4])
+@pytest.mark.parametrize("solver", ["admm", "pgd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fixed_alpha_is_a_solve_and_a_rounding(
+    solver: str, group_size: int | None, dtype: torch.dtype
+) -> None:
+    weight, gram = problem(rows=6, columns=12)
+    weight = weight.to(dtype)
+    target_weight, quantize = other_aim(weight), quantizer(2, group_size, symmetric=True)
+    config = MagRConfig(alpha=0.05, group_size=group_size, solver=solver)
+    start = Rounded(torch.full_like(target_weight, torch.nan), (weight,))  # it plays no part
+    choice = choose(target_weight, gram, Nearest(quantize), start, config, dtype=dtype)
+    scale = row_scale(target_weight)
+    solution = solve_magr(
+        target_weight, gram, alpha=0.05, group_size=group_size, solver=solver, row_scale=scale
+    )
+    assert torch.equal(choice.rounded.parts[0], solution.weight.to(dtype))
+    assert torch.equal(choice.rounded.values, quantize(solution.weight.to(dtype)))
+    assert torch.equal(choice.status, solution.status)
+    assert torch.equal(choice.steps, solution.steps)
+    assert (choice.alpha == torch.tensor(0.05)).all()
+    assert (choice.clip == 1).all()
+    want = energies(choice.rounded.values, target_weight, gram)
+    torch.testing.assert_close(choice.error.double(), want, rtol=1e-4, atol=0)
+
+
+def test_the_published_alpha_follows_the_groups() -> None:
+    weight, gram = problem(rows=3, columns=12)
+    for group_size, alpha in ((None, 1e-3), (4, 1e-4)):
+        quantize = quantizer(2, group_size, symmetric=True)
+        config = MagRConfig.published(group_size)
+        start = Rounded(quantize(weight), (weight,))
+        choice = choose(weight, gram, Nearest(quantize), start, config, dtype=weight.dtype)
+        want = solve_magr(weight, gram, alpha=alpha, group_size=group_size, solver="pgd")
+        assert torch.equal(choice.rounded.parts[0], want.weight)
+
+
+@pytest.mark.parametrize("group_size", [None, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gptq_with_alpha_0_is_gptq_alone(group_size: int | None, dtype: torch.dtype) -> None:
+    weight, gram = problem(rows=6, columns=12)
+    weight = weight.to(dtype)
+    rounding, start = on_grid(weight, gram, 3, group_size, symmetric=False)
+    config = MagRConfig(alpha=0, group_size=group_size)
+    choice = choose(weight.float(), gram, rounding, start, config, dtype=dtype)
+    grid = make_grid(weight, 3, group_size, symmetric=False)
+    codes = gptq(weight, grid, compensation(gram))
+    assert torch.equal(choice.rounded.values, grid.values(codes))
+    for found, want in zip(choice.rounded.parts, (codes, grid.scale, grid.zero_point), strict=True):
+        assert torch.equal(found, want)
+    assert (choice.alpha == 0).all()
+    assert (choice.clip == 1).all()
+    assert (choice.status == Status.TRIVIAL).all()
+    assert (choice.steps == 0).all()
+
+
+@pytest.mark.parametrize("group_size", [None, 4])
+@pytest.mark.parametrize("at_once", [1, 2, 3, 7])
+def test_gptq_of_several_candidates_is_that_of_each(
+    at_once: int, group_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, gram = problem(rows=6, columns=12)
+    monkeypatch.setattr("magr_fx.rounding.rounding.CPU_ROWS", 6 * at_once + 5)
+    rounding, _ = on_grid(weight, gram, 3, group_size, symmetric=False)
+    clips = (1.0, 0.8, 0.6, 0.5, 0.4)
+    candidates = [(weight * clip, weight.clamp(-clip, clip)) for clip in clips]
+    found = list(rounding.each(iter(candidates)))
+    assert len(found) == len(candidates)
+    for one, candidate in zip(found, candidates, strict=True):
+        want = rounding(*candidate)
+        assert torch.equal(one.values, want.values)
+        for part, wanted in zip(one.parts, want.parts, strict=True):
+            assert torch.equal(part, wanted)
+
+
+def test_gptq_rounds_the_row_that_was_not_clipped() -> None:
+    """The clip makes the grid; what is rounded to it keeps its largest weights."""
+    weight, gram = problem(rows=6, columns=12)
+    rounding, _ = on_grid(weight, gram, 3, None, symmetric=True)
+    clipped = weight.clamp(-0.5, 0.5)
+    rounded = rounding(weight, clipped)
+    grid = make_grid(clipped, 3)
+    codes = gptq(weight, grid, rounding.compensation)
+    assert torch.equal(rounded.parts[0], codes)
+    assert torch.equal(rounded.values, grid.values(codes))
+    assert not torch.equal(codes, gptq(clipped, grid, rounding.compensation))
