@@ -36,9 +36,9 @@ def check_same_output(
 ) -> None:
     """Run both once on the input that the graph was traced with, and compare what they return.
 
-    On two rows of it where these tell as much (:mod:`~magr_fx.passes.tracing.two_rows`), else on
-    all. Both draw the same random numbers, and nothing keeps what the two runs write. The model's own
-    hooks run, as they are a part of what it computes.
+    On two rows of it where these tell as much (:mod:`~magr_fx.passes.tracing.two_rows`), else
+    on all. Both draw the same random numbers, and nothing keeps what the two runs write. The
+    model's own hooks run, as they are a part of what it computes.
 
     What cannot be compared is told by a warning: a model that does not run, two outputs that do
     not fit into memory, and a model that draws random numbers and does not repeat itself from the
