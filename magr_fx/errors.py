@@ -54,6 +54,11 @@ class DistributedError(MagRError, RuntimeError):
     """A rank failed, died, or was called with something else than the others."""
 
 
+# By their names, which is how one rank tells another what it raised.
+_KINDS: list[type[MagRError]] = [MagRError, *MagRError.__subclasses__()]
+PUBLIC_ERRORS = {kind.__name__: kind for kind in _KINDS}
+
+
 def brief(error: BaseException) -> str:
     """The kind and the first line of another library's error, or two where that ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]

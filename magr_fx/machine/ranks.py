@@ -15,8 +15,7 @@ import torch
 from torch import distributed as dist
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from magr_fx import errors
-from magr_fx.errors import CalibrationError, ConfigError, DistributedError, MagRError
+from magr_fx.errors import PUBLIC_ERRORS, CalibrationError, ConfigError, DistributedError, MagRError
 from magr_fx.machine.memory import is_out_of_memory
 
 Group: TypeAlias = "dist.ProcessGroup | Literal[False] | None"
@@ -60,8 +59,8 @@ class Ranks:
         if first == self.rank and isinstance(error, MagRError):
             setattr(error, _AGREED, True)
             raise error
-        same = getattr(errors, kind, None)
-        if isinstance(same, type) and issubclass(same, MagRError):
+        same = PUBLIC_ERRORS.get(kind)
+        if same is not None:
             agreed: MagRError = same(message)
         else:
             agreed = DistributedError(f"rank {first} of {self.world} failed: {kind}: {message}")
@@ -232,4 +231,4 @@ def _ranks_of(process_group: Group) -> Ranks:
 def _described(error: Exception) -> tuple[str, str]:
     """The error's kind, for one of ours the public one, and what it says."""
     names = [kind.__name__ for kind in type(error).__mro__]
-    return next((name for name in names if hasattr(errors, name)), names[0]), str(error)
+    return next((name for name in names if name in PUBLIC_ERRORS), names[0]), str(error)
