@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted([*(ROOT / "magr_fx").glob("*.py"), *(ROOT / "passes").glob("*.py")])
+FILES = [path for top in ("magr_fx", "passes") for path in ROOT.glob(f"{top}/**/*.py")]
+SOURCES = sorted(path for path in FILES if "magr_fx/passes" not in path.as_posix())
 
 # Modules that are imported by their public name, but whose documentation promises nothing, or
 # that have none.

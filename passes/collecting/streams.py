@@ -37,13 +37,13 @@ class Streams:
         self._graphs = [batch.trace.graph_module.graph for batch in batches]
         self.runs = [[_inputs(batch) for batch in batches] for _ in range(runs)]
         self._stored = [t for trace in traces for t in attributes(trace.graph_module)]
-        self._buffers = written_in_place(traces)
-        self._other = [buffer.detach().clone() for buffer in self._buffers]  # of the second run
+        self._changed = written_in_place(traces)
+        self._other = [buffer.detach().clone() for buffer in self._changed]  # of the second run
 
     @torch.no_grad()
     def swap_buffers(self) -> None:
         """Have the other run's values in the buffers."""
-        for buffer, values in zip(self._buffers, self._other, strict=True):
+        for buffer, values in zip(self._changed, self._other, strict=True):
             kept = buffer.detach().clone()
             buffer.copy_(values)
             values.copy_(kept)
@@ -52,12 +52,12 @@ class Streams:
         self, grams: Sequence[SharedGram], devices: Iterable[torch.device]
     ) -> partial[dict[str, Any]]:
         """Makes what a later run needs to go on from here, see :func:`boundary`."""
-        written = [*self._buffers, *self._other]
+        written = [*self._changed, *self._other]
         return partial(boundary, self.runs, grams, written, self._stored, devices)
 
     def restore(self, saved: Any, grams: Sequence[SharedGram], *, away: bool) -> None:
         """Go on from what :meth:`state` made; ``away`` is as for :func:`restore`."""
-        written = [*self._buffers, *self._other]
+        written = [*self._changed, *self._other]
         restore(saved, self.runs, self._graphs, grams, written, self._stored, away=away)
 
 

@@ -131,7 +131,7 @@ class InMemory:
     placeholder: PlaceholderParameter = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "outline", PlaceholderParameter(self.own))
+        object.__setattr__(self, "placeholder", PlaceholderParameter(self.own))
 
     def load(self) -> torch.Tensor:
         return self.own.detach()

@@ -73,7 +73,7 @@ class Raising(io.BytesIO):
     ids=repr,
 )
 @pytest.mark.parametrize("handling", [False, True])
-def test_saving_raises_what_the_file_raised(error: BaseException, options: bool) -> None:
+def test_saving_raises_what_the_file_raised(error: BaseException, handling: bool) -> None:
     """torch.save alone says in its place that the position in the file is unexpected."""
     value = {"weight": torch.zeros(10_000)}
     with pytest.raises(RuntimeError, match="unexpected pos"):
@@ -81,7 +81,7 @@ def test_saving_raises_what_the_file_raised(error: BaseException, options: bool)
     error.__context__ = None
 
     def saved() -> None:
-        if not options:
+        if not handling:
             save(value, Raising(error))
         try:
             raise ValueError("of something else")
