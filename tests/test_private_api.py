@@ -627,6 +627,7 @@ PROMISES: dict[str, Callable[..., None]] = {
     "_version": test_version,
     "torch.multiprocessing.reductions.StorageWeakRef": test_storage_weak_ref,
     "_parameters": test_module_registries,
+    "_modules": test_module_registries,
     "_buffers": test_module_registries,
     "_forward_hooks": test_module_hooks,
     "_forward_pre_hooks": test_module_hooks,

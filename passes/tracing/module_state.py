@@ -52,7 +52,7 @@ class _State:
         self.tensors: list[torch.Tensor] = []
         self._known: dict[int, Any] = {}  # by id: which is kept, so that no other gets its id
         self._undo: list[Callable[[], Any]] = []
-        self._modules = {type(module).__module__ for module in model.modules()}
+        self._sources = {type(module).__module__ for module in model.modules()}
         pending: list[Any] = list(model.modules())
         while pending:
             pending.extend(self._keep(pending.pop()))
@@ -123,7 +123,7 @@ class _State:
         if _is_foreign(function.__module__):
             return []
         inside = [function.__defaults__, function.__kwdefaults__]
-        if function.__module__ in self._modules or not _is_installed(function.__code__):
+        if function.__module__ in self._sources or not _is_installed(function.__code__):
             every = function.__globals__
             named = {name: every.get(name, _ABSENT) for name in _names(function.__code__)}
             self._undo.append(functools.partial(_reset_globals, every, named))
