@@ -12,7 +12,7 @@ two runs is taken as well.
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Hashable, Mapping
 from functools import partial
 from itertools import chain
@@ -97,11 +97,13 @@ class CalibrationRun:
         self._masks = MaskInputs(batches)
         self._seen: dict[SharedGram, int] = dict.fromkeys(self.grams, 0)
         self._captures: dict[fx.Node, list[InputCapture]] = {}
+        calls: dict[Trace, list[Call]] = defaultdict(list)
+        for call in (call for site in sites for call in site.calls):
+            calls[call.trace].append(call)
         for trace in self._traces:
-            calls = _calls(sites, trace)
-            masks = token_masks(trace, calls, self._masks)
-            self._captures |= place_captures(trace, calls, self.grams, masks)
-        self._blocks = {trace: self._cut(trace, _calls(sites, trace)) for trace in self._traces}
+            masks = token_masks(trace, calls[trace], self._masks)
+            self._captures |= place_captures(trace, calls[trace], self.grams, masks)
+        self._blocks = self._cut(calls)
         self._weights = WeightNodes(self._traces, replaceable=propagate)
         self._runners = {trace: Runner(trace) for trace in self._traces}
 
@@ -109,13 +111,17 @@ class CalibrationRun:
         """What is run one after the other: of each step the blocks of all traces."""
         return list(in_step(self._blocks.values()))
 
-    def _cut(self, trace: Trace, calls: list[Call]) -> list[Block]:
+    def _cut(self, calls: Mapping[Trace, list[Call]]) -> dict[Trace, list[Block]]:
+        """The blocks of each trace; what starts one and what it reads is of all traces."""
         reads = {
             node: [n for capture in captures for n in capture.reads]
             for node, captures in self._captures.items()
         }
         before = self._marks() if self.propagate else {}
-        return cut_into_blocks(trace, calls, before=before, reads=reads)
+        return {
+            trace: cut_into_blocks(trace, calls[trace], before=before, reads=reads)
+            for trace in self._traces
+        }
 
     def check(self, *, progress: bool | None = None) -> None:
         """Run every batch once and look at every activation, before anything is changed.
@@ -377,10 +383,6 @@ class CalibrationRun:
 
     def _looked_at(self, node: fx.Node) -> list[fx.Node]:
         return [value for capture in self._captures.get(node, ()) for value in capture.reads]
-
-
-def _calls(sites: list[Site], trace: Trace) -> list[Call]:
-    return [call for site in sites for call in site.calls if call.trace is trace]
 
 
 def _finished(

@@ -15,7 +15,7 @@ from magr_fx.passes.handover.quantizable import (
     leave_out_unrunnable,
 )
 from magr_fx.passes.handover.quantizable_weight import QuantizableWeight
-from magr_fx.passes.handover.target import described_in_full
+from magr_fx.passes.handover.target import Target, described_in_full
 from magr_fx.passes.handover.to_torchao import try_target
 from magr_fx.passes.handover.trial import Trial
 from magr_fx.passes.inputs.calibration import Batch, notes_of
@@ -98,7 +98,7 @@ def _tried(
     if request.target is None:
         return found, weights
     with report.timed("quantize"):
-        _try_each_kind(candidates, request, execution)
+        _try_each_kind(candidates, request.target, execution)
         if quantizer is not None:
             trial = Trial.of(batches, traced, execution.resident, execution.device)
             found, weights = leave_out_unrunnable(found, weights, model, quantizer.config, trial)
@@ -108,18 +108,16 @@ def _tried(
 
 
 def _try_each_kind(
-    candidates: list[Site | QuantizableWeight], request: Request, execution: Execution
+    candidates: list[Site | QuantizableWeight], target: Target, execution: Execution
 ) -> None:
     """Have the target quantize a copy of one weight of each shape and dtype."""
-    if request.target is None:
-        return
     kinds: dict[Any, Site | QuantizableWeight] = {}
     for one in candidates:
         kinds.setdefault((one.weight.shape, one.weight.dtype), one)
     with execution.resident([one.weight for one in kinds.values()]):
         # Looked at only now: where a weight is depends on its being in memory.
         matrices = [(one.name, one.weight) for one in kinds.values()]
-        try_target(matrices, request.target.config, gptq=request.makes_tensors)
+        try_target(matrices, target.config, gptq=target.options.rounding == "gptq")
 
 
 def _checkpoint(

@@ -121,7 +121,7 @@ class _Caches:
         self._pending += inside
 
     def _look_into(self, function: types.FunctionType) -> None:
-        names = _names(function.__code__)
+        names = names_of(function.__code__)
         file, own = self._place(function.__globals__), self._place(function)
         for name in names:  # those of attributes too, and of globals that are set later
             value = self._keep_variable(name, function.__globals__, file)
@@ -243,9 +243,9 @@ def _has_fakes(value: Any, known: set[int], deep: int = 0) -> bool:
     return any(_has_fakes(one, known, deep + 1) for one in inside)
 
 
-def _names(code: types.CodeType) -> set[str]:
+def names_of(code: types.CodeType) -> set[str]:
     """The names of globals and attributes in a function's code, and in that of functions in it."""
-    inner = (_names(const) for const in code.co_consts if isinstance(const, types.CodeType))
+    inner = (names_of(const) for const in code.co_consts if isinstance(const, types.CodeType))
     return set(code.co_names).union(*inner)
 
 

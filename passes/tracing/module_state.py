@@ -21,6 +21,7 @@ from magr_fx.passes.tracing.function_caches import (
     CONTAINERS,
     contents,
     function_caches_kept,
+    names_of,
     refill,
 )
 
@@ -125,7 +126,7 @@ class _State:
         inside = [function.__defaults__, function.__kwdefaults__]
         if function.__module__ in self._sources or not _is_installed(function.__code__):
             every = function.__globals__
-            named = {name: every.get(name, _ABSENT) for name in _names(function.__code__)}
+            named = {name: every.get(name, _ABSENT) for name in names_of(function.__code__)}
             self._undo.append(functools.partial(_reset_globals, every, named))
             inside += named.values()
         for cell in function.__closure__ or ():
@@ -243,12 +244,6 @@ def _array_undo(values: Any) -> Callable[[], Any]:
             return lambda: None
         return functools.partial(np.copyto, values, values.copy())
     return functools.partial(values.__setitem__, slice(None), values[:])
-
-
-def _names(code: types.CodeType) -> set[str]:
-    """What a function may name of its globals, also in the functions that it makes."""
-    inner = [part for part in code.co_consts if isinstance(part, types.CodeType)]
-    return set(code.co_names).union(*map(_names, inner))
 
 
 def _is_installed(code: types.CodeType) -> bool:
