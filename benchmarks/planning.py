@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 from readme import put_table
 from transformers import LlamaConfig, PretrainedConfig, Qwen3MoeConfig
@@ -22,31 +23,45 @@ from magr_fx.costs.planning import (
     FLOAT,
     Costs,
     Method,
-    Rates,
     Shape,
-    Work,
     gram_bytes,
-    solve_work,
+    solve_flops,
     solver_bytes,
 )
 
 TOKENS, LENGTH, TARGET = 262_144, 2048, "int3-per-channel"
 METHOD = Method()
 RANKS = (1, 8, 64)
-# Elementwise operations move 12 bytes a number: 4 TB/s, and 300 GB/s.
-GPU = Rates(forward=400e12, solve=45e12, factors=20e12, elementwise=4e12 / 12, disk=1e9)
-CPU = Rates(forward=2e12, solve=2e12, factors=0.7e12, elementwise=300e9 / 12, disk=1e9)
-LINK = {id(GPU): 25e9, id(CPU): 2.5e9}  # bytes per second between two devices
+
+
+class Device(NamedTuple):
+    """What one is assumed to do in a second.
+
+    Attributes:
+        product: FLOP/s of a product in bfloat16.
+        step: FLOP/s of a product in float32 with what is elementwise in a step of the solver.
+        link: bytes between two of them.
+        disk: bytes that are read or written.
+    """
+
+    product: float
+    step: float
+    link: float
+    disk: float
+
+
+GPU = Device(product=400e12, step=45e12, link=25e9, disk=1e9)
+CPU = Device(product=2e12, step=1.5e12, link=2.5e9, disk=1e9)
 
 
 @dataclass(frozen=True)
 class Model:
-    """Published sizes; ``shapes`` are the problems of one layer."""
+    """Published sizes; ``shapes`` are the problems of one layer, and how many there are of each."""
 
     name: str
     layers: int
     config: PretrainedConfig
-    shapes: tuple[Shape, ...]
+    shapes: dict[Shape, int]
 
 
 def llama(name: str, layers: int, width: int, inner: int, heads: int) -> Model:
@@ -60,12 +75,12 @@ def llama(name: str, layers: int, width: int, inner: int, heads: int) -> Model:
         architectures=["LlamaForCausalLM"],
     )
     key_value = 8 * width // heads
-    shapes = (
-        Shape(width + 2 * key_value, width),
-        Shape(width, width),
-        Shape(2 * inner, width),
-        Shape(width, inner),
-    )
+    shapes = {
+        Shape(width + 2 * key_value, width): 1,
+        Shape(width, width): 1,
+        Shape(2 * inner, width): 1,
+        Shape(width, inner): 1,
+    }
     return Model(name, layers, config, shapes)
 
 
@@ -84,13 +99,13 @@ def qwen3_coder() -> Model:
         architectures=["Qwen3MoeForCausalLM"],
     )
     share = chosen / experts
-    shapes = (
-        Shape(heads + 2 * 8 * 128, width),
-        Shape(width, heads),
-        Shape(experts, width),
-        Shape(2 * inner, width, share, experts),
-        Shape(width, inner, share, experts),
-    )
+    shapes = {
+        Shape(heads + 2 * 8 * 128, width): 1,
+        Shape(width, heads): 1,
+        Shape(experts, width): 1,
+        Shape(2 * inner, width, share): experts,
+        Shape(width, inner, share): experts,
+    }
     return Model("Qwen3-Coder-480B-A35B", 62, config, shapes)
 
 
@@ -101,50 +116,58 @@ def costs_of(model: Model) -> Costs:
         with tempfile.TemporaryDirectory() as folder:
             model.config.num_hidden_layers = layers
             model.config.save_pretrained(folder)
-            plan = plan_directory(folder, named_target(TARGET), tokens=TOKENS, length=LENGTH)
-            found.append(plan.plan.costs)
+            plan, _ = plan_directory(folder, named_target(TARGET), tokens=TOKENS, length=LENGTH)
+            found.append(plan.costs)
     two, three = found
     own = {f.name: (getattr(two, f.name), getattr(three, f.name)) for f in fields(Costs)}
     more = model.layers - 2
     whole = Costs(**{name: a * (1 - more) + b * more for name, (a, b) in own.items()})
-    by_hand = model.layers * solve_work(model.shapes, METHOD).flops
-    if abs(whole.solve.flops - by_hand) > 0.01 * by_hand:
+    by_hand = model.layers * sum(
+        times * solve_flops([shape], METHOD) for shape, times in model.shapes.items()
+    )
+    if abs(whole.solve - by_hand) > 0.01 * by_hand:
         sys.exit(f"{model.name}: the trace has other shapes than this file")
     return whole
 
 
-def solve_of_a_rank(model: Model, ranks: int) -> Work:
-    """Rows are split, each gram is factorised by all; experts are spread as wholes."""
-    total = Work()
-    for shape in model.shapes:
-        one = Shape(shape.rows, shape.inputs)
-        if shape.problems > 1:
-            total += solve_work([one], METHOD) * -(-shape.problems // ranks)
+def solve_of_a_rank(model: Model, ranks: int) -> float:
+    """Rows are split; experts are spread as wholes."""
+    total = 0.0
+    for shape, times in model.shapes.items():
+        if times > 1:
+            total += solve_flops([shape], METHOD) * -(-times // ranks)
         else:
-            total += solve_work([Shape(-(-shape.rows // ranks), shape.inputs)], METHOD)
+            rows = -(-shape.rows // ranks)
+            total += solve_flops([replace(shape, rows=rows)], METHOD)
     return total * model.layers
 
 
 def memory_of_a_rank(model: Model, costs: Costs, ranks: int) -> float:
     """Bytes beside the weights that are not worked on: grams are whole on every rank."""
     solver = 0
-    for shape in model.shapes:
-        split = ranks > 1 and shape.problems == 1
+    for shape, times in model.shapes.items():
+        split = ranks > 1 and times == 1
         rows = -(-shape.rows // ranks) if split else shape.rows
         kept = 5 * FLOAT * shape.rows * shape.inputs if split else 0  # everybody's, in the end
-        solver = max(solver, solver_bytes(Shape(rows, shape.inputs), METHOD) + kept)
+        solver = max(solver, solver_bytes(replace(shape, rows=rows), METHOD) + kept)
     return costs.block + costs.grams + solver + costs.boundary / ranks
 
 
-def hours(model: Model, costs: Costs, ranks: int, rates: Rates) -> float:
-    """The calibration divided, the solves spread, and grams and weights sent to all."""
-    seconds = costs.seconds(rates)
-    total = (seconds["forward"] + seconds["grams"]) / ranks + seconds["disk"]
-    total += solve_of_a_rank(model, ranks).seconds(rates, products=rates.solve)
+def hours(model: Model, costs: Costs, ranks: int, device: Device) -> float:
+    """The calibration divided, the solves spread, and grams and weights sent to all.
+
+    The disk reads the weights once to be looked at, once for their fingerprint and in every pass,
+    and writes them twice.
+    """
+    total = (costs.forward + costs.gram) / device.product / ranks
+    total += solve_of_a_rank(model, ranks) / device.step
+    total += (4 + METHOD.passes) * costs.model / device.disk
     if ranks > 1:
-        grams = model.layers * gram_bytes(model.shapes, METHOD)
-        weights = 2 * model.layers * sum(shape.parameters for shape in model.shapes)
-        total += (2 * grams + weights) / LINK[id(rates)]
+        grams = weights = 0
+        for shape, times in model.shapes.items():
+            grams += model.layers * times * gram_bytes([shape], METHOD)
+            weights += 2 * model.layers * times * shape.rows * shape.inputs
+        total += (2 * grams + weights) / device.link
     return total / 3600
 
 
@@ -171,7 +194,7 @@ def main() -> None:
                 str(ranks),
                 " + ".join(f"{part / 1e9:.1f}" for part in (*parts, boundary)),
                 f"{memory / 1e9:.0f}",
-                *(f"{hours(model, costs, ranks, rates):.1f}" for rates in (GPU, CPU)),
+                *(f"{hours(model, costs, ranks, device):.1f}" for device in (GPU, CPU)),
             ]
             lines.append(f"| {' | '.join(cells)} |")
     table = "\n".join(lines)

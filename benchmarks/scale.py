@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -40,11 +40,10 @@ from magr_fx import magr_transform
 from magr_fx.command_line.named_targets import named_target
 from magr_fx.command_line.plan_directory import plan_directory
 from magr_fx.costs.measure_rates import measured_rates
-from magr_fx.costs.planning import Costs, Rates
+from magr_fx.costs.planning import Costs
 from magr_fx.directories.convert_directory import PROCESS, transform_directory
 from magr_fx.directories.prepare_directory import Job
 from magr_fx.machine.memory import give_back_what_is_freed
-from magr_fx.model_files.calibration_text import BATCH
 from magr_fx.passes.entries.plan import Plan
 from magr_fx.reporting.report import MagRReport
 
@@ -89,17 +88,17 @@ class Run:
 
 
 class Measured(NamedTuple):
-    """A run, what was predicted of it, and the rates of the machine just before."""
+    """A run, what was predicted of it, and the FLOP/s of the machine just before."""
 
     run: Run
     costs: Costs
-    rates: Rates
+    product: float
+    step: float
 
     @property
     def predicted(self) -> tuple[float, float]:
-        """Seconds of the calibration, with the states that are saved, and of the solves."""
-        seconds = self.costs.seconds(self.rates)
-        return seconds["forward"] + seconds["grams"] + seconds["states"], seconds["solve"]
+        """Seconds of the calibration and of the solves."""
+        return (self.costs.forward + self.costs.gram) / self.product, self.costs.solve / self.step
 
 
 def save_llama(folder: Path, width: int, depth: int) -> Path:
@@ -133,10 +132,10 @@ def processor_time(stages: dict[str, float], peak: Peak | None = None) -> Iterat
     timed = MagRReport.timed
 
     @contextmanager
-    def counted(report: MagRReport, stage: str) -> Iterator[None]:
+    def counted(report: MagRReport, stage: str) -> Iterator[Callable[[], float]]:
         start = time.process_time()
-        with timed(report, stage):
-            yield
+        with timed(report, stage) as spent:
+            yield spent
         stages[stage] = stages.get(stage, 0.0) + time.process_time() - start
         if stage == "trace" and peak is not None:
             peak.traced = resident("RssAnon")
@@ -215,24 +214,22 @@ def measure(width: int, depth: int) -> Measured:
         save_llama(folder / "model", width, depth)
         save_text(folder / "text.txt")
         plan = planned(folder)
-        rates = Rates(**json.loads(run([__file__, "--rates", name])[0].splitlines()[-1]))
+        product, step = json.loads(run([__file__, "--rates", name])[0].splitlines()[-1])
         out, cpu, wall, peak = run([__file__, "--directory", name])
     found = Run(cpu=cpu, wall=wall, peak=peak, **json.loads(out.splitlines()[-1]))
-    print(f"width {width}, depth {depth}: {asdict(found)}, {rates}", file=sys.stderr)
-    return Measured(found, plan.costs, rates)
+    print(f"width {width}, depth {depth}: {asdict(found)}, {product}, {step}", file=sys.stderr)
+    return Measured(found, plan.costs, product, step)
 
 
 def planned(folder: Path) -> Plan:
     model, target = str(folder / "model"), named_target(TARGET)
-    return plan_directory(model, target, tokens=TOKENS, length=LENGTH).plan
+    return plan_directory(model, target, tokens=TOKENS, length=LENGTH)[0]
 
 
 def measure_rates(folder: Path) -> None:
     """A process of its own, as `magr-fx plan` is; it prints the rates."""
     give_back_what_is_freed()  # as the command line does
-    largest = planned(folder).largest
-    rates = measured_rates(largest, torch.float32, BATCH * LENGTH, clock=time.process_time)
-    print(json.dumps(asdict(rates)))
+    print(json.dumps(measured_rates(planned(folder).largest, torch.float32)))
 
 
 def measure_ranks(ranks: int) -> list[dict[str, dict[str, float]]]:
@@ -259,7 +256,7 @@ HEADER = [
 
 
 def cells(measured: Measured) -> list[str]:
-    found, costs, _ = measured
+    found, costs = measured.run, measured.costs
     sizes = (costs.model, found.peak, found.own, found.own - found.bare, costs.memory)
     calibration, solve = measured.predicted
     return [
@@ -319,13 +316,11 @@ def exponents(runs: list[Measured]) -> list[str]:
     return table(["power of the width", *steps, *(f"predicted, {s}" for s in steps)], rows)
 
 
-RATES = ["width", "forward", "products", "factorisations", "elementwise"]
+RATES = ["width", "product", "step of the solver"]
 
 
 def rates_of(measured: Measured) -> list[str]:
-    rates = measured.rates
-    found = (rates.forward, rates.solve, rates.factors, rates.elementwise)
-    return [f"{rate / 1e9:.3g}" for rate in found]
+    return [f"{rate / 1e9:.3g}" for rate in (measured.product, measured.step)]
 
 
 def width_lines(known: dict[int, Measured]) -> list[str]:
@@ -340,7 +335,8 @@ def width_lines(known: dict[int, Measured]) -> list[str]:
         *exponents(runs),
         "",
         "Solves are products, which grow with the cube of the width, and elementwise operations, "
-        "which grow with its square. 10⁹ operations per second, as measured before each run:",
+        "which grow with its square; the rate of a step has both. GFLOP/s, as measured before each "
+        "run:",
         "",
         *table(RATES, rates),
         "",
@@ -397,7 +393,8 @@ def main() -> None:
         f"{TOKENS:,} tokens in windows of {LENGTH}, from directory to directory, one thread; torch "
         f"{torch.__version__}. Times by the clock say little where "
         "something else runs, processor seconds more. Both are of the whole process, "
-        "imports and tracing included; calibration (with saving states) and solve (with rewriting) "
+        "imports and tracing included; calibration (with saving states, which is not predicted) "
+        "and solve (with rewriting) "
         "are processor "
         "seconds, and so are those predicted, by the formulas of costs/planning.py and the rates "
         "that the machine had before each run. Predicted "

@@ -168,12 +168,12 @@ def plan(model: str, target: str | None, rounding: str, tflops: float | None, **
     """Print what a run on MODEL would rewrite, and what it would cost; no weight is read."""
     with _told(None):
         from magr_fx.command_line.named_targets import named_target
-        from magr_fx.command_line.plan_directory import plan_directory
+        from magr_fx.command_line.plan_directory import describe, plan_directory
 
         config = None if target is None else named_target(target)
         rate = None if tflops is None else tflops * 1e12
-        found = plan_directory(model, config, gptq=rounding == "gptq", rate=rate, **given)
-        click.echo(found)
+        found, empty = plan_directory(model, config, gptq=rounding == "gptq", **given)
+        click.echo(describe(found, empty, rate))
 
 
 def _job(

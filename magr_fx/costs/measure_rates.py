@@ -1,88 +1,55 @@
-"""What this machine does in a second, of each kind of operation that a plan counts."""
+"""What this machine does in a second: a product of the model's, and a step of the solver."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 
-from magr_fx.costs.planning import Rates, Shape
+from magr_fx.costs.planning import Shape
 from magr_fx.iterations.admm import LEAST_ROWS, tile_size
+from magr_fx.iterations.relaxed_step import relaxed_step
 
-# The largest matrices that are multiplied and factorised: beyond, the rates hardly change, and the
-# measurement would take longer than a second.
-MOST = 2048
+MOST = 2048  # rows and inputs: with more the rates hardly change, and measuring takes seconds
+TOKENS = 512  # of the product
 REPEATS = 3
-DISK = 1e9  # bytes per second that a disk is taken to read and write
 
 
-def measured_rates(
-    shape: Shape,
-    dtype: torch.dtype,
-    tokens: int,
-    *,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Rates:
-    """The rates of this machine's CPU, with the threads that torch is set to; the disk's is taken.
+def measured_rates(shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
+    """FLOP/s on the CPU of a product in ``dtype``, and of a step, which is elementwise in part.
 
-    Each is the best of a few runs, at the sizes of a model's largest layer (its first 2048 inputs
-    and rows): ``tokens`` through it in the model's dtype; one step's product, of the rows that the
-    solver works on together (:func:`tile_size`); the factorisation of its gram; and
-    six elementwise operations on those rows, of which two make a new matrix: the share that does
-    so in a search.
-
-    Args:
-        shape: rows and inputs of the layer.
-        dtype: of the model.
-        tokens: of a batch.
-        clock: :func:`time.process_time` for seconds of the processor.
+    Each is the best of three, with weights ``[rows, inputs]`` (at most 2048 each): a product with
+    512 tokens, and one step of ADMM on as many rows as the solver works on together, of which
+    only the product is counted.
     """
-    device = torch.device("cpu")
     inputs, rows = min(shape.inputs, MOST), min(shape.rows, MOST)
     draw = torch.Generator().manual_seed(0)
-    exact: Any = {"dtype": torch.float32, "device": device}
-    x = torch.rand(min(tokens, MOST), inputs, generator=draw, **exact).to(dtype)
-    weight = torch.rand(rows, inputs, generator=draw, **exact).to(dtype)
-    forward = _best(lambda: functional.linear(x, weight), clock)
+    x = torch.rand(TOKENS, inputs, generator=draw).to(dtype)
+    weight = torch.rand(rows, inputs, generator=draw)
+    in_dtype = weight.to(dtype)
+    product = _best(lambda: functional.linear(x, in_dtype))
+    tile = weight[: max(LEAST_ROWS, tile_size(weight.device) // inputs)]
+    gram, prices = torch.rand(inputs, inputs, generator=draw), torch.ones(1, inputs)
+    level = torch.full((len(tile), 1), 0.9)
+    shifted, source, scratch = tile.clone(), torch.zeros_like(tile), torch.zeros_like(tile)
 
-    together = min(shape.rows, max(LEAST_ROWS, tile_size(device) // shape.inputs))
-    tile = torch.rand(together, inputs, generator=draw, **exact)
-    gram = torch.rand(inputs, inputs, generator=draw, **exact)
-    gram = gram + gram.T
-    gram.diagonal().add_(2 * inputs)  # more than the others in its row: positive definite
-    step = torch.zeros_like(tile)
-    solve = _best(lambda: step.addmm_(tile, gram), clock)
-    factor = _best(lambda: torch.linalg.cholesky_ex(gram), clock)
-    level = torch.rand(together, 1, generator=draw, **exact)
-    elementwise = _best(lambda: _six(tile, level, gram[0]), clock)
-    return Rates(
-        forward=2 * x.numel() * rows / forward,
-        solve=2 * tile.numel() * inputs / solve,
-        factors=inputs**3 / 3 / factor,
-        elementwise=6 * tile.numel() / elementwise,
-        disk=DISK,
-    )
+    def step() -> None:
+        shifted.copy_(tile)
+        given = {"prices": prices, "alpha": 0.1, "relaxation": 1.0}
+        relaxed_step(shifted, tile, level, source, scratch, **given)  # type: ignore[arg-type]
+        shifted.addmm_(source, gram)
+
+    return (2 * x.numel() * rows / product, 2 * tile.numel() * inputs / _best(step))
 
 
-def _six(rows: Tensor, level: Tensor, prices: Tensor) -> Tensor:
-    """Six elementwise operations, of which two make a new matrix."""
-    excess = torch.sub(rows, level)
-    excess.clamp_(min=0).mul_(prices)
-    clamped = torch.clamp(rows, -level, level)
-    return clamped.sub_(excess).sum(-1)
-
-
-def _best(run: Callable[[], object], clock: Callable[[], float]) -> float:
-    """Seconds of the fastest run, after one that wakes the threads up."""
+def _best(run: Callable[[], object]) -> float:
+    """Seconds of the fastest run, after one that wakes the threads."""
     run()
-    best = math.inf
+    times = []
     for _ in range(REPEATS):
-        start = clock()
+        start = time.perf_counter()
         run()
-        best = min(best, clock() - start)
-    return best
+        times.append(time.perf_counter() - start)
+    return min(times)

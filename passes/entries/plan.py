@@ -1,4 +1,4 @@
-"""model without weights → what a run on it would do and cost: traced and looked at, not run."""
+"""model without weights → what a run would rewrite, and what it would cost; nothing is run."""
 
 from __future__ import annotations
 
@@ -14,36 +14,26 @@ from magr_fx.costs.planning import (
     Costs,
     Method,
     Shape,
-    Work,
-    attention_flops,
-    disk_bytes,
+    forward_flops,
     gram_bytes,
-    gram_work,
-    passes,
-    solve_work,
+    gram_flops,
+    solve_flops,
     solver_bytes,
 )
 from magr_fx.passes.collecting.blocks import Block, read_by
 from magr_fx.passes.collecting.collect_grams import CalibrationRun
 from magr_fx.passes.collecting.shared_gram import SharedGram
 from magr_fx.passes.finding.find_linears import FilterFn, Rejection, Site, find_linears
-from magr_fx.passes.graphs.torch_private import OpOverload
 from magr_fx.passes.graphs.trace import calibration_mode
 from magr_fx.passes.inputs.calibration import read_calib
 from magr_fx.passes.offloading.resident import PlaceholderParameter
 from magr_fx.passes.tracing.read_exported import trace_or_read
 from magr_fx.passes.tracing.trace_batches import Tracing
 
-_LINEAR = torch.ops.aten.linear.default
-_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
-
 
 @dataclass(frozen=True)
 class Plan:
-    """What would be rewritten, what not and why, in how many blocks, and what that costs.
-
-    ``largest`` is the largest of the stacked weights that are solved as one problem.
-    """
+    """Sites, what is left alone and why, the number of blocks, costs, and the largest problem."""
 
     sites: list[Site]
     rejections: list[Rejection]
@@ -73,54 +63,45 @@ def plan(
         filter_fn: as for :func:`magr_fx.magr_transform`.
         routed: the share of the tokens that reach each expert of a stack.
         stored: bytes of the weights on the disk; None counts the model's own.
-        copies: of them that the disk holds at most, beside those.
+        copies: how many copies of the weights the disk holds at most, beside the model.
 
     Raises:
         MagRError: the model cannot be traced, or has nothing to rewrite.
     """
-    reserve(model)
+    _reserve(model)
     example = torch.zeros(window, dtype=torch.long, device="cpu")
     with calibration_mode(model):
-        batches = read_calib([example], model)
-        traced = trace_or_read(model, batches, Tracing("export", has_values=False))
+        traced = trace_or_read(
+            model, read_calib([example], model), Tracing("export", has_values=False)
+        )
         found = find_linears([traced[0].trace], model, filter_fn)
-    run = CalibrationRun(traced, found.sites, propagate=method.propagate)
+    run = CalibrationRun(traced, found.sites, propagate=method.search)
     steps = run.steps()
-    share = tokens / (window[0] * window[1])  # of the one batch that was traced
-    all_shapes = [_shape(shared, routed) for shared in run.grams]
-    grams = max(
-        gram_bytes([_shape(shared, routed) for shared in alive], method)
-        for alive in _alive_together(steps, run.grams)
-    )
-    item = {id(p): p.numel() * p.element_size() for p in model.parameters()}
-    total = stored or sum(item.values())
-    rewritten = {call.node for shared in run.grams for s in shared.sites for call in s.calls}
-    alive = _alive(steps, rewritten)
-    boundary = int(max(sum(sizes) for sizes in alive) * share) * (1 + method.propagate)
-    states = [alike + differing * (1 + method.propagate) for alike, differing in alive]
-    return Plan(
-        found.sites,
-        found.rejections,
-        len(steps),
-        Costs(
-            forward=_forward(steps, run.grams, routed, window[0] * window[1]) * share,
-            passes=passes(method),
-            gram=gram_work(all_shapes, tokens, method, batches=math.ceil(share)),
-            solve=solve_work(all_shapes, method),
-            model=total,
-            block=max(sum(item.get(id(t), 0) for t in read_by(step)) for step in steps),
-            grams=grams,
-            solver=max(solver_bytes(shape, method) for shape in all_shapes),
-            boundary=boundary,
-            disk=disk_bytes(total, copies, boundary),
-            steps=len(steps),
-            state=int(sum(states) / len(states) * share),
+    shapes = {id(shared): _shape(shared, routed) for shared in run.grams}
+    every = list(shapes.values())
+    batches = tokens / math.prod(window)  # of which one was traced
+    boundary = int(max(_alive(steps)) * batches) * method.runs
+    bytes_of = {id(p): p.nbytes for p in model.parameters()}
+    total = stored or sum(bytes_of.values())
+    costs = Costs(
+        forward=forward_flops(every, tokens, method),
+        gram=gram_flops(every, tokens, method),
+        solve=solve_flops(every, method),
+        model=total,
+        block=max(sum(bytes_of.get(id(t), 0) for t in read_by(step)) for step in steps),
+        grams=max(
+            gram_bytes([shapes[id(shared)] for shared in alive], method)
+            for alive in _alive_together(steps, run.grams)
         ),
-        max(all_shapes, key=lambda shape: shape.rows * shape.inputs),
+        solver=max(solver_bytes(shape, method) for shape in every),
+        boundary=boundary,
+        disk=copies * total + 2 * boundary,  # the last state stays until the next is whole
     )
+    largest = max(every, key=lambda shape: shape.rows * shape.inputs)
+    return Plan(found.sites, found.rejections, len(steps), costs, largest)
 
 
-def reserve(model: nn.Module) -> None:
+def _reserve(model: nn.Module) -> None:
     """Give every parameter and buffer an address on the CPU, with no memory behind it."""
     known: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -132,6 +113,12 @@ def reserve(model: nn.Module) -> None:
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[key] = torch.zeros_like(buffer, device="cpu")
+
+
+def _shape(shared: SharedGram, routed: float) -> Shape:
+    rows = sum(site.shape[0] for site in shared.sites)
+    of_a_stack = "[" in shared.sites[0].name  # which is named with an index
+    return Shape(rows, shared.sites[0].shape[1], routed if of_a_stack else 1.0)
 
 
 def _alive_together(
@@ -147,79 +134,25 @@ def _alive_together(
     return alive
 
 
-def _shape(shared: SharedGram, routed: float) -> Shape:
-    expert = "[" in shared.sites[0].name
-    rows = sum(site.shape[0] for site in shared.sites)
-    return Shape(rows, shared.sites[0].shape[1], routed if expert else 1.0)
-
-
-def _alive(steps: Sequence[list[Block]], rewritten: set[fx.Node]) -> list[tuple[int, int]]:
-    """Bytes of the values that later blocks read, after each step, for the traced batch.
-
-    First of those that are the same before and after weights are quantized, then of the others:
-    those that come from a matmul that reads one, ``rewritten``, and are no decision.
-    """
+def _alive(steps: Sequence[list[Block]]) -> list[int]:
+    """Bytes of the activations that later blocks read, after each step, for the traced batch."""
     alive: dict[fx.Node, int] = {}
-    differing = set(rewritten)
     sizes = []
     for step in steps:
         for block in step:
             for node in block.nodes:
-                if not differing.isdisjoint(node.all_input_nodes) and not _is_decision(node):
-                    differing.add(node)
                 if node.op != "get_attr" and node in block.run:
                     alive[node] = _bytes(node)
                 for dead in block.dead_after.get(node, ()):
                     alive.pop(dead, None)
-        other = sum(size for node, size in alive.items() if node in differing)
-        sizes.append((sum(alive.values()) - other, other))
+        sizes.append(sum(alive.values()))
     return sizes
 
 
-def _is_decision(node: fx.Node) -> bool:
-    """Whether it is of whole numbers, which the quantized run takes from the original one."""
-    value: Any = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and not value.is_floating_point()
-
-
-def _forward(
-    steps: Sequence[list[Block]], grams: list[SharedGram], routed: float, tokens: int
-) -> Work:
-    """The traced batch in what is run: linears, attention, experts, and whatever is elementwise."""
-    products = elementwise = 0.0
-    for block in (block for step in steps for block in step):
-        for node in filter(block.run.__contains__, block.nodes):
-            if node.target is _LINEAR:
-                inputs = node.all_input_nodes[0].meta["val"].shape[-1]
-                products += 2.0 * _numel(node) * _hint(inputs)
-            elif node.target is _ATTENTION:
-                query, key = (argument.meta["val"] for argument in node.all_input_nodes[:2])
-                batch, heads, length, size = map(_hint, query.shape)
-                products += attention_flops(1, heads * size, batch * length, _hint(key.shape[-2]))
-            elif isinstance(node.target, OpOverload) and not node.target.is_view:
-                values = [n for n in node.all_input_nodes if n.op != "get_attr"]
-                elementwise += max(map(_numel, [node, *values]))  # a sum's is what it sums
-    for shared in grams:
-        for site in shared.sites:
-            if all(call.node.target is not _LINEAR for call in site.calls):
-                expert = routed if "[" in site.name else 1.0
-                products += 2.0 * tokens * expert * site.shape[0] * site.shape[1]
-    return Work(products=products, elementwise=elementwise)
-
-
 def _bytes(node: fx.Node) -> int:
+    """Of a node's tensor, for the traced batch; in the graph its sizes may be open."""
     value: Any = node.meta.get("val")
-    return _numel(node) * value.element_size() if isinstance(value, torch.Tensor) else 0
-
-
-def _numel(node: fx.Node) -> int:
-    value: Any = node.meta.get("val")
-    size = 1
-    for dim in value.shape if isinstance(value, torch.Tensor) else ():
-        size *= _hint(dim)
-    return size
-
-
-def _hint(size: Any) -> int:
-    """A size of the traced batch, which is dynamic in the graph."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    if not isinstance(value, torch.Tensor):
+        return 0
+    sizes = (size.node.hint if isinstance(size, torch.SymInt) else size for size in value.shape)
+    return math.prod(map(int, sizes)) * value.element_size()
