@@ -19,10 +19,8 @@ from magr_fx.passes.known_layers.unfused_experts import (
     UnfusedDbrxExperts,
     UnfusedExperts,
     UnfusedLlama4Experts,
-    UnfusedParallelExperts,
 )
 
-_MODELS = "transformers.models."
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -84,8 +82,6 @@ def rebuildable(model: nn.Module) -> Iterator[Rebuilt]:
             yield _dbrx(name, module)
         elif kind == "Llama4TextExperts":
             yield _llama4(name, module)
-        elif kind.endswith("ParallelExperts") and type(module).__module__.startswith(_MODELS):
-            yield _parallel(name, module)
 
 
 def replace_module(model: nn.Module, rebuilt: Rebuilt) -> nn.Module:
@@ -156,16 +152,6 @@ def _llama4(name: str, module: nn.Module) -> Rebuilt:
         return UnfusedLlama4Experts(module.act_fn, *lists)  # type: ignore[arg-type]
 
     return Rebuilt(name, module, _weights(module, names, turned=True), build)
-
-
-def _parallel(name: str, module: nn.Module) -> Rebuilt:
-    weights = _weights(module, {"weight": "weight"}, turned=False)
-    return Rebuilt(
-        name,
-        module,
-        weights,
-        lambda: UnfusedParallelExperts(_linears(module, "weight", turned=False)),
-    )
 
 
 def _weights(module: nn.Module, names: dict[str, str], *, turned: bool) -> list[Held]:

@@ -94,18 +94,6 @@ class UnfusedLlama4Experts(nn.Module):
         return torch.cat(results)
 
 
-class UnfusedParallelExperts(nn.Module):
-    """One linear for each expert, on rows that are sorted by expert (JetMoe)."""
-
-    def __init__(self, linears: list[nn.Linear]) -> None:
-        super().__init__()
-        self.weight = nn.ModuleList(linears)  # the name that the stack had
-
-    def forward(self, inputs: torch.Tensor, expert_size: Any) -> torch.Tensor:
-        parts = torch.split(inputs, expert_size)
-        return torch.cat([linear(x) for linear, x in zip(self.weight, parts, strict=True)])
-
-
 def _routed(
     expert: Expert,
     count: int,
