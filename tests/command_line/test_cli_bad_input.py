@@ -377,8 +377,11 @@ def test_a_run_that_another_process_works_on_is_left_alone(place: Place) -> None
     [
         ("./nowhere", "is no directory"),
         ("/nowhere/at/all", "is no directory"),
-        ("no-such-owner/no-such-model", "is no directory here, and nothing of it is in the cache"),
-        ("no such name!", "is neither a directory here nor a name that the Hub can have: "),
+        ("no-such-owner/no-such-model", "is no directory here, and cannot be downloaded: "),
+        (
+            "no such name!",
+            "cannot be downloaded: HFValidationError: Repo id must",
+        ),
     ],
 )
 def test_an_unknown_model_is_refused(name: str, message: str, place: Place) -> None:
