@@ -20,6 +20,7 @@ from magr_fx.passes.finding.find_linears import FilterFn, Found, find_linears
 from magr_fx.passes.graphs.trace import Trace, TracedBatch, calibration_mode
 from magr_fx.passes.inputs.calibration import Batch, read_calib
 from magr_fx.passes.tracing.read_exported import trace_or_read
+from magr_fx.passes.tracing.trace_batches import Tracing
 
 # (module, activation) → which of its rows count; None counts all.
 Keep = Callable[[str, Tensor], "Tensor | None"]
@@ -73,15 +74,19 @@ class Analysis:
         return CalibrationRun(self.traced, self.found.sites)
 
 
-def trace(model: nn.Module, calib: list[Any]) -> tuple[list[Batch], list[TracedBatch]]:
+def trace(
+    model: nn.Module, calib: list[Any], tracer: str = "auto"
+) -> tuple[list[Batch], list[TracedBatch]]:
     batches = read_calib(calib, model)
     with calibration_mode(model):
-        return batches, trace_or_read(model, batches)
+        return batches, trace_or_read(model, batches, Tracing(tracer))
 
 
-def analyse(model: nn.Module, calib: list[Any], filter_fn: FilterFn | None = None) -> Analysis:
+def analyse(
+    model: nn.Module, calib: list[Any], filter_fn: FilterFn | None = None, tracer: str = "auto"
+) -> Analysis:
     """Everything up to the sites."""
-    batches, traced = trace(model, calib)
+    batches, traced = trace(model, calib, tracer)
     traces = dict.fromkeys(batch.trace for batch in traced)
     return Analysis(model, calib, batches, traced, find_linears(traces, model, filter_fn))
 

@@ -17,11 +17,6 @@ from toys import INT, report_of
 from transformers.utils import ModelOutput
 
 from magr_fx import magr_transform
-from magr_fx.passes.finding.find_linears import find_linears
-from magr_fx.passes.graphs.trace import calibration_mode
-from magr_fx.passes.inputs.calibration import read_calib
-from magr_fx.passes.tracing.read_exported import trace_or_read
-from magr_fx.passes.tracing.trace_batches import Tracing
 
 RIGHT = torch.arange(7) < torch.tensor([7, 4, 5])[:, None]
 LEFT = RIGHT.flip(1)
@@ -46,14 +41,6 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "4-D added": lambda real: added(causal(real)),
     "4-D added, each head": lambda real: added(causal(real), -1e9).expand(-1, 4, -1, -1),
 }
-
-
-def analysed(model: nn.Module, calib: list[Any], tracer: str = "auto") -> Analysis:
-    batches = read_calib(calib, model)
-    with calibration_mode(model):
-        traced = trace_or_read(model, batches, Tracing(tracer))
-    found = find_linears(dict.fromkeys(batch.trace for batch in traced), model)
-    return Analysis(model, calib, batches, traced, found)
 
 
 def assert_as_hooks(analysis: Analysis, real: Tensor) -> None:
@@ -178,13 +165,13 @@ def test_a_mask_is_known_by_the_module_that_takes_it(name: str, tracer: str) -> 
     make, item = WAYS[name]
     model = make()
     hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
-    analysis = analysed(model, [item], tracer)
+    analysis = analyse(model, [item], tracer=tracer)
     assert hooks == [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
     assert_as_hooks(analysis, RIGHT)
 
 
 def test_dataclasses_are_no_node_of_trees_afterwards() -> None:
-    analysed(WAYS["dataclass"][0](), [WAYS["dataclass"][1]])
+    analyse(WAYS["dataclass"][0](), [WAYS["dataclass"][1]])
     record = Record(IDS, REAL)
     assert torch.utils._pytree.tree_leaves(record) == [record]
 
@@ -226,7 +213,7 @@ def test_the_encoder_of_nn_transformer(batch_first: bool, tracer: str, form: str
     x = activations(3, 7, 16)
     src = x if batch_first else x.transpose(0, 1)
     mask = ~RIGHT if form == "bool" else added(RIGHT, -torch.inf)
-    analysis = analysed(model, [{"src": src, "src_key_padding_mask": mask}], tracer)
+    analysis = analyse(model, [{"src": src, "src_key_padding_mask": mask}], tracer=tracer)
     assert_as_hooks(analysis, RIGHT)
     collected = collect(analysis)
     assert_gram(collected["layers.0.self_attn.in_proj_weight"].gram, gram_of(x[RIGHT]))
@@ -300,7 +287,7 @@ def test_a_square_mask_takes_nothing_away(batch: int, tracer: str) -> None:
             return result
 
     calib = [(token_ids(batch, 7, 3), torch.full((7, 7), -torch.inf).triu(1))]
-    shared = collect(analysed(Scores(), calib, tracer))["a.weight"]
+    shared = collect(analyse(Scores(), calib, tracer=tracer))["a.weight"]
     assert shared.tokens == 7 * batch
     assert not shared.padding_counted
 
@@ -379,7 +366,7 @@ UNREAD: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
 @pytest.mark.parametrize("tracer", ["export", "make_fx"])
 def test_padding_that_cannot_be_told_is_noted(name: str, tracer: str) -> None:
     make, item, words = UNREAD[name]
-    notes = analysed(make(), [item], tracer).run().notes
+    notes = analyse(make(), [item], tracer=tracer).run().notes
     assert sum(words in note for note in notes) == 1
     assert all("padding is counted" in note for note in notes)
 
@@ -396,12 +383,12 @@ PLAIN: dict[str, tuple[Callable[[], nn.Module], Any]] = {
 @pytest.mark.parametrize("tracer", ["export", "make_fx"])
 def test_what_marks_no_padding_is_not_noted(name: str, tracer: str) -> None:
     make, item = PLAIN[name]
-    assert analysed(make(), [item], tracer).run().notes == []
+    assert analyse(make(), [item], tracer=tracer).run().notes == []
 
 
 def test_a_batch_of_other_sizes_tells_how_a_square_mask_is_meant() -> None:
     square = {"input_ids": token_ids(7, 7), "attention_mask": SQUARE.long()}
-    analysis = analysed(
+    analysis = analyse(
         tiny_llama(num_hidden_layers=1), [square, {"input_ids": IDS, "attention_mask": REAL}]
     )
     assert analysis.run().notes == []

@@ -7,16 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from graph_helpers import Analysis, Formula, assert_gram, collect, gram_of, hooked
+from graph_helpers import Formula, analyse, assert_gram, collect, gram_of, hooked
 from tiny_models import activations
 from torch import Tensor, nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, NllbMoeConfig, NllbMoeModel
-
-from magr_fx.passes.finding.find_linears import find_linears
-from magr_fx.passes.graphs.trace import calibration_mode
-from magr_fx.passes.inputs.calibration import read_calib
-from magr_fx.passes.tracing.read_exported import trace_or_read
-from magr_fx.passes.tracing.trace_batches import Tracing
 
 WIDTH = 8
 REAL = torch.arange(7) < torch.tensor([7, 4, 5])[:, None]
@@ -46,14 +40,6 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def analysed(model: nn.Module, calib: list[Any], tracer: str = "auto") -> Analysis:
-    batches = read_calib(calib, model)
-    with calibration_mode(model):
-        traced = trace_or_read(model, batches, Tracing(tracer))
-    found = find_linears(dict.fromkeys(batch.trace for batch in traced), model)
-    return Analysis(model, calib, batches, traced, found)
-
-
 class Picks(Formula):
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Any:
         return super().forward(inputs_embeds, attention_mask)
@@ -73,7 +59,7 @@ def test_forms(form: str, tracer: str, batch: int) -> None:
     with hooked(model, lambda name, rows: seen.append(rows)):
         model(x, real.long())
     rows = seen[0].flatten(0, -2)
-    analysis = analysed(model, [(x, real.long())], tracer)
+    analysis = analyse(model, [(x, real.long())], tracer=tracer)
     shared = collect(analysis)["a.weight"]
     assert not shared.padding_counted
     assert shared.tokens == int(rows[:, -1].sum())
@@ -102,7 +88,7 @@ def test_latent_attention() -> None:
     latents: list[Tensor] = []
     with hooked(model, lambda name, x: latents.append(x) if "kv_b" in name else None):
         model(ids, attention_mask=REAL.long())
-    collected = collect(analysed(model, [{"input_ids": ids, "attention_mask": REAL.long()}]))
+    collected = collect(analyse(model, [{"input_ids": ids, "attention_mask": REAL.long()}]))
     assert {shared.tokens for shared in collected.values()} == {int(REAL.sum())}
     assert not any(shared.padding_counted for shared in collected.values())
     assert_gram(
@@ -140,7 +126,7 @@ def test_experts_of_their_own_modules() -> None:
     with hooked(model, seen.__setitem__):
         model(**item)
     handle.remove()
-    collected = collect(analysed(model, [item]))
+    collected = collect(analyse(model, [item]))
     real = states[0][REAL.flatten()]
     reached = [name for name in seen if name.startswith(layer) and name.endswith("fc1")]
     left_out = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -116,50 +117,67 @@ def assert_no_row_is_worse(
     assert (energies(values, target_weight, gram) <= limit + slack).all()
 
 
-cases = {
-    "rows": st.integers(1, 5),
-    "groups": st.integers(1, 3),
-    "size": st.integers(2, 8),
-    "bits": st.integers(2, 5),
-    "grouped": st.booleans(),
-    "symmetric": st.booleans(),
-    "drifted": st.booleans(),
-    "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
-    "seed": st.integers(0, 2**16),
-}
+@dataclass(frozen=True)
+class Case:
+    """A weight with its gram, and the grid that it is rounded to."""
+
+    rows: int
+    groups: int
+    size: int
+    bits: int
+    grouped: bool
+    symmetric: bool
+    drifted: bool
+    dtype: torch.dtype
+    seed: int
+
+    @property
+    def group_size(self) -> int | None:
+        return self.size if self.grouped else None
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight, what it is to become in float32, and the gram."""
+        columns = self.groups * self.size
+        weight, gram = problem(rows=self.rows, columns=columns, tokens=20, seed=self.seed)
+        weight = weight.to(self.dtype)
+        return weight, other_aim(weight, self.seed) if self.drifted else weight.float(), gram
+
+    def check_fields(self, choice: Choice) -> None:
+        check_fields(choice, self.rows, self.groups if self.grouped else 1, grouped=self.grouped)
+
+
+cases = st.builds(
+    Case,
+    rows=st.integers(1, 5),
+    groups=st.integers(1, 3),
+    size=st.integers(2, 8),
+    bits=st.integers(2, 5),
+    grouped=st.booleans(),
+    symmetric=st.booleans(),
+    drifted=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**16),
+)
 
 
 # --- alpha="auto", to the nearest
 
 
 @repeatable
-@given(**cases)
-def test_no_row_is_worse_than_at_the_start(
-    rows: int,
-    groups: int,
-    size: int,
-    bits: int,
-    grouped: bool,
-    symmetric: bool,
-    drifted: bool,
-    dtype: torch.dtype,
-    seed: int,
-) -> None:
-    weight, gram = problem(rows=rows, columns=groups * size, tokens=20, seed=seed)
-    weight = weight.to(dtype)
-    target_weight = other_aim(weight, seed) if drifted else weight.float()
-    group_size = size if grouped else None
-    quantize = quantizer(bits, group_size, symmetric=symmetric)
-    choice, start = pursue(weight, target_weight, gram, quantize, group_size)
+@given(cases)
+def test_no_row_is_worse_than_at_the_start(case: Case) -> None:
+    weight, target_weight, gram = case.tensors()
+    quantize = quantizer(case.bits, case.group_size, symmetric=case.symmetric)
+    choice, start = pursue(weight, target_weight, gram, quantize, case.group_size)
     values, (chosen,) = choice.rounded
     assert_no_row_is_worse(values, start, target_weight, gram)
     # What is returned is what the quantizer makes of the returned weight.
-    assert chosen.dtype == dtype
+    assert chosen.dtype == case.dtype
     assert values.dtype == torch.float32
     assert torch.equal(quantize(chosen), values)
     want, slack = energies(values, target_weight, gram), float32_slack(values, target_weight, gram)
     assert ((choice.error.double() - want).abs() <= slack + 1e-5 * want).all()
-    check_fields(choice, rows, groups if grouped else 1, grouped=grouped)
+    case.check_fields(choice)
 
 
 def check_fields(choice: Choice, rows: int, groups: int, *, grouped: bool) -> None:
@@ -555,33 +573,20 @@ def test_a_row_that_chose_nothing_is_not_spoilt_by_another() -> None:
 
 
 @repeatable
-@given(**cases)
-def test_gptqs_rows_are_never_worse_than_at_the_start(
-    rows: int,
-    groups: int,
-    size: int,
-    bits: int,
-    grouped: bool,
-    symmetric: bool,
-    drifted: bool,
-    dtype: torch.dtype,
-    seed: int,
-) -> None:
-    weight, gram = problem(rows=rows, columns=groups * size, tokens=20, seed=seed)
-    weight = weight.to(dtype)
-    target_weight = other_aim(weight, seed) if drifted else weight.float()
-    group_size = size if grouped else None
-    rounding, start = on_grid(weight, gram, bits, group_size, symmetric=symmetric)
-    config = MagRConfig(alpha="auto", group_size=group_size)
-    choice = choose(target_weight, gram, rounding, start, config, dtype=dtype)
+@given(cases)
+def test_gptqs_rows_are_never_worse_than_at_the_start(case: Case) -> None:
+    weight, target_weight, gram = case.tensors()
+    rounding, start = on_grid(weight, gram, case.bits, case.group_size, symmetric=case.symmetric)
+    config = MagRConfig(alpha="auto", group_size=case.group_size)
+    choice = choose(target_weight, gram, rounding, start, config, dtype=case.dtype)
     values, (codes, scale, zero) = choice.rounded
     assert_no_row_is_worse(values, start.values, target_weight, gram)
     assert codes.dtype == torch.int8
-    assert scale.dtype == dtype
-    grid = Grid(scale, zero, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, dtype)
+    assert scale.dtype == case.dtype
+    grid = Grid(scale, zero, -(2 ** (case.bits - 1)), 2 ** (case.bits - 1) - 1, case.dtype)
     assert ((codes >= grid.low) & (codes <= grid.high)).all()
     assert torch.equal(grid.values(codes), values)
-    check_fields(choice, rows, groups if grouped else 1, grouped=grouped)
+    case.check_fields(choice)
 
 
 @pytest.mark.parametrize("group_size", [None, 8])
