@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from magr_fx.comparing.compare import Reference
 from magr_fx.config import MagRConfig, QuantizeOptions
 from magr_fx.errors import ConfigError, ModelError
 from magr_fx.machine.memory import out_of_memory_told
@@ -173,6 +174,7 @@ def magr_quantize(
     checkpoint_dir: str | os.PathLike[str] | None = None,
     process_group: Group = None,
     spill_dir: str | os.PathLike[str] | None = None,
+    evaluate: Any = None,
     progress: bool | None = None,
 ) -> Model:
     """:func:`magr_transform` for ``target``, then torchao's ``quantize_`` with it, then proof.
@@ -201,6 +203,10 @@ def magr_quantize(
             output error; the paper's † is 30.
         propagate: as for :func:`magr_transform`; False calibrates every layer on the original
             model.
+        evaluate: batches of inputs, best of text that is not in ``calib``. The model is compared
+            on them with what it was before (:func:`magr_fx.compare`); the report has the result as
+            ``comparison``. Hidden states of all their tokens and a copy of the head are kept
+            meanwhile, and of models that predict no next token all outputs.
 
     Returns:
         ``model`` itself, with every rewritten weight a torchao tensor. With a PT2E quantizer the
@@ -222,6 +228,11 @@ def magr_quantize(
                 'rounding="gptq" and propagate=True need a torchao config as target, which can '
                 "be asked what it makes of a weight; a PT2E quantizer cannot"
             )
+        if by_graph and evaluate is not None:
+            raise ConfigError(
+                "evaluate compares a model with what it was, and PT2E returns another one: call "
+                "magr_fx.compare(original, converted, batches)"
+            )
         config = resolve_config(config, None if by_graph else target, required=not by_graph)
         if config.alpha == 0 and rounding == "nearest":
             raise ConfigError('alpha=0 shrinks nothing; with it only rounding="gptq" makes sense')
@@ -240,11 +251,14 @@ def magr_quantize(
         batches, execution = read_calib(calib, inner), Execution(ranks)
         if by_graph:
             return _quantize_graph(model, batches, target, request, execution)
+        before = None if evaluate is None else Reference(inner, evaluate, ranks)
         ledger, weights = _rewrite(model, batches, request, execution)
         with ledger.timed("quantize"):
             hand_over(inner, target, weights, ledger.tensors)
         done = {name for weight in weights for name in (weight.name, *weight.covers)}
         ledger.report.mark_quantized(done)
+        if before is not None:
+            ledger.report.comparison = before.against(inner, progress)
         logger.info("%s", ledger.report.totals())
         return model
 

@@ -1,6 +1,7 @@
 """The public names, which ``magr_fx`` hands out from here on first use."""
 
 from magr_fx.api import magr_quantize, magr_transform
+from magr_fx.comparing.compare import compare
 from magr_fx.config import MagRConfig
 from magr_fx.errors import (
     CalibrationError,
@@ -18,12 +19,14 @@ from magr_fx.iterations.prox import project_l1_ball, prox_linf
 from magr_fx.iterations.solution import Solution, Status
 from magr_fx.passes.entries.magr_pass import MagRPass
 from magr_fx.passes.known_layers.as_linears import as_linears
+from magr_fx.reporting.comparison import Comparison
 from magr_fx.reporting.report import MagRReport, SiteReport
 from magr_fx.solver.solver import solve_magr, solve_magr_path
 
 __all__ = [
     "CalibrationError",
     "CheckpointError",
+    "Comparison",
     "ConfigError",
     "CoverageError",
     "DistributedError",
@@ -39,6 +42,7 @@ __all__ = [
     "Status",
     "TraceError",
     "as_linears",
+    "compare",
     "magr_quantize",
     "magr_transform",
     "project_l1_ball",

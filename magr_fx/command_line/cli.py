@@ -176,6 +176,51 @@ def plan(model: str, target: str | None, rounding: str, tflops: float | None, **
         click.echo(describe(found, empty, rate))
 
 
+@magr_fx.command()
+@_options(
+    click.argument("quantized"),
+    click.option("--against", required=True, metavar="ORIGINAL",
+                 help="The model before it was quantized."),
+    click.option("--text", required=True, type=FILE, help="A text file to compare them on."),
+    click.option("--tokens", default=8192, show_default=True, type=TOKENS,
+                 help="How many tokens to compare on."),
+    click.option("--length", default=512, show_default=True, type=LENGTH,
+                 help="Tokens in a window."),
+    click.option("--json", "json_file", type=FILE, help="Also write all figures to this file."),
+    click.option("--plot", type=FILE, help="Also draw them: .png, .pdf or .svg."),
+    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N",
+                 help="Where both models are run."),
+    click.option("--timeout", default=60.0, show_default=True, metavar="MINUTES",
+                 type=Positive(),
+                 help="Under torchrun: the longest that a rank waits for another."),
+    click.option("--progress/--no-progress", default=None,
+                 help="Show a bar (default: on a terminal)."),
+)  # fmt: skip
+def evaluate(
+    quantized: str, against: str, json_file: Path | None, plot: Path | None, **given: Any
+) -> None:
+    """Print how far QUANTIZED is from the ORIGINAL: divergence, perplexity, sizes.
+
+    Both are directories, names on the Hub, or GGUF files, which transformers loads. Under torchrun
+    the ranks share the text.
+    """
+    launched = Launched()
+    with _told(None, given["progress"], launched), launched.joined(given.pop("timeout")):
+        from magr_fx.command_line.evaluate import evaluate as evaluated
+        from magr_fx.command_line.named_device import named_device
+
+        given["device"] = named_device(
+            given["device"], local_rank=launched.local_rank, several=launched.world > 1
+        )
+        found = evaluated(quantized, against, **given)
+        if launched.rank == 0:
+            click.echo(found)
+            if json_file is not None:
+                found.to_json(json_file)
+            if plot is not None:
+                found.plot(plot)
+
+
 def _job(
     target: str | None,
     given: dict[str, Any],

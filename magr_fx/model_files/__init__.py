@@ -1,4 +1,4 @@
 """What a model's directory holds, and where it comes from.
 
-It may import the ground (errors, config) and the rooms from machine to entries.
+It may import the ground (errors, config) and the rooms from machine to comparing.
 """

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from magr_fx.config import MagRConfig
+from magr_fx.reporting.comparison import Comparison
 from magr_fx.reporting.report_text import report_text, totals
 
 Outcome = Literal["rewritten", "skipped", "failed"]
@@ -138,6 +139,8 @@ class MagRReport:
         states, saved_bytes: how many states ``checkpoint_dir`` got, and how many bytes it was
             written in all, by all ranks, also before the run was cut short; 0 without one.
         peak_memory: the highest of the sites' ``memory``, in MiB.
+        comparison: how far the quantized model is from the original, where ``evaluate`` asked for
+            it.
     """
 
     config: MagRConfig
@@ -151,6 +154,7 @@ class MagRReport:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     states: int = 0
     saved_bytes: int = 0
+    comparison: Comparison | None = None
 
     @property
     def rewritten(self) -> list[SiteReport]:
@@ -210,6 +214,7 @@ class MagRReport:
             "seconds": self.seconds,
             "states": self.states,
             "saved_bytes": self.saved_bytes,
+            "comparison": None if self.comparison is None else self.comparison.as_dict(),
             "sites": [site.as_dict() for site in self.sites],
         }
         with open(path, "w", encoding="utf-8") as file:

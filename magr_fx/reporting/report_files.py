@@ -49,7 +49,11 @@ def read_report(folder: Path) -> MagRReport:
         # Opened here: of a damaged one np.load would leave it open.
         with (folder / CHANNELS).open("rb") as file, np.load(file) as arrays:
             sites = [_site(row, at, arrays) for at, row in enumerate(record["sites"])]
-        rest = {key: value for key, value in record.items() if key not in ("config", "sites")}
+        rest = {
+            key: value
+            for key, value in record.items()
+            if key not in ("config", "sites", "comparison")
+        }
         report = MagRReport(MagRConfig(**record["config"]), sites=sites, **rest)
         str(report)  # what cannot be shown is damaged too
         return report

@@ -37,6 +37,8 @@ def report_text(report: MagRReport) -> str:
         if sites:
             rows = [(s.name, _shape(s), f"{_parameters([s]) / size:.1%}", s.reason) for s in sites]
             parts.append(f"{title}:\n{_table(rows, text=(0, 3))}")
+    if report.comparison is not None:
+        parts.append(f"the quantized model beside the original:\n{report.comparison}")
     return "\n\n".join([*parts, report.totals()])
 
 

@@ -49,8 +49,8 @@ class Batch:
     notes: tuple[str, ...] = ()
 
 
-def read_calib(calib: Any, model: nn.Module) -> list[Batch]:
-    """Read ``calib`` once and return its batches, their tensors on the model's device.
+def read_calib(calib: Any, model: nn.Module, device: torch.device | None = None) -> list[Batch]:
+    """Read ``calib`` once and return its batches, their tensors on ``device``, or the model's own.
 
     The inputs are held until the run ends: each batch is run through the model block by block. What
     is not a list or a tuple may fill the same memory with one batch after the other, so that its
@@ -61,7 +61,7 @@ def read_calib(calib: Any, model: nn.Module) -> list[Batch]:
             more than ``MOST_BATCHES`` batches, or does not fit into memory.
     """
     refuse_calib(calib)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
     switch = _position_of_use_cache(model)
     lasting = type(calib) in (list, tuple)  # all of it is there at once
     room, memory = available(device) if not lasting else 0.0, _Memory()

@@ -1,0 +1,125 @@
+"""Two models by their names and a text → how far the one is from the other."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from magr_fx.comparing.compare import compare
+from magr_fx.errors import ConfigError, ModelError, brief
+from magr_fx.model_files.calibration_text import text_batches
+from magr_fx.model_files.model_class import model_class
+from magr_fx.model_files.model_directory import CONFIG, find_model, shards
+from magr_fx.reporting.comparison import Comparison
+
+
+class Named(NamedTuple):
+    """A model's directory, and the GGUF file in it that is meant, if it is one."""
+
+    folder: Path
+    gguf: str | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What transformers is to be told."""
+        return {} if self.gguf is None else {"gguf_file": self.gguf}
+
+    @property
+    def files(self) -> list[Path]:
+        """Those that hold the weights."""
+        return shards(self.folder) if self.gguf is None else [self.folder / self.gguf]
+
+
+def evaluate(
+    quantized: str,
+    original: str,
+    text: Path,
+    *,
+    tokens: int,
+    length: int,
+    device: torch.device,
+    progress: bool | None = None,
+) -> Comparison:
+    """Compare two models on a text, which the tokenizer of the original reads.
+
+    Each window begins with the token that the tokenizer begins a text with, if it has one (BOS).
+
+    Args:
+        quantized, original: directories, names on the Hub, or GGUF files.
+        text: UTF-8.
+        tokens: how many to compare on, about.
+        length: of a window.
+        device: where both models are run.
+        progress: whether to show a bar.
+
+    Raises:
+        MagRError: a model or the text cannot be read, or see :func:`magr_fx.compare`.
+    """
+    places = [_named(name) for name in (original, quantized)]
+    if places[0] == places[1]:
+        raise ConfigError(
+            f"{quantized} and {original} are one and the same model: --against is the model before "
+            "it was quantized"
+        )
+    batches = _windows(places[0], text, tokens=tokens, length=length)
+    first, second = (_load(place, device) for place in places)
+    found = compare(first, second, batches, progress=progress)
+    disk = [sum(file.stat().st_size for file in place.files) for place in places]
+    return replace(
+        found,
+        size=replace(found.size, disk=disk[1]),
+        size_original=replace(found.size_original, disk=disk[0]),
+    )
+
+
+def _named(name: str) -> Named:
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"{name} is no file; give a GGUF file, a directory, or a Hub name")
+        return Named(path.parent.resolve(), path.name)
+    return Named(find_model(name).resolve(), None)
+
+
+def _windows(place: Named, text: Path, *, tokens: int, length: int) -> list[Tensor]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            place.folder, trust_remote_code=False, **place.options
+        )
+        first = tokenizer("a")["input_ids"][:1]
+    except Exception as error:  # whatever transformers raises of what it does not find
+        raise ModelError(
+            f"{place.folder} has no tokenizer that transformers can load ({brief(error)}); copy "
+            "its tokenizer files there"
+        ) from error
+    begun = bool(first) and first[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id)
+    batches = text_batches(tokenizer, text, tokens=tokens, length=length - begun)
+    if not begun:
+        return batches
+    return [torch.cat([batch.new_full((len(batch), 1), first[0]), batch], 1) for batch in batches]
+
+
+def _load(place: Named, device: torch.device) -> Any:
+    """The model as transformers loads it, quantized if its configuration says so."""
+    config: dict[str, Any] = {}
+    if place.gguf is None:
+        try:
+            config = json.loads((place.folder / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{place.folder / CONFIG} cannot be read: {error}") from error
+    kind = model_class(config)
+    try:
+        model = kind.from_pretrained(
+            place.folder, dtype="auto", trust_remote_code=False, **place.options
+        )
+    except Exception as error:  # whatever transformers raises of a model that it does not know
+        raise ModelError(
+            f"transformers cannot load {place.folder} as {kind.__name__}: {brief(error)}"
+        ) from error
+    return model.eval().to(device)

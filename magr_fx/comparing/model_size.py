@@ -1,0 +1,40 @@
+"""What a model takes in memory and on disk, and bits for each of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from magr_fx.reporting.comparison import ModelSize
+
+
+def model_size(model: nn.Module, files: list[Path] | None = None) -> ModelSize:
+    """Count each parameter and buffer once; a quantized tensor is what it is made of.
+
+    Args:
+        model: any; weights that are offloaded count as what they are when they are loaded.
+        files: that hold the model's weights.
+    """
+    memory = sum(t.nbytes for t in _plain(chain(model.parameters(), model.buffers())))
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    weights = sum(matrix.numel() for matrix in matrices)
+    own = sum(part.nbytes for part in _plain(iter(matrices)))
+    disk = None if files is None else sum(file.stat().st_size for file in files)
+    return ModelSize(memory, disk, weights, 8 * own / weights if weights else 0.0)
+
+
+def _plain(tensors: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The ordinary tensors that these are made of, each once."""
+    seen: set[tuple[int, int]] = set()
+    pending = list(tensors)
+    while pending:
+        tensor = pending.pop()
+        if hasattr(tensor, "__tensor_flatten__"):
+            pending += [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        elif tensor.is_meta or (key := (tensor.data_ptr(), tensor.nbytes)) not in seen:
+            if not tensor.is_meta:
+                seen.add(key)
+            yield tensor

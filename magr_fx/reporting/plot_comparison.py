@@ -1,0 +1,63 @@
+"""A comparison's picture: the divergence of all tokens, and what each window loses."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from magr_fx.reporting.comparison import Comparison
+
+
+def plot_comparison(comparison: Comparison, path: str | PathLike[str]) -> None:
+    """Draw it to ``path``; the suffix chooses the format (png, pdf, svg)."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plotting needs matplotlib: pip install 'magr-fx[plot]'") from error
+    # No pyplot: it would choose a backend and keep the figure alive for the whole process.
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    text, outputs = comparison.text, comparison.outputs
+    if text is not None:
+        left, right = figure.subplots(1, 2)
+        share = np.linspace(0, 1, num=min(len(text.divergences), 2000))
+        left.plot(100 * share, np.quantile(text.divergences, share), color="tab:green")
+        left.axhline(text.divergence.value, color="0.6", linewidth=1, label="mean")
+        left.set(
+            title=f"KL divergence of {text.tokens:,} tokens from the original",
+            xlabel="% of the tokens that diverge less",
+            ylabel="nats",
+            xlim=(0, 100),
+            yscale="log",
+            ylim=(max(1e-6, float(np.quantile(text.divergences, 0.02))), None),
+        )
+        left.legend()
+        numbers = [window.number for window in text.windows]
+        losses = [(window.loss_original, window.loss) for window in text.windows]
+        original, quantized = zip(*losses, strict=True)
+        right.vlines(numbers, original, quantized, color="0.8", linewidth=1)
+        right.plot(numbers, original, ".", color="0.4", label="original")
+        right.plot(numbers, quantized, ".", color="tab:green", label="quantized")
+        bad = [(w.number, w.loss) for w in text.windows if w.collapsed]
+        if bad:
+            right.plot(*zip(*bad, strict=True), "x", color="tab:red", label="collapsed")
+        right.set(
+            title=f"Perplexity x{text.ratio.value:.3f}; same top token {text.same_top.value:.1%}",
+            xlabel="window",
+            ylabel="loss, nats a token",
+        )
+        right.legend()
+    elif outputs is not None:
+        axes = figure.subplots()
+        axes.plot([100 * error for error in outputs.by_window], ".", color="tab:green")
+        axes.set(
+            title=f"Outputs: mean cosine {outputs.cosine.value:.4f}",
+            xlabel="sequence",
+            ylabel="‖ŷ - y‖ / ‖y‖ (%)",
+        )
+        axes.set_ylim(bottom=0)
+    figure.savefig(path, dpi=130)
