@@ -18,20 +18,29 @@ NO_DOWNLOAD = if grep -qi "no space left" $(LOG); then fail "the disk is full; t
 # torchao then does not try (and loudly fail) to load kernels built for other machines.
 export TORCHAO_FORCE_SKIP_LOADING_SO_FILES := 1
 
-.PHONY: help test test-lowest test-numerics lint demo clean
+.PHONY: help test test-all test-lowest test-numerics lint demo clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make test    set up .venv, then ruff, mypy and pytest"
+	@echo "make test    set up .venv, then ruff, mypy and pytest without what is slow"
+	@echo "make test-all  the same, and then the slow tests"
 	@echo "make test-lowest   pytest with the oldest versions that pyproject.toml allows (some GB)"
 	@echo "make test-numerics  the numerical tests as other processors round; two hours (ARGS=... for some)"
 	@echo "make demo    quantize SmolLM2-135M with and without MagR; writes to out/ (ARGS=... for options)"
 	@echo "make lint    only ruff and mypy"
 	@echo "make clean   remove .venv, out/ and every cache"
 
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q --numprocesses $(WORKERS)
+
 test: lint
-	@echo "-- pytest"
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q --numprocesses $(WORKERS) --dist loadfile
+	@echo "-- pytest, without the slow tests"
+	@$(PYTEST) --dist loadfile -m "not slow"
+
+# What is slow waits for other processes, disks and compilers, or repeats on many models what one
+# of them shows in `make test`.
+test-all: test
+	@echo "-- pytest, the slow tests"
+	@$(PYTEST) --dist loadfile -m slow
 
 # The lower bounds, in a .venv-lowest of their own: torch is not the CPU build then.
 test-lowest: .venv-lowest/ready

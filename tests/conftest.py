@@ -50,6 +50,17 @@ def pytest_configure(config: pytest.Config) -> None:
         perturb(config.option.perturb)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow the parameters that `slow_if` names, and those that `slow_unless` does not."""
+    for item in items:
+        call = getattr(item, "callspec", None)
+        named = call.id if call is not None else ""
+        slow = [named in mark.args for mark in item.iter_markers("slow_if")]
+        slow += [named not in mark.args for mark in item.iter_markers("slow_unless")]
+        if any(slow):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _no_global_state_changed() -> Iterator[None]:
     """The library may draw no global random numbers and must restore every global switch."""

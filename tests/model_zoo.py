@@ -335,6 +335,16 @@ ZOO: dict[str, Family] = {
         causal("JetMoe", **KV, **EXPERTS, kv_channels=8),
         text,
         tied=("model.embed_tokens.weight",),
+        unquantizable=tuple(  # stacks, of which nothing makes linears
+            f"model.layers.{layer}.{part}put_linear.weight"
+            for layer in (0, 1)
+            for part in (
+                "mlp.in",
+                "mlp.out",
+                "self_attention.experts.in",
+                "self_attention.experts.out",
+            )
+        ),
     ),
     "DBRX": Family(
         built(

@@ -29,6 +29,7 @@ def pipeline_output() -> str:
     return run.stdout
 
 
+@pytest.mark.slow
 def test_fx_pipeline_finds_every_weight(pipeline_output: str) -> None:
     names = ["query", "key", "value", "out", "up.weight", "down.weight"]
     first = [line.split(maxsplit=1)[0] for line in pipeline_output.splitlines() if line]

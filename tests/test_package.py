@@ -58,6 +58,7 @@ def test_the_passes_are_the_folder_of_the_repository() -> None:
     assert magr_fx.passes.__name__ == "magr_fx.passes"
 
 
+@pytest.mark.slow
 def test_importing_the_library_leaves_the_name_passes_to_the_user() -> None:
     code = "import sys, magr_fx.public; print({n.split('.')[0] for n in sys.modules} & {'passes'})"
     run = subprocess.run(

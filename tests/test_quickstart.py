@@ -47,6 +47,7 @@ def local_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_quickstart_compares_and_reports(local_model: Path, tmp_path: Path) -> None:
     options = ["--bits", "2", "4", "--tokens", "512", "--eval-tokens", "256", "--length", "32"]
     done = run_example(
@@ -73,6 +74,7 @@ def test_quickstart_compares_and_reports(local_model: Path, tmp_path: Path) -> N
     assert "Q4_1" not in done.stdout  # the caveat is about the default model alone
 
 
+@pytest.mark.slow
 def test_quickstart_says_what_is_missing(tmp_path: Path) -> None:
     done = run_example("examples/quickstart.py", "--model", tmp_path / "nowhere")
     assert done.returncode == 1
@@ -80,6 +82,7 @@ def test_quickstart_says_what_is_missing(tmp_path: Path) -> None:
     assert "nowhere" in done.stderr
 
 
+@pytest.mark.slow
 def test_alpha_sensitivity_draws_what_each_row_chose(local_model: Path, tmp_path: Path) -> None:
     layer = "model.layers.1.mlp.down_proj"
     options = ["--layers", layer, "--tokens", "2048", "--length", "32"]
@@ -95,6 +98,7 @@ def test_alpha_sensitivity_draws_what_each_row_chose(local_model: Path, tmp_path
     assert (tmp_path / "alpha_sensitivity.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_any_module_rewrites_what_torchao_cannot_take() -> None:
     done = run_example("examples/any_module.py")
     assert done.returncode == 0, done.stderr

@@ -19,6 +19,9 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded:UserWarning")
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[-1][:40])
+@pytest.mark.slow_unless(
+    'quantize_(model, MagRConfig(step="conver', "print(solution.weight.abs().max(), solut"
+)
 def test_block_runs(
     block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,6 +45,7 @@ def test_everything_imported_is_declared_and_nothing_else() -> None:
     assert found.keys() == {name_of(r) for r in declared()} - NOT_IMPORTED
 
 
+@pytest.mark.slow
 def test_the_library_needs_no_extra() -> None:
     """Everything but the command line works with what `pip install .` brings."""
     extras = {name_of(requirement) for requirement in declared()} - CORE

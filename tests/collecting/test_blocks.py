@@ -61,6 +61,7 @@ def sites_by_block(analysis: Analysis) -> dict[Label, list[str]]:
         ("t5", [f"{side}.block.{i}" for side in ("encoder", "decoder") for i in (0, 1)]),
     ],
 )
+@pytest.mark.slow_unless("bert-layers3", "vit-layers4")
 def test_a_block_is_a_layer(name: str, layers: list[str]) -> None:
     analysis = architecture(name)
     assert labels(analysis) == [("", 1), *((layer, 1) for layer in layers)]

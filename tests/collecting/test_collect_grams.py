@@ -36,6 +36,7 @@ from magr_fx.passes.graphs.trace import Trace, TracedBatch, calibration_mode
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.slow_unless("vit")
 def test_architectures(name: str) -> None:
     analysis = architecture(name)
     expected, tokens = hook_grams(analysis.model, analysis.calib)

@@ -155,6 +155,7 @@ class Syncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.slow_unless("False")
 def test_a_mask_is_read_once_for_each_batch(masked: bool) -> None:
     """However many layers read it."""
     counts = []

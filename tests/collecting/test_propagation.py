@@ -142,6 +142,7 @@ def test_grams_and_drift_are_those_of_the_quantized_model(
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+@pytest.mark.slow_unless("nearest")
 def test_llamas_grams_and_drift_are_those_of_the_quantized_model(
     rounding: str, watch: Watch
 ) -> None:
@@ -204,6 +205,7 @@ def test_propagation_serves_the_outputs() -> None:
 
 
 @pytest.mark.parametrize("propagate", [False, True])
+@pytest.mark.slow
 def test_llama_rewritten_then_quantized_is_llama_quantized(propagate: bool) -> None:
     two_steps = magr_transform(tiny_llama(), text_calib(), target=INT3, propagate=propagate)
     quantize_(two_steps, INT3)

@@ -122,6 +122,7 @@ def same_bits(one: nn.Module, other: nn.Module) -> bool:
 
 @pytest.mark.parametrize("mapped", [{"cpu"}, set()], ids=["on the CPU", "as if on a device"])
 @pytest.mark.parametrize("options", [{}, {"target": INT3}], ids=["alone", "for a target"])
+@pytest.mark.slow
 def test_the_result_is_the_same_bits(
     options: dict[str, Any], mapped: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +136,7 @@ def test_the_result_is_the_same_bits(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_was_away_when_a_run_was_cut_short_is_read_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

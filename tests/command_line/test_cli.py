@@ -127,6 +127,7 @@ def test_fused_experts_are_saved_as_they_were(tmp_path: Path, text: Path) -> Non
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+@pytest.mark.slow
 def test_quantize_is_magr_quantize(rounding: str, tmp_path: Path, text: Path) -> None:
     source = save_model(tmp_path / "model", tiny_llama())
     skipped = ("--skip", "*.0.mlp.down_proj") if rounding == "gptq" else ()
@@ -155,6 +156,7 @@ def test_quantize_is_magr_quantize(rounding: str, tmp_path: Path, text: Path) ->
     assert rest == json.loads(before["config.json"])
 
 
+@pytest.mark.slow
 def test_a_quantized_directory_is_what_transformers_saves(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +192,7 @@ def test_a_quantized_directory_is_what_transformers_saves(
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+@pytest.mark.slow_unless("nearest")
 def test_what_torchao_cannot_run_is_left_alone(
     rounding: str, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +226,7 @@ def two_files(source: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", ["transform", "quantize"])
+@pytest.mark.slow_unless("quantize")
 def test_the_models_own_files_are_left_alone(verb: str, tmp_path: Path, text: Path) -> None:
     source = save_model(tmp_path / "model", tiny_llama(num_hidden_layers=1))
     two_files(source)
@@ -237,6 +241,7 @@ def test_the_models_own_files_are_left_alone(verb: str, tmp_path: Path, text: Pa
 
 
 @pytest.mark.parametrize("verb", [("transform",), ("quantize", "--rounding", "gptq")])
+@pytest.mark.slow
 def test_models_that_read_a_childs_weights_themselves(
     verb: tuple[str, ...], tmp_path: Path, text: Path
 ) -> None:
@@ -294,6 +299,7 @@ def test_report_is_that_of_the_run(tmp_path: Path, text: Path) -> None:
 # The processes around it.
 
 
+@pytest.mark.slow
 def test_python_m_says_what_there_is() -> None:
     command = [sys.executable, "-m", "magr_fx", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout

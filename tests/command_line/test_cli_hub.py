@@ -81,6 +81,7 @@ def shards(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("model-*.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_plan_downloads_no_weights_and_is_that_of_the_directory(origin: Path, hub: Hub) -> None:
     rest = (*INT3, *SMALL, "--tflops", "1")
     plans = [done("plan", name, *rest).stdout for name in (origin / "model", NAME)]
@@ -102,6 +103,7 @@ def test_a_run_by_name_is_that_of_the_directory(origin: Path, hub: Hub, tmp_path
     assert not {Path(name).name for name in UNNEEDED} & set(hub.downloaded())
 
 
+@pytest.mark.slow
 def test_a_download_that_is_interrupted_is_taken_up_again(
     origin: Path, hub: Hub, tmp_path: Path
 ) -> None:
@@ -177,6 +179,7 @@ def test_what_is_in_the_cache_does_without_the_hub(
 
 
 @pytest.mark.parametrize("offline", [False, True])
+@pytest.mark.slow_unless("False")
 def test_a_cached_model_is_rewritten_without_the_hub(
     offline: bool, origin: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

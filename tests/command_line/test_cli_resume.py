@@ -66,6 +66,7 @@ def after_steps(steps: int, what: BaseException, patched: pytest.MonkeyPatch) ->
     patched.setattr(Checkpoint, "save", save)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(
     reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,6 +93,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 
 
 @pytest.mark.parametrize(("line", "torn"), [(0, 0), (4, 100)])
+@pytest.mark.slow
 def test_a_block_that_was_logged_and_not_saved_is_logged_once(
     line: int, torn: int, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +119,7 @@ def test_ctrl_c_before_anything_is_done_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_another_configuration_is_refused_with_what_differs(
     reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +138,7 @@ def test_another_configuration_is_refused_with_what_differs(
     assert saved == {n: c for n, c in before.items() if "checkpoint" in n}
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_in_its_shard(
     reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +184,7 @@ def test_a_run_that_was_cut_short_after_its_end(
     assert contents(out) == contents(reference / "wanted")
 
 
+@pytest.mark.slow
 def test_gptq_goes_on_where_it_was(
     reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +210,7 @@ def limit_files(size: int) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize(("size", "saved"), [(300, False), (70_000, True)])
+@pytest.mark.slow_unless("300-False")
 def test_what_cannot_be_written_is_no_file(
     size: int, saved: bool, reference: Path, tmp_path: Path
 ) -> None:
@@ -238,6 +244,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_on_the_way(
     reference: Path, tiny_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,8 +313,8 @@ while True:
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+@pytest.mark.slow
 def test_killed_at_any_call_it_comes_to_the_same_bits(
     reference: Path, tmp_path: Path, seed: int
 ) -> None:

@@ -23,8 +23,8 @@ def run(*arguments: str, kernels: bool) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.slow
 def test_what_is_wrong_is_the_one_line(kernels: bool, tmp_path: Path) -> None:
     missing = str(tmp_path / "missing")
     ran = run("transform", missing, str(tmp_path / "out"), "--calib", "x", kernels=kernels)

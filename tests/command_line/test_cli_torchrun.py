@@ -124,6 +124,7 @@ def close(ours: dict[str, torch.Tensor], one: dict[str, torch.Tensor]) -> float:
     return max(float((ours[name].float() - one[name].float()).abs().max()) for name in ours)
 
 
+@pytest.mark.slow
 def test_two_ranks_make_what_one_process_makes(reference: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done(*command(reference, out))
@@ -137,6 +138,7 @@ def test_two_ranks_make_what_one_process_makes(reference: Path, tmp_path: Path) 
     assert all((a.name, a.outcome) == (b.name, b.outcome) for a, b in rows)
 
 
+@pytest.mark.slow
 def test_quantize_with_gptq(reference: Path, tmp_path: Path) -> None:
     gptq = ("--rounding", "gptq")
     done(*command(reference, tmp_path / "one", *gptq, verb="quantize"))
@@ -173,6 +175,7 @@ def test_an_error_of_another_rank_is_told_by_the_first(reference: Path, tmp_path
     assert not any(tmp_path.glob("out*/"))
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_all_and_they_go_on(reference: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     killed = on_cli_ranks(2, command(reference, out), tmp_path, before=die_at_step_2)

@@ -68,6 +68,7 @@ def size_of(values: Any) -> int:
 
 @pytest.mark.parametrize("method", METHODS, ids=["alone", "for a target"])
 @pytest.mark.parametrize("make", TINY)
+@pytest.mark.slow_unless("tiny_qwen2-for a target")
 def test_grams_and_boundaries_are_as_large_as_the_real_ones(make: Any, method: Method) -> None:
     model, calib = make(), [token_ids(*WINDOW, seed=1), token_ids(*WINDOW, seed=2)]
     with calibration_mode(model):
@@ -112,6 +113,7 @@ def test_blocks_are_as_large_as_a_layer_or_the_embedding(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
 @pytest.mark.parametrize("rows", [128, 768])  # many candidates are rounded at once; few are
+@pytest.mark.slow_unless("768-nearest")
 def test_solves_take_about_the_memory_that_is_predicted(rows: int, rounding: str) -> None:
     columns = 512
     weight = nn.Parameter(activations(rows, columns, seed=3) / 20, requires_grad=False)
@@ -210,6 +212,7 @@ def test_formulas_by_hand() -> None:
     assert planning.readable(2.5e15, "FLOP") == "2.50 PFLOP"
 
 
+@pytest.mark.slow
 def test_depth_adds_work_and_no_memory() -> None:
     few, many = (
         plan(meta(tiny_llama, num_hidden_layers=n), 128, WINDOW, Method()).costs for n in (3, 6)
@@ -231,6 +234,7 @@ def test_rates_are_operations_by_the_time_that_they_take(
     assert all(0 < rate < 1e18 for rate in measured_rates(Shape(10_000, 64), dtype))
 
 
+@pytest.mark.slow
 def test_experts_count_by_the_tokens_that_reach_them() -> None:
     every = plan(meta(tiny_mixtral), 128, WINDOW, ALONE, routed=1.0).costs
     half = plan(meta(tiny_mixtral), 128, WINDOW, ALONE, routed=0.5).costs

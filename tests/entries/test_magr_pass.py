@@ -108,6 +108,7 @@ def test_magr_quantize_refuses_an_exported_graph() -> None:
     assert changed(graph_module, before) == []
 
 
+@pytest.mark.slow
 def test_exported_llama_by_keyword() -> None:
     model, eager = tiny_llama(), tiny_llama()
     ids = text_calib()

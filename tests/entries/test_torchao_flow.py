@@ -109,6 +109,7 @@ def test_it_makes_what_magr_transform_makes(
     assert all(not torch.equal(v, values(alone)[name]) for name, v in values(model).items())
 
 
+@pytest.mark.slow
 def test_llama_as_by_its_graph() -> None:
     """Weights that share an input are solved apart: the same problem, summed in another order."""
     original, calib = tiny_llama(), text_calib()

@@ -87,6 +87,7 @@ def test_a_part_that_is_compiled_is_the_same() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_compiled_after_the_rewrite_the_graph_is_what_it_was() -> None:
     original = tiny_llama()
     model = magr_transform(copy.deepcopy(original), text_calib())
@@ -113,6 +114,7 @@ def test_a_quantized_model_compiles_and_agrees_with_eager() -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["weights", "activations too"])
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_model_with_gptqs_codes_compiles_and_agrees_with_eager(dynamic: bool) -> None:
     target = Int8DynamicActivationIntxWeightConfig(INT[4], PerGroup(16)) if dynamic else INT3
     model = magr_quantize(tiny_llama(), text_calib(), target, rounding="gptq", refine=1)
@@ -206,6 +208,7 @@ def test_freezing_afterwards_is_right() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_each_layer_compiled_by_itself() -> None:
     model = tiny_llama()
     counter = CompileCounterWithBackend("aot_eager")
@@ -224,6 +227,7 @@ def test_each_layer_compiled_by_itself() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_quantized_experts_compile_as_one_graph_and_agree_with_eager() -> None:
     model = tiny_mixtral()
     magr_quantize(model, text_calib(), INT3)

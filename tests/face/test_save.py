@@ -37,6 +37,7 @@ from magr_fx.passes.handover.target import describe
     ],
     ids=["int3", "int2 asymmetric", "int4 groups"],
 )
+@pytest.mark.slow_unless("int3")
 def test_quantizing_a_saved_model_while_loading_is_quantizing_it_in_memory(
     target: Any, tmp_path: Path
 ) -> None:
@@ -63,6 +64,7 @@ def test_quantizing_a_saved_model_while_loading_is_quantizing_it_in_memory(
             assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+@pytest.mark.slow
 def test_saved_without_quantization_it_loads_with_the_rewritten_weights(tmp_path: Path) -> None:
     model = magr_transform(tiny_llama(), text_calib())
     model.save_pretrained(tmp_path)

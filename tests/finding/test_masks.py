@@ -63,6 +63,7 @@ def assert_as_hooks(analysis: Analysis, real: Tensor) -> None:
 
 @pytest.mark.parametrize("form", sorted(FORMS))
 @pytest.mark.parametrize("real", [RIGHT, LEFT], ids=["right", "left"])
+@pytest.mark.slow_unless("left-4-D added")
 def test_llama(form: str, real: Tensor) -> None:
     calib = [{"input_ids": IDS, "attention_mask": FORMS[form](real)}]
     assert_as_hooks(analyse(tiny_llama(num_hidden_layers=1), calib), real)
@@ -74,6 +75,7 @@ def test_bert_with_an_added_mask() -> None:
     assert_as_hooks(analyse(tiny_bert(), [{"input_ids": IDS, "attention_mask": mask}]), real)
 
 
+@pytest.mark.slow
 def test_experts_with_an_added_mask() -> None:
     model: Any = tiny_mixtral(num_hidden_layers=1)
     by_pairs = collect(analyse(model, [{"input_ids": IDS, "attention_mask": added(causal(RIGHT))}]))
@@ -240,6 +242,7 @@ class Translator(nn.Module):
 
 
 @pytest.mark.parametrize("lengths", [[5, 2, 3], [5, 2, 7]])
+@pytest.mark.slow_unless("lengths1")
 def test_nn_transformer_inside_a_model_of_other_names(lengths: list[int]) -> None:
     """Also where both texts are as long."""
     real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
@@ -255,6 +258,7 @@ def test_nn_transformer_inside_a_model_of_other_names(lengths: list[int]) -> Non
 
 
 @pytest.mark.parametrize("cross", [True, False])
+@pytest.mark.slow_unless("False")
 def test_key_padding_is_of_keys(cross: bool) -> None:
     model = nn.MultiheadAttention(16, 2, batch_first=True).eval()
     x, query = activations(3, 7, 16), activations(3, 7, 16, seed=5)
@@ -278,6 +282,7 @@ def test_key_padding_is_of_keys(cross: bool) -> None:
 
 @pytest.mark.parametrize("batch", [3, 7])
 @pytest.mark.parametrize("tracer", ["export", "make_fx"])
+@pytest.mark.slow_unless("make_fx-7")
 def test_a_square_mask_takes_nothing_away(batch: int, tracer: str) -> None:
     class Scores(Inner):
         def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -381,6 +386,7 @@ PLAIN: dict[str, tuple[Callable[[], nn.Module], Any]] = {
 
 @pytest.mark.parametrize("name", sorted(PLAIN))
 @pytest.mark.parametrize("tracer", ["export", "make_fx"])
+@pytest.mark.slow_if("export-llama", "export-no length is less", "export-no mask")
 def test_what_marks_no_padding_is_not_noted(name: str, tracer: str) -> None:
     make, item = PLAIN[name]
     assert analyse(make(), [item], tracer=tracer).run().notes == []

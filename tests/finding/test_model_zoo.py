@@ -101,21 +101,45 @@ def compare(
 
 
 @pytest.mark.parametrize("name", ZOO)
+@pytest.mark.slow_unless(
+    "Mixtral",
+    "BERT",
+    "raw parameters",
+    "einsum",
+    "`if` on data",
+    "a shared module",
+    "cross-attention",
+    "convolutions",
+)
 def test_finder_and_grams_agree_with_the_oracle(name: str) -> None:
     _FOUND[name] = traced(name)
     tracer = compare(name, _FOUND[name])
     assert tracer == ("make_fx" if name in MAKE_FX_ONLY else "export")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ZOO if name not in MAKE_FX_ONLY])
+@pytest.mark.slow_unless(
+    "Llama",
+    "OPT",
+    "Falcon",
+    "BERT",
+    "ViT",
+    "CLIP",
+    "Mamba",
+    "raw parameters",
+    "einsum",
+    "a shared module",
+    "TransformerEncoder",
+    "cross-attention",
+    "convolutions",
+)
 def test_make_fx_finds_the_same(name: str) -> None:
     assert compare(name, traced(name, Tracing("make_fx"))) == "make_fx"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("experts", ["eager", "batched_mm"])
 @pytest.mark.parametrize("name", FUSED)
+@pytest.mark.slow_unless("GraniteMoE-batched_mm")
 def test_every_way_to_run_experts(name: str, experts: str) -> None:
     tracer = compare(name, traced(name, experts=experts), experts)
     assert tracer == ("make_fx" if experts == "eager" else "export")
@@ -123,6 +147,7 @@ def test_every_way_to_run_experts(name: str, experts: str) -> None:
 
 @pytest.mark.parametrize("tracer", ["export", "make_fx"])
 @pytest.mark.parametrize("name", ["Mixtral", "gpt-oss"])
+@pytest.mark.slow_unless("Mixtral-make_fx")
 def test_the_fallback_of_transformers_for_grouped_mm(
     name: str, tracer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,8 +193,16 @@ def test_transform_rewrites_everything_and_keeps_the_outputs(
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
+@pytest.mark.slow_unless(
+    "Llama",
+    "raw parameters",
+    "einsum",
+    "`if` on data",
+    "a shared module",
+    "cross-attention",
+    "convolutions",
+)
 def test_quantize_leaves_nothing_unlisted(name: str) -> None:
     model = made(name)
     calib = ZOO[name].calib()
@@ -189,8 +222,8 @@ def test_quantize_leaves_nothing_unlisted(name: str) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Llama", "GPT-2", "Mixtral", "einsum", "`if` on data"])
+@pytest.mark.slow_unless("einsum", "`if` on data")
 def test_the_readme_has_the_rows_that_its_command_writes(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -109,6 +109,7 @@ def t5_item(encoder: Tensor, decoder: Tensor | None, length: int, seed: int) -> 
 
 
 @pytest.mark.parametrize("decoder_is_masked", [True, False])
+@pytest.mark.slow
 def test_encoder_and_decoder_have_their_own_mask(decoder_is_masked: bool) -> None:
     """Also where both are as long; cross-attention's keys and values are the encoder's tokens."""
     model = tiny_t5()
@@ -184,6 +185,7 @@ def tiny_opt() -> OPTForCausalLM:
 @pytest.mark.parametrize(
     ("make", "kind", "sites"), [(tiny_gpt2, Conv1D, 8), (tiny_opt, nn.Linear, 12)]
 )
+@pytest.mark.slow_unless("tiny_opt-Linear-12")
 def test_flattened_tokens(make: Callable[[], nn.Module], kind: type[nn.Module], sites: int) -> None:
     """GPT-2 flattens around each addmm, OPT before a layer norm and two linears."""
     model, calib = make(), [text(7, 4, seed=1), text(2, 9, 6, seed=3)]

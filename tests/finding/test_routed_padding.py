@@ -165,6 +165,7 @@ CASES = [(n, e) for n in sorted(MODELS) for e in ("grouped_mm", "batched_mm", "e
 
 
 @pytest.mark.parametrize(("name", "experts"), CASES)
+@pytest.mark.slow_unless("mixtral-batched_mm")
 def test_padding_reaches_no_expert(name: str, experts: str) -> None:
     model: Any = MODELS[name]()
     model.set_experts_implementation(experts)
@@ -172,6 +173,7 @@ def test_padding_reaches_no_expert(name: str, experts: str) -> None:
 
 
 @pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
+@pytest.mark.slow_unless("grouped_mm")
 def test_by_make_fx(experts: str) -> None:
     model: Any = tiny_mixtral()
     model.set_experts_implementation(experts)
@@ -179,6 +181,7 @@ def test_by_make_fx(experts: str) -> None:
 
 
 @pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm", "eager"])
+@pytest.mark.slow
 def test_a_batch_of_one_sequence(experts: str) -> None:
     model: Any = tiny_mixtral()
     model.set_experts_implementation(experts)

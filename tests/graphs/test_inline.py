@@ -330,6 +330,9 @@ BRANCHES: dict[str, Branching] = {
 
 @tracers
 @pytest.mark.parametrize("name", sorted(BRANCHES))
+@pytest.mark.slow_if(
+    "a branch that no batch takes-make_fx", "autocast in a branch-export", "nested cond-export"
+)
 def test_each_batch_takes_its_branches(name: str, tracer: str) -> None:
     function, calib, sites, traces = BRANCHES[name]
     model = made(function)

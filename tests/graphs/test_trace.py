@@ -51,6 +51,7 @@ def assert_runs_rightly(model: nn.Module, calib: list[Any], traced: list[TracedB
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.slow_unless("bert", "vit")
 def test_one_trace_for_uneven_batches_and_lengths(name: str) -> None:
     analysis = architecture(name)
     assert len(analysis.traced) > 1

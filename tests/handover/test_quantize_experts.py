@@ -118,6 +118,7 @@ def assert_all_is_quantized(name: str, model: nn.Module) -> None:
 
 
 @by_target
+@pytest.mark.slow_unless("gpt_oss")
 def test_every_weight_is_a_torchao_tensor_of_the_rewritten_one(name: str) -> None:
     model, before = nearest(name), rewritten(name)
     assert_all_is_quantized(name, model)
@@ -164,6 +165,7 @@ def test_all_of_them_by_gptq_with_propagation(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_oss", "llama4", "dbrx"])
+@pytest.mark.slow_unless("gpt2")
 def test_gptq_at_two_bits_computes_nearer_to_the_original_than_torchao_alone(name: str) -> None:
     original = MODELS[name]()
     model = quantize(
@@ -467,6 +469,7 @@ def test_the_quantized_model_compiles_to_one_graph() -> None:
 # Stacks that stay what they are.
 
 
+@pytest.mark.slow
 def test_int8_experts_stay_fused_where_their_tensor_runs() -> None:
     model = tiny_mixtral()
     model.set_experts_implementation("eager")
@@ -492,6 +495,7 @@ def test_int8_experts_stay_fused_where_their_tensor_runs() -> None:
         assert bool(model(text_calib()[0]).logits.isfinite().all())
 
 
+@pytest.mark.slow
 def test_what_stayed_fused_loads_into_a_new_model_as_it_is() -> None:
     model, fresh, file = tiny_mixtral(), tiny_mixtral(), io.BytesIO()
     for one in (model, fresh):
@@ -510,6 +514,7 @@ def test_what_stayed_fused_loads_into_a_new_model_as_it_is() -> None:
     ("experts", "options"),
     [("grouped_mm", {}), ("batched_mm", {}), ("eager", {"rounding": "gptq"})],
 )
+@pytest.mark.slow
 def test_elsewhere_they_become_linears(experts: str, options: dict[str, Any]) -> None:
     model = tiny_mixtral()
     model.set_experts_implementation(experts)

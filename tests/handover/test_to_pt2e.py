@@ -114,6 +114,7 @@ def test_it_is_what_pt2e_makes_of_the_rewritten_model() -> None:
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_bert])
+@pytest.mark.slow
 def test_a_language_model(make: Any) -> None:
     model = make()
     ids = text_calib()[0]
@@ -215,6 +216,7 @@ SIZES = [(1, 5), (2, 5), (3, 5), (7, 5), (2, 1), (2, 8), (2, 9), (1, 7), (1, 12)
 
 
 @pytest.mark.parametrize("shapes", [[(1, 5)], [(2, 5)], [(2, 5), (3, 7)], [(2, 12)]])
+@pytest.mark.slow_if("shapes2")
 def test_for_every_size_it_is_right_or_refuses(shapes: list[tuple[int, int]]) -> None:
     model = BySize().eval()
     calib = [activations(*shape, 16, seed=at) for at, shape in enumerate(shapes)]
@@ -310,6 +312,7 @@ def test_exported_once_more_it_keeps_what_it_is_right_for() -> None:
 
 @pytest.mark.parametrize("quantizer", [WeightOnly, x86])
 @pytest.mark.parametrize("name", ["vectors", "text"])
+@pytest.mark.slow_if("text-WeightOnly", "text-x86")
 def test_exported_once_more_it_can_be_saved(name: str, quantizer: Any, tmp_path: Path) -> None:
     """What is loaded computes the same, for other sizes too, and refuses what it refused."""
     model, calib = (mlp(), vectors()) if name == "vectors" else (tiny_llama(), text_calib())

@@ -308,6 +308,7 @@ def test_a_state_dict_fits_another_model_after_as_linears(name: str) -> None:
 
 
 @every_model
+@pytest.mark.slow_if("deepseek_v3", "llama4")
 def test_the_whole_compiles_to_one_graph_that_computes_the_same(name: str) -> None:
     torch.compiler.reset()
     model = as_linears(MODELS[name]())

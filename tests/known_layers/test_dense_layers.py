@@ -133,6 +133,7 @@ def assert_same(measured: dict[Row, Tensor], expected: dict[Row, Tensor]) -> Non
 
 @pytest.mark.parametrize("tracer", ["export", "make_fx"])
 @layers
+@pytest.mark.slow_if("llama4-export", "dbrx-export")
 def test_statistics_are_those_of_all_tokens(name: str, tracer: str) -> None:
     model = MODELS[name]()
     expected = dense_truth(name, model)
@@ -191,6 +192,7 @@ def test_a_forward_that_was_wrapped_is_put_back() -> None:
 
 
 @layers
+@pytest.mark.slow_unless("dbrx")
 def test_padding(name: str) -> None:
     mask = torch.ones_like(IDS[0])
     mask[0, 6:] = 0
@@ -207,6 +209,7 @@ def test_padding(name: str) -> None:
 
 
 @layers
+@pytest.mark.slow_unless("llama4")
 def test_one_token_calibrates_every_expert_and_all_are_quantized(name: str) -> None:
     model = MODELS[name]()
     magr_quantize(
@@ -229,6 +232,7 @@ def test_one_token_calibrates_every_expert_and_all_are_quantized(name: str) -> N
 
 
 @layers
+@pytest.mark.slow
 def test_behind_quantized_layers(name: str) -> None:
     model = MODELS[name]()
     magr_quantize(model, IDS, intx(4, ASYMMETRIC, None), calibrate_all_experts=True, holdout=0.0)

@@ -35,6 +35,7 @@ def anonymous(how: str) -> int:
     not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "mallopt"),
     reason="needs glibc",
 )
+@pytest.mark.slow
 def test_what_is_freed_is_given_back() -> None:
     freed = 20 * 8 * 1024  # kB
     assert anonymous("as it is") - anonymous("given back") > freed / 2

@@ -136,6 +136,7 @@ def error_of(work: Callable[..., Any], model: nn.Module, trace: str) -> MagRErro
 
 @pytest.mark.parametrize("trace", ["export", "make_fx"])
 @pytest.mark.parametrize("work", [transform, quantize, gptq])
+@pytest.mark.slow_unless("transform-make_fx")
 def test_wherever_it_runs_out_it_is_said(work: Callable[..., Any], trace: str) -> None:
     """In turn at each of the calls that a whole run makes, until one has no failure."""
     COUNTDOWN.fail, told, rewritten = of_torch_on_a_cpu, 0, 0

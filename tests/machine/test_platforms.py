@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tiny_directories import save_model, save_text
 
 # Everything else is imported before, with all that it may need itself.
@@ -74,6 +75,7 @@ def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_python_works_on_models_in_memory(tmp_path: Path) -> None:
     ran = run(IN_MEMORY, tmp_path / "folder")
     assert ran.returncode == 0, ran.stderr
@@ -83,6 +85,7 @@ def test_python_works_on_models_in_memory(tmp_path: Path) -> None:
     assert "spilled: spill_dir needs a system" in spilled
 
 
+@pytest.mark.slow
 def test_the_command_line_says_that_it_cannot(tmp_path: Path) -> None:
     save_model(tmp_path / "model")
     text = save_text(tmp_path / "text.txt")

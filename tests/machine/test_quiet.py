@@ -112,6 +112,7 @@ assert not any(l[3] for n, l in known.items() if n.startswith("torch.")), known
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_printed_beside_our_own_message() -> None:
     # In a process of its own: torch logs to what was stderr when it was imported.
     paths = [str(Path(__file__).parents[1]), *filter(None, sys.path)]

@@ -60,6 +60,7 @@ def test_an_encoder_is_transformed(encoder: tuple[Path, Path], tmp_path: Path) -
     assert len(report_names) >= 12  # of two layers, six each
 
 
+@pytest.mark.slow
 def test_an_encoder_is_quantized_and_planned(encoder: tuple[Path, Path], tmp_path: Path) -> None:
     source, text = encoder
     planned = done("plan", source, *INT3, *SMALL).output

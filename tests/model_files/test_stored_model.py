@@ -211,6 +211,7 @@ def test_what_transformers_knows_is_taken(
         ("quantize", "neox", old_buffers, 8),
     ],
 )
+@pytest.mark.slow_unless("transform-llama-without_prefix-7")
 def test_such_directories_are_worked_on(
     verb: str, name: str, change: Callable[[Stored], Any], sites: int, place_of: PlaceOf
 ) -> None:
@@ -297,6 +298,7 @@ def test_what_no_class_has_is_refused(
 
 
 @pytest.mark.parametrize("verb", ["transform", "quantize"])
+@pytest.mark.slow_unless("transform")
 def test_what_is_left_out_stays_in_the_files(verb: str, place_of: PlaceOf) -> None:
     place = place_of("pretraining")
     edit(place.model / "config.json", as_class("BertModel"))
@@ -478,6 +480,7 @@ def test_positions_are_counted_from_behind_the_padding(tmp_path: Path) -> None:
         check_length(raw, made, 17)
 
 
+@pytest.mark.slow
 def test_reports_that_are_damaged_are_refused(place_of: PlaceOf) -> None:
     place = place_of("llama")
     done("transform", place.model, place.out, "--calib", place.text, *INT3, *SMALL)

@@ -92,6 +92,7 @@ def in_memory(tied: bool, for_a_target: bool) -> Any:
     [(False, {"target": INT3}), (True, {})],
     ids=["for a target", "tied"],
 )
+@pytest.mark.slow_unless("tied-disk_offload")
 def test_the_same_weights_as_in_memory(
     way: str, tied: bool, options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -108,6 +109,7 @@ def test_the_same_weights_as_in_memory(
     assert names[0] == names[1]
 
 
+@pytest.mark.slow
 def test_the_checkpoint_stays_and_the_result_can_be_saved(tmp_path: Path) -> None:
     model = llama(tied=True, dtype=torch.bfloat16)
     offloaded = offload(model, "from_pretrained", tmp_path)
@@ -125,6 +127,7 @@ def test_the_checkpoint_stays_and_the_result_can_be_saved(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs posix_fadvise")
+@pytest.mark.slow
 def test_the_disk_begins_to_read_the_next_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +162,7 @@ def test_the_disk_begins_to_read_the_next_block(
         assert all(hint < run for hint, run in zip(hints, runs, strict=True))
 
 
+@pytest.mark.slow
 def test_a_second_forward_pass_unties_nothing(tmp_path: Path) -> None:
     """accelerate makes new Parameter objects for each name whenever it has run a module."""
     offloaded = offload(llama(tied=True), "from_pretrained", tmp_path)
@@ -190,6 +194,7 @@ def test_buffers_can_be_offloaded_too(way: str, tmp_path: Path) -> None:
     assert torch.equal(hooked(calib[0]), magr_transform(model, calib)(calib[0]))
 
 
+@pytest.mark.slow
 def test_a_part_that_is_in_memory_stays_there(tmp_path: Path) -> None:
     model = llama()
     partly = offload_a_part(model, tmp_path)
@@ -243,6 +248,7 @@ def moved_to(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     [("from_pretrained", {"target": INT3}), ("cpu_offload", {}), ("disk_offload", {})],
     ids=WAYS,
 )
+@pytest.mark.slow_if("cpu-from_pretrained", "cpu-cpu_offload", "cpu-disk_offload")
 def test_the_same_weights_on_another_device(
     way: str,
     options: dict[str, Any],
@@ -290,6 +296,7 @@ def test_the_next_block_comes_while_one_is_worked_on(
     assert not any("fetches weights" in thread.name for thread in threading.enumerate())
 
 
+@pytest.mark.slow_if("cpu")
 def test_what_fails_on_its_way_fails_where_it_is_needed(
     tmp_path: Path, moved_to: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,6 +314,7 @@ def test_what_fails_on_its_way_fails_where_it_is_needed(
     assert all(parameter.is_meta for parameter in hooked.parameters())
 
 
+@pytest.mark.slow_if("cpu")
 def test_what_is_in_memory_comes_along(tmp_path: Path, moved_to: torch.device) -> None:
     """Also buffers; all of it is where it was, the same objects, at the end."""
     model = llama()
@@ -395,6 +403,7 @@ def test_views_of_weights_are_not_activations(
     ],
     ids=lambda value: repr(value) if isinstance(value, BaseException) else "",
 )
+@pytest.mark.slow_unless("OSError(28, 'No space left')--")
 def test_weights_that_cannot_be_stored_are_not_reported(
     error: BaseException,
     raised: type[BaseException],
@@ -493,6 +502,7 @@ def kept(hooked: Any, name: str) -> torch.Tensor:
     return values
 
 
+@pytest.mark.slow_if("cpu")
 def test_the_target_is_tried_on_the_weights_themselves(
     tmp_path: Path, moved_to: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -513,6 +523,7 @@ def test_the_target_is_tried_on_the_weights_themselves(
         assert weight.device.type == moved_to.type
 
 
+@pytest.mark.slow_if("cpu")
 def test_a_run_that_was_cut_short_goes_on_on_another_device(
     tmp_path: Path, moved_to: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -555,6 +566,7 @@ def test_released_weights_hold_no_values(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.slow
 def test_what_is_not_needed_takes_up_no_memory(tmp_path: Path) -> None:
     each = 16  # MiB
     layers = [nn.Linear(2048, each * 128, bias=False) for _ in range(8)]

@@ -110,6 +110,7 @@ def cut_short(
     ("way", "steps"),
     [(transform, 1), (for_target, 0), (nearest, 3), (gptq, 0)],
 )
+@pytest.mark.slow_unless("transform-1")
 def test_it_goes_on_to_the_same_bits(
     way: Callable[..., nn.Module], steps: int, tmp_path: Path
 ) -> None:
@@ -127,6 +128,7 @@ def test_it_goes_on_to_the_same_bits(
         assert one.damping == other.damping is not None
 
 
+@pytest.mark.slow
 def test_steps_that_are_done_are_not_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +154,7 @@ def test_steps_that_are_done_are_not_done_again(
     assert same_bits(same, model)
 
 
+@pytest.mark.slow
 def test_experts_and_buffers_go_on(tmp_path: Path) -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
@@ -180,6 +183,7 @@ def test_experts_and_buffers_go_on(tmp_path: Path) -> None:
         assert same_bits(way(make(), checkpoint_dir=folder), wanted)
 
 
+@pytest.mark.slow
 def test_offloaded_models_go_on(tmp_path: Path) -> None:
     model, wanted = tiny_llama(), undisturbed(for_target)
     first = disk_offload(copy.deepcopy(model), str(tmp_path / "one"))
@@ -215,6 +219,7 @@ for kill in range(3):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on(tmp_path: Path) -> None:
     """Killed again and again, each time a bit later; then one comes to its end."""
     ran = subprocess.run(
@@ -275,6 +280,7 @@ def test_a_kill_at_any_time_costs_half_a_minute_and_a_step(
     assert (again.states, again.written) == (states, checkpoint.written)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_between_two_states_does_the_same_steps_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,6 +303,7 @@ def test_a_run_that_is_killed_between_two_states_does_the_same_steps_again(
     assert [path.name for path in tmp_path.glob("state-*")] == ["state-000011.pt"]
 
 
+@pytest.mark.slow
 def test_the_report_says_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, sizes = Path.replace, dict[str, int]()
 
@@ -314,6 +321,7 @@ def test_the_report_says_what_was_written(tmp_path: Path, monkeypatch: pytest.Mo
     assert report_of(nearest(tiny_llama())).saved_bytes == 0
 
 
+@pytest.mark.slow
 def test_a_state_has_nothing_that_can_be_had_again(tmp_path: Path) -> None:
     """No token ids, and what both runs have alike, masks and positions, once."""
     cut_short(for_target, tiny_llama(), tmp_path, 4)
@@ -385,6 +393,7 @@ def test_values_come_back_as_they_were(in_place: bool) -> None:
         ("graphs", {"model": tiny_llama(num_hidden_layers=1, rms_norm_eps=1e-3)}),
     ],
 )
+@pytest.mark.slow
 def test_another_run_is_refused(what: str, change: dict[str, Any], tmp_path: Path) -> None:
     cut_short(for_target, small(), tmp_path, 1)
     model = small()
@@ -395,12 +404,14 @@ def test_another_run_is_refused(what: str, change: dict[str, Any], tmp_path: Pat
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_rewritten_model_is_another_one(tmp_path: Path) -> None:
     model = for_target(small(), checkpoint_dir=tmp_path)
     with pytest.raises(CheckpointError, match="differs in: model"):
         for_target(model, checkpoint_dir=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_what_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = os.fsync
     written = 0
@@ -500,6 +511,7 @@ def test_no_memory_to_read_a_state_is_no_damage(
     assert raised.value is error
 
 
+@pytest.mark.slow
 def test_rows_that_were_saved_without_damping_are_read(tmp_path: Path) -> None:
     cut_short(for_target, tiny_llama(), tmp_path, 2)
     (path,) = tmp_path.glob("state-*.pt")
@@ -521,6 +533,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         for_target(small(), checkpoint_dir=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_directory_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="another directory"):
@@ -545,6 +558,7 @@ def make_a_list(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [drop, reshape, make_a_list])
 @pytest.mark.parametrize("way", [transform, gptq])
+@pytest.mark.slow
 def test_weights_that_a_state_counts_on_are_not_missed_in_silence(
     way: Callable[..., nn.Module], damage: Callable[[Path], None], tmp_path: Path
 ) -> None:
@@ -558,6 +572,7 @@ def test_weights_that_a_state_counts_on_are_not_missed_in_silence(
 
 
 @pytest.mark.parametrize("state", [[1], {}, {"rows": [{"name": "a"}], "step": 0, "boundary": {}}])
+@pytest.mark.slow
 def test_a_state_of_something_else_is_named(state: Any, tmp_path: Path) -> None:
     transform(small(), checkpoint_dir=tmp_path)
     (path,) = tmp_path.glob("state-*.pt")
@@ -569,12 +584,14 @@ def test_a_state_of_something_else_is_named(state: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[1]", "3", '{"model": 3}', '{"configuration": "[1]"}', "null"])
+@pytest.mark.slow_unless("3")
 def test_a_fingerprint_of_something_else_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "fingerprint.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"is damaged; give another|belongs to another run"):
         transform(small(), checkpoint_dir=tmp_path)
 
 
+@pytest.mark.slow
 def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
     others = [tmp_path / "state-abcdef.pt", tmp_path / "weights-abcdef.pt"]
     for path in others:
@@ -586,6 +603,7 @@ def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", 3, 0.5])
 @pytest.mark.parametrize("option", ["checkpoint_dir", "spill_dir"])
+@pytest.mark.slow_unless("checkpoint_dir-3")
 def test_what_is_no_name_of_a_directory_is_refused(option: str, name: Any) -> None:
     with pytest.raises(ConfigError, match=f"{option} is the name of a directory"):
         transform(small(), **{option: name})

@@ -211,8 +211,8 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[A
     return run
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.slow
 def test_every_rank_has_the_same_bits_and_rows(
     world: int, of_ranks: Callable[[int], list[Any]]
 ) -> None:
@@ -538,6 +538,7 @@ def test_without_a_group_there_is_nobody_to_work_with() -> None:
 # One process, several devices.
 
 
+@pytest.mark.slow
 def test_a_model_that_accelerate_dispatches_is_taken_as_it_is() -> None:
     """The hooks that bring inputs to each module's device stay where they are."""
     model = tiny_llama()

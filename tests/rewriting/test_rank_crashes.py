@@ -187,6 +187,7 @@ def test_a_rank_may_die_at_any_moment(clean: list[list[str]], tmp_path: Path) ->
                 killed_and_gone_on(folder, [deaths])
 
 
+@pytest.mark.slow
 def test_both_may_die_at_any_moments_again_and_again(
     clean: list[list[str]], tmp_path: Path
 ) -> None:
@@ -295,7 +296,6 @@ def same_bits(found: dict[str, Any]) -> bool:
 CHOSEN = random.Random(1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "deaths", "first"),
     [
@@ -312,6 +312,7 @@ CHOSEN = random.Random(1)
         (gptq_by_rows, [(NEVER, "solve 2"), (CHOSEN.randrange(60), CHOSEN.randrange(60))], None),
     ],
 )
+@pytest.mark.slow
 def test_ranks_that_are_killed_go_on_to_the_same_bits(
     way: Callable[..., Any],
     deaths: list[tuple[str | int, str | int]],
@@ -368,8 +369,8 @@ def on_a_full_disk(folder: Path, of_one_process: Path) -> dict[str, Any]:
     return {**found, **go_on(folder, for_target)}
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+@pytest.mark.slow
 def test_a_full_disk_on_one_rank_ends_all_and_the_run_goes_on(tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     for_target(checkpoint_dir=alone)
@@ -419,8 +420,8 @@ def on_a_full_spill(folder: Path, spilled: Path) -> dict[str, Any]:
     return {**done, "error": error, "changed": changed(model, before), "left": left, "known": known}
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="needs posix_fallocate")
+@pytest.mark.slow
 def test_activations_that_do_not_fit_on_one_rank_end_all_and_the_run_goes_on(
     tmp_path: Path,
 ) -> None:

@@ -129,6 +129,7 @@ CONFIGS = [
 
 @repeatable
 @given(config=st.sampled_from(CONFIGS), weights=powers, inputs=powers)
+@pytest.mark.slow
 def test_without_a_target_c_times_w_becomes_c_times_what_w_becomes(
     config: MagRConfig, weights: int, inputs: int
 ) -> None:

@@ -222,6 +222,7 @@ def is_right(model: Reading) -> None:
 
 @pytest.mark.parametrize("trace", ["export", "make_fx"])
 @pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.slow_if("in_nested-make_fx", "in_a_global-export", "in_a_global-make_fx")
 def test_the_model_goes_on_with_tensors(kind: str, trace: str) -> None:
     model = MODELS[kind]()
     magr_transform(model, vectors(), QUICK, trace=trace)
@@ -241,6 +242,7 @@ def test_also_after_an_error(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.slow_if("in_a_global")
 def test_also_when_it_is_quantized(kind: str) -> None:
     model = MODELS[kind]()
     magr_quantize(model, vectors(), intx(4, SYMMETRIC, None))
@@ -248,6 +250,7 @@ def test_also_when_it_is_quantized(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.slow_if("memoised", "in_nested", "in_a_list", "in_a_global", "methods")
 def test_also_after_pt2e(kind: str) -> None:
     model = MODELS[kind]()
     quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())

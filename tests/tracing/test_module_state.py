@@ -354,6 +354,12 @@ def llama() -> Any:
 @pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize("trace", ["auto", "make_fx"])
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+@pytest.mark.slow_if(
+    "DynamicCache-auto-True",
+    "StaticCache-auto-False",
+    "StaticCache-auto-True",
+    "StaticCache-make_fx-True",
+)
 def test_a_cache_in_a_batch_does_not_grow(kind: Any, trace: str, quantize: bool) -> None:
     model, ids = llama(), torch.arange(1, 25).view(2, 12)
     options = {"max_cache_len": 32} if kind is StaticCache else {}

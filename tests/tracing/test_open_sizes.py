@@ -90,6 +90,7 @@ TEXTS: dict[str, tuple[list[tuple[int, int | None]], list[set[int]]]] = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.slow_unless("a mask of ones")
 def test_tokens_are_open_where_a_mask_leaves_some_out(name: str) -> None:
     """By its symbol a graph tells the number of tokens from any other size that is the same."""
     batches, expected = TEXTS[name]

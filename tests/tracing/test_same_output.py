@@ -262,6 +262,7 @@ def test_outputs_of_every_kind_are_compared(kind: str) -> None:
 
 @pytest.mark.parametrize("otherwise", [False, True])
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "mixtral"])
+@pytest.mark.slow_unless("bert-False", "bert-True", "vit-False")
 def test_families_of_transformers_are_compared(name: str, otherwise: bool) -> None:
     """With a fault put in that only the graph has, none of them may stay with its graph."""
     make, calib, *_ = ARCHITECTURES.get(name, (tiny_mixtral, text_calib))
@@ -324,6 +325,7 @@ def with_image(images: slice) -> dict[str, Tensor]:
     return {"input_ids": ids, "pixel_values": torch.randn(2, 3, 28, 28)}
 
 
+@pytest.mark.slow
 def test_paligemma_without_token_type_ids_is_taken_as_it_runs() -> None:
     """Its attention is causal only while it is exported: the grams tell which one was seen."""
     vision = {**VISION, "model_type": "siglip_vision_model", "projection_dim": 32}
@@ -350,6 +352,7 @@ def test_paligemma_without_token_type_ids_is_taken_as_it_runs() -> None:
 
 
 @pytest.mark.parametrize("trace", ["auto", "export", "make_fx"])
+@pytest.mark.slow_unless("make_fx")
 def test_gemma_with_images_and_token_types_is_traced(trace: str) -> None:
     """Its graph has constants that are no tensors, and masks that torch.vmap makes."""
     config = Gemma3Config(

@@ -196,6 +196,7 @@ assert model.magr_report.refusal
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_printed_while_auto_falls_back() -> None:
     # In a process of its own: torch logs to what was stderr when it was imported.
     paths = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
@@ -210,6 +211,7 @@ def test_nothing_is_printed_while_auto_falls_back() -> None:
     assert run.stderr.partition("from here on\n")[2] == ""
 
 
+@pytest.mark.slow
 def test_nothing_is_printed_while_export_fails(capfd: pytest.CaptureFixture[str]) -> None:
     model = MODELS["dbrx"]()
     capfd.readouterr()  # what building it printed
@@ -251,6 +253,7 @@ def configs(model: nn.Module) -> list[str]:
 
 
 @in_table
+@pytest.mark.slow_unless("gpt_oss")
 def test_every_expert_sees_every_token(name: str) -> None:
     model, plain = MODELS[name](), MODELS[name]()
     table, before = implementations(), configs(model)
@@ -274,6 +277,7 @@ def test_every_expert_sees_every_token(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "trace"), [("mixtral", "export"), ("gpt_oss", "make_fx")])
+@pytest.mark.slow_unless("gpt_oss-make_fx")
 def test_their_statistics_are_those_of_all_tokens(name: str, trace: str) -> None:
     original = MODELS[name]()
     model = copy.deepcopy(original)
@@ -405,6 +409,7 @@ def expert_tokens(model: nn.Module, **options: Any) -> list[int]:
         "make_fx",
     ],
 )
+@pytest.mark.slow_unless("make_fx")
 def test_experts_as_linears_see_the_tokens_that_are_routed_to_them(trace: str) -> None:
     tokens = expert_tokens(MODELS["mixtral"](), trace=trace)
     assert sum(tokens) == 4 * TOKENS  # two of four experts, each with two weights

@@ -206,6 +206,7 @@ class Inner(nn.Module):
 
 
 @pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.slow_if("random")
 def test_all_rows_are_compared(name: str) -> None:
     function, item = WHOLE[name]
     model = Watched(function, inner=Inner(), table=nn.Embedding(6, 4))
