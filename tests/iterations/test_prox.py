@@ -83,6 +83,7 @@ def test_moreau_identity(batch: tuple[Tensor, Tensor]) -> None:
 
 @repeatable
 @given(batch=batches())
+@pytest.mark.slow
 def test_projection_is_feasible_and_nearest(batch: tuple[Tensor, Tensor]) -> None:
     x, radius = batch
     point = project_l1_ball(x, radius)
@@ -178,6 +179,7 @@ def test_level_with_prices_equals_the_sorting_oracle(batch: tuple[Tensor, Tensor
 
 @repeatable
 @given(batch=priced_batches(), factor=st.sampled_from([0.0, 0.3, 0.999, 1.0, 1.001, 3.0]))
+@pytest.mark.slow
 def test_any_start_gives_the_level_with_prices(
     batch: tuple[Tensor, Tensor, Tensor], factor: float
 ) -> None:

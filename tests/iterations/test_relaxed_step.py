@@ -116,7 +116,7 @@ def kernel() -> Any:
     return importlib.import_module("magr_fx.iterations.relaxed_step_triton")
 
 
-@pytest.fixture(params=["eager", "kernel"])
+@pytest.fixture(params=["eager", pytest.param("kernel", marks=pytest.mark.slow)])
 def step(request: pytest.FixtureRequest) -> Step:
     """Each test that takes it runs on both."""
     if request.param == "eager":
@@ -207,6 +207,7 @@ def test_a_row_that_is_not_finite_ends_and_stays_alone(step: Step) -> None:
 
 
 @pytest.mark.parametrize("guess", [0.0, 2.0, 9.0])
+@pytest.mark.slow
 def test_groups_of_several_blocks(kernel: Any, guess: float) -> None:
     assert kernel.MOST_BLOCK == 4096
     given = inputs((2,), 4096 + 3, 1, seed=6)
@@ -216,12 +217,14 @@ def test_groups_of_several_blocks(kernel: Any, guess: float) -> None:
 
 
 @pytest.mark.parametrize("columns", [5, 8, 16, 19])
+@pytest.mark.slow
 def test_small_blocks(kernel: Any, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "MOST_BLOCK", 8)
     check(interpreted(kernel), inputs((3,), 2 * columns, 2, seed=7), 0.4)
     check(interpreted(kernel), inputs((2,), columns, 1, problems=2, seed=8), 0.4)
 
 
+@pytest.mark.slow
 def test_the_kernel_agrees_with_the_eager_step(kernel: Any) -> None:
     given = inputs((3,), 40, 4, problems=2, seed=9)
     torch.testing.assert_close(
@@ -281,6 +284,8 @@ def test_an_alpha_below_rounding_leaves_the_level_at_the_top(step: Step, alpha: 
         assert (level <= top).all()
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_a_solve_by_the_kernel_is_the_eager_one(
     kernel: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,7 @@ VIEWS: list[Any] = [
 
 
 @pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.slow_unless("<lambda>2")
 def test_parts_say_what_the_whole_says(view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     one = activations(60, 50)
     one, other = view(one), view(one + activations(60, 50, seed=1) * 0.01)
@@ -87,6 +88,7 @@ def test_parts_say_what_the_whole_says(view: Any, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.slow_unless("True")
 def test_no_copy_is_taken_of_what_is_compared(transposed: bool) -> None:
     one, other = torch.ones(64, 2**17), torch.ones(64, 2**17)  # 32 MiB each
     one[-1, -1] = 2e4
