@@ -1,4 +1,4 @@
 """Find the weights that are multiplied with an input, and the tokens of that input that count.
 
-This room may import the ground (errors, config) and the rooms from machine to tracing.
+It may import the ground (errors, config) and the rooms from machine to tracing.
 """

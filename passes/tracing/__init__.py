@@ -1,4 +1,4 @@
 """Trace a model for its calibration batches, by torch.export or make_fx.
 
-This room may import the ground (errors, config) and the rooms from machine to inputs.
+It may import the ground (errors, config) and the rooms from machine to inputs.
 """
