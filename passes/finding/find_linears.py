@@ -95,7 +95,7 @@ class Found:
 def find_linears(
     traces: Iterable[Trace], model: nn.Module, filter_fn: FilterFn | None = None
 ) -> Found:
-    """Find every weight matmul of the traced graphs.
+    """Find the sites of the traced graphs, and the weights that are no sites.
 
     Args:
         traces: graphs whose parameters are ``model``'s own.

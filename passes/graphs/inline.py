@@ -97,7 +97,7 @@ class _Inliner:
         values: dict[fx.Node, Any] = {}
         output = self._copy(self.root, "", values, {})
         self.graph.output(output)
-        self.graph.eliminate_dead_code(lambda node: node.op != "get_attr")  # of the sub-graphs
+        self.graph.eliminate_dead_code(lambda node: node.op != "get_attr")  # sub-graphs
         return fx.GraphModule(self.root, self.graph)
 
     def _copy(

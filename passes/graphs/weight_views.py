@@ -115,7 +115,7 @@ class WeightView:
         return parameter.dim() == 2 and WeightView.of(parameter) == self
 
     def name(self, parameter: torch.Tensor) -> str:
-        """Which part of the parameter this is, as an index: ``""`` for all of it, ``[64:128]``."""
+        """The part of the parameter that this is, an index like ``[64:128]``; ``""``: all."""
         if parameter.numel() == self.shape[0] * self.shape[1]:
             return ""
         start = int(parameter.storage_offset())

@@ -309,6 +309,6 @@ class _FunctionsSeen(ReadersSeen):
 
 
 def _may_write(func: Any) -> bool:
-    """Whether the op may write to an argument; the schema of batch_norm, which may, denies it."""
+    """Whether the op may write to an argument; batch_norm may, but not by its schema."""
     schema = schema_of(func)
     return schema is not None and (schema.is_mutable or "batch_norm" in schema.name)

@@ -216,7 +216,8 @@ def _open_sizes(model: nn.Module, batches: list[Batch]) -> dict[Hashable, list[s
 def _of_masked_tokens(names: tuple[str, ...], leaves: list[Any]) -> list[set[int]]:
     """The dimensions of each leaf that have the size of a mask's first or last two dimensions.
 
-    A mask with the same value everywhere is ignored, because it leaves no token out.
+    Of a leaf that is no mask, only the first two dimensions are considered. A mask with the same
+    value everywhere is ignored, because it leaves no token out.
     """
     masks = [
         leaf
