@@ -23,9 +23,9 @@ def main() -> None:
         sys.exit(2)
     with errors_only(*_NOISY):
         from magr_fx.command_line.cli import magr_fx
-        from magr_fx.machine.memory import give_back_what_is_freed
+        from magr_fx.machine.memory import return_freed_memory_at_once
 
-        give_back_what_is_freed()  # the setting affects the whole process, which is ours here
+        return_freed_memory_at_once()  # the setting affects the whole process, which is ours here
         magr_fx(prog_name="magr-fx")
 
 
