@@ -50,7 +50,7 @@ def check_gram(gram: Tensor, weight: Tensor) -> None:
     # The sum of a row's magnitudes is checked, because it bounds λmax, which must be finite too.
     if not bool(gram.to(torch.float32).abs().sum(-1).isfinite().all()):
         raise CalibrationError(
-            "gram has values that are NaN, infinite or too large for float32; "
+            "gram has NaN, infinite or, for float32, too large values; "
             "check or scale down the calibration inputs"
         )
     if bool((gram.diagonal(dim1=-2, dim2=-1) < 0).any()):
