@@ -63,12 +63,12 @@ def check_row_scale(row_scale: Tensor, weight: Tensor) -> None:
     """Raise ConfigError unless this has one positive number for each row of the weight."""
     if not isinstance(row_scale, Tensor) or row_scale.shape != weight.shape[:-1]:
         raise ConfigError(
-            f"row_scale must be a tensor of shape {list(weight.shape[:-1])}, one number for each "
-            f"row of the weight, got {_kind(row_scale)}"
+            f"row_scale must be a tensor {list(weight.shape[:-1])}, one number for each row of the "
+            f"weight, got {_kind(row_scale)}"
         )
     if not bool((row_scale.isfinite() & (row_scale > 0)).all()):
         raise ConfigError(
-            "row_scale must be finite and above 0; give rows of zeros any such number, as 1"
+            "row_scale must be finite and above 0; rows of zeros may have any such number, e.g. 1"
         )
 
 
