@@ -76,9 +76,9 @@ def damping_for(tokens: int, inputs: int) -> float:
     The eigenvalues of a gram of n tokens have a relative error of about 2·sqrt(in / n) (Bai and
     Yin, Ann. Probab. 21, 1993), so fewer tokens need more damping. With 512 tokens 0.3 has a lower
     perplexity and a lower output error on held-out tokens than 0.1; with 2,048 tokens the two are
-    about equal. With many tokens damping no longer guards against sampling error. It then gives more
-    weight to the directions with small eigenvalues, and held-out tokens cannot tell how much is
-    best (benchmarks/README.md).
+    about equal. With many tokens damping no longer guards against sampling error. It then gives
+    more weight to the directions with small eigenvalues, and held-out tokens cannot tell how much
+    is best (benchmarks/README.md).
 
     Args:
         tokens: the number of calibration tokens in the gram.

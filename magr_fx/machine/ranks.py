@@ -74,7 +74,7 @@ class Ranks:
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
         """Replace the tensor, in place, by that of rank ``source``; same shape and dtype."""
 
-        def send(wire: torch.Tensor) -> None:  # as bytes: no backend supports every dtype
+        def send(wire: torch.Tensor) -> None:  # as bytes: some backends lack some dtypes
             raw = wire.view(-1).view(torch.uint8)
             dist.broadcast(raw, group=self.group, group_src=source)
 
@@ -155,7 +155,7 @@ class Ranks:
 
     def _device(self, kind: str) -> torch.device:
         """The device that a tensor on a ``kind`` device must be on for the group's backends."""
-        if kind == "cuda" or self._on_cuda:  # with the device that the caller has set
+        if kind == "cuda" or self._on_cuda:  # the device that the caller has made current
             if kind == "cuda" and "cuda" not in self._backends:
                 return torch.device("cpu")
             return torch.device("cuda", torch.cuda.current_device())
