@@ -20,7 +20,7 @@ from torch import fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from magr_fx.errors import CheckpointError, ConfigError
-from magr_fx.machine.disk import folder_named, take_room
+from magr_fx.machine.disk import folder_named, preallocate
 from magr_fx.machine.memory import is_out_of_memory
 from magr_fx.passes.graphs.torch_private import tree_map, version_of
 
@@ -142,7 +142,7 @@ class Spill:
             try:
                 # A map of a file that has no room would end in a signal when it is written to.
                 with open(descriptor, "r+b", closefd=False) as file:
-                    take_room(file, size)
+                    preallocate(file, size)
                 mapped: Any = torch.UntypedStorage.from_file(name, shared=True, nbytes=size)
             finally:
                 os.close(descriptor)

@@ -605,7 +605,7 @@ def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", ["checkpoint_dir", "spill_dir"])
 @pytest.mark.slow_unless("checkpoint_dir-3")
 def test_what_is_no_name_of_a_directory_is_refused(option: str, name: Any) -> None:
-    with pytest.raises(ConfigError, match=f"{option} is the name of a directory"):
+    with pytest.raises(ConfigError, match=f"{option} must be the name of a directory"):
         transform(small(), **{option: name})
 
 
