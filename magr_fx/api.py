@@ -31,7 +31,7 @@ from magr_fx.passes.handover.to_pt2e import (
 )
 from magr_fx.passes.handover.to_torchao import hand_over
 from magr_fx.passes.inputs.calibration import Batch, read_calib
-from magr_fx.passes.offloading.execution import Execution, execution_of, is_elsewhere
+from magr_fx.passes.offloading.execution import Execution, execution_of, is_offloaded_or_sharded
 from magr_fx.passes.offloading.offloaded import is_offloaded
 from magr_fx.passes.offloading.sharded import is_sharded
 from magr_fx.passes.rewriting.check_model import check_model, check_not_frozen
@@ -154,7 +154,7 @@ def magr_transform(
             progress,
         )
         inner = _checked(model, request)
-        if is_elsewhere(inner):
+        if is_offloaded_or_sharded(inner):
             request = request.without_values()
         with execution_of(inner, ranks) as execution:
             ledger, _ = _rewrite(model, read_calib(calib, inner), request, execution)
