@@ -232,7 +232,7 @@ NOT_THE_MODEL: list[tuple[Callable[[Place], None], str]] = [
     (say_more_layers, r"model lacks model.layers.1.input_layernorm.weight, .*and 8 more"),
     (say_no_kind, "cannot build the model .*model_type"),
     (say_a_list, "config.json does not describe a model"),
-    (take_another_tokenizer, "the tokenizer of .* makes the id .*, and the model's embedding has"),
+    (take_another_tokenizer, "the tokenizer of .* uses the id .*, but the model's embedding has"),
 ]
 
 
@@ -255,8 +255,8 @@ def test_a_plan_of_it_is_refused(damage: Callable[[Place], None], place: Place) 
 
 
 SKIPS = [
-    ("*.donw_proj", r"--skip '\*.donw_proj' names no module .*names like it are \*.down_proj"),
-    ("model.layers.0.mlp.donw_proj", r"names like it are model.layers.\*.mlp.down_proj"),
+    ("*.donw_proj", r"--skip '\*.donw_proj' names no module .*similar names are \*.down_proj"),
+    ("model.layers.0.mlp.donw_proj", r"similar names are model.layers.\*.mlp.down_proj"),
     ("model.layers.7", "--skip 'model.layers.7' names no module"),
     ("*.Down_Proj", r"names no module .*\*.down_proj"),
     ("", "--skip '' names no module"),
@@ -285,7 +285,7 @@ def test_a_pattern_of_what_is_left_alone_anyway_is_told(place: Place) -> None:
 CASES: list[tuple[Callable[[Place], None], str]] = [
     (store_twice, r"is stored twice, in model-0.* and model-0.*save_pretrained it anew"),
     (drop_a_shard, r"lacks 1 of the \d+ files .*model-0.*finish the download"),
-    (cut_a_shard, r"has [\d,]+ bytes where its header says [\d,]+: .*finish the download"),
+    (cut_a_shard, r"has [\d,]+ bytes.* its header says [\d,]+: .*finish the download"),
     (cut_a_header, "is no whole safetensors file: the header is cut short; finish the download"),
     (scramble_a_header, "is no whole safetensors file: .*finish the download"),
     (make_int8, rf"{LAYER} in .* is stored as I8: .*start from the full-precision model"),
@@ -298,12 +298,12 @@ CASES: list[tuple[Callable[[Place], None], str]] = [
     (another_kind, "perceptron"),
     (no_tokenizer, "has no tokenizer that transformers can load .*copy its tokenizer files"),
     (nan, rf"{LAYER} holds NaN or Inf; repair"),
-    (fill_out, "is there and is not empty; name another directory"),
-    (out_is_a_file, "is there and is not empty; name another directory"),
+    (fill_out, "exists and is not empty; name another directory"),
+    (out_is_a_file, "exists and is not empty; name another directory"),
     (short_text, "has 3 tokens, too few for 128 of calibration; ask for fewer"),
     (no_text, r"text.txt cannot be read as text"),
     (binary_text, r"text.txt cannot be read as text"),
-    (leave_a_run, "is of a run that was cut short: add --resume"),
+    (leave_a_run, "belongs to an interrupted run: add --resume"),
 ]
 
 
@@ -369,7 +369,7 @@ def test_a_run_that_another_process_works_on_is_left_alone(place: Place) -> None
     from magr_fx.directories.run_folder import alone
 
     with alone(place.out.with_name("out.unfinished")):
-        refused(place, "--resume", message="another process works on")
+        refused(place, "--resume", message="another process uses")
 
 
 @pytest.mark.parametrize(

@@ -202,9 +202,9 @@ def test_a_directory_that_no_run_made_is_never_removed(place: Place, tmp_path: P
     """Such as a model whose name ends in .unfinished."""
     shutil.copytree(place.model, tmp_path / "it.unfinished")
     own = Place(tmp_path / "it.unfinished", tmp_path / "it", place.text)
-    refused(own, "--resume", message="it.unfinished, .*was not made by one; name another OUT")
+    refused(own, "--resume", message="it.unfinished, .*was not made by a run; name another OUT")
     other = own._replace(model=place.model)
-    refused(other, "--resume", message="it.unfinished, .*was not made by one; name another OUT")
+    refused(other, "--resume", message="it.unfinished, .*was not made by a run; name another OUT")
     assert contents(own.model) == contents(place.model)
 
 

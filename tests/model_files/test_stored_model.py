@@ -442,7 +442,7 @@ def no_unknown(made: Any) -> None:
     [
         (
             lambda made: made["model"]["vocab"].update(w5=500),
-            "makes the id 500 of 'w5', and the model's embedding has 64 rows",
+            "uses the id 500 for 'w5', but the model's embedding has only 64 rows",
         ),
         (no_unknown, "tokenizer cannot read .*text.txt"),
     ],
@@ -458,11 +458,11 @@ def test_a_tokenizer_of_another_model_is_refused(
 def test_what_cannot_be_copied_is_found_first(place_of: PlaceOf) -> None:
     place = place_of("llama")
     (place.model / "LICENSE").symlink_to(place.model.parent / "nowhere")
-    refused(place, message="LICENSE, which is copied into OUT, cannot be read")
+    refused(place, message="LICENSE, which would be copied into OUT, cannot be read")
     (place.model / "LICENSE").unlink()
     (place.model / "more").mkdir()
     os.mkfifo(place.model / "more" / "pipe")
-    refused(place, message="more/pipe, which is copied into OUT, .*no regular file")
+    refused(place, message="more/pipe, which would be copied into OUT, .*not a regular file")
 
 
 def test_positions_are_counted_from_behind_the_padding(tmp_path: Path) -> None:
