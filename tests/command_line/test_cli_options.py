@@ -170,7 +170,7 @@ def test_an_out_that_can_have_no_name_is_refused(
 def test_a_model_that_can_have_no_name_is_refused(model: str) -> None:
     result = run("plan", model)
     assert result.exit_code == 2
-    assert re.fullmatch("magr-fx: error: .* is no directory.*\n", result.stderr)
+    assert re.fullmatch("magr-fx: error: .* is not a directory.*\n", result.stderr)
 
 
 def test_lines_are_appended_to_no_file_of_the_run(place: Place) -> None:
@@ -213,7 +213,7 @@ def test_a_directory_that_no_run_made_is_never_removed(place: Place, tmp_path: P
     [
         (b"", "has 0 tokens"),
         (("w1 w2 " * 200).encode("utf-16"), "cannot be read as text: .*UTF-8"),
-        (("w1 w2 " * 200).encode("utf-16-le"), "cannot be read as text: it holds zero bytes"),
+        (("w1 w2 " * 200).encode("utf-16-le"), "cannot be read as text: it has zero bytes"),
     ],
     ids=["empty", "UTF-16", "UTF-16 without a mark"],
 )
