@@ -315,7 +315,7 @@ def test_bad_input_is_refused(damage: Callable[[Place], None], message: str, pla
 
 @pytest.mark.parametrize("command", ["transform", "quantize"])
 def test_an_unknown_target_lists_the_valid_ones(command: str, place: Place) -> None:
-    listed = r"no target is called 'int3'; there are int8, .*int1.* -per-channel or -group-N"
+    listed = r"no target is called 'int3'; the names are int8, .*int1.* -per-channel or -group-N"
     refused(place, "--target", "int3", message=listed, command=command)
 
 
@@ -337,12 +337,12 @@ def test_wrong_options_are_refused(options: tuple[str, ...], message: str, place
 def test_a_number_that_is_none_is_a_usage_error(place: Place) -> None:
     command = ("transform", place.model, place.out, "--calib", place.text)
     result = run(*command, "--alpha", "much")
-    assert (result.exit_code, "--alpha is a number, auto or published" in result.stderr) == (
+    assert (result.exit_code, "--alpha must be a number, auto or published" in result.stderr) == (
         2,
         True,
     )
     result = run("quantize", *command[1:], *INT3, "--refine", 3)
-    assert (result.exit_code, "--refine belongs to --rounding gptq" in result.stderr) == (2, True)
+    assert (result.exit_code, "--refine works with --rounding gptq" in result.stderr) == (2, True)
 
 
 def test_a_full_disk_is_seen_before_the_start(

@@ -122,7 +122,7 @@ def test_names_are_matched_whole_and_as_they_are_written() -> None:
         (("--alpha", "nan"), "alpha must be a finite number"),
         (("--damping", "inf"), "damping must be a finite number"),
         (("--max-steps", "-3"), "max_steps must be an int"),
-        (("--device", ""), "--device is auto, cpu"),
+        (("--device", ""), "--device must be auto, cpu"),
         (("--target", ""), "no target is called ''"),
     ],
 )
