@@ -117,7 +117,7 @@ def transform(target: str | None, head: bool, **given: Any) -> None:
 
         return transform_directory(job)
 
-    _work(make, partial(_job, target, given, head=head), given)
+    _run_job(make, partial(_job, target, given, head=head), given)
 
 
 @magr_fx.command()
@@ -142,14 +142,14 @@ def quantize(target: str, rounding: str, refine: int, **given: Any) -> None:
 
         return quantize_directory(job, rounding)
 
-    _work(make, partial(_job, target, given, refine=refine), given)
+    _run_job(make, partial(_job, target, given, refine=refine), given)
 
 
 @magr_fx.command()
 @click.argument("run", type=FOLDER)
 def report(run: Path) -> None:
     """Print the report of RUN: an OUT, or the OUT.unfinished of an interrupted run."""
-    with _told(None):
+    with _errors_in_one_line(None):
         from magr_fx.directories.convert_directory import report_of
 
         click.echo(report_of(run))
@@ -168,7 +168,7 @@ def report(run: Path) -> None:
 )  # fmt: skip
 def plan(model: str, target: str | None, rounding: str, tflops: float | None, **given: Any) -> None:
     """Print what a run on MODEL would rewrite, and what it would cost, without reading weights."""
-    with _told(None):
+    with _errors_in_one_line(None):
         from magr_fx.command_line.named_targets import named_target
         from magr_fx.command_line.plan_directory import describe, plan_directory
 
@@ -207,7 +207,10 @@ def evaluate(
     Under torchrun the ranks share the text.
     """
     launched = Launched()
-    with _told(None, given["progress"], launched), launched.joined(given.pop("timeout")):
+    with (
+        _errors_in_one_line(None, given["progress"], launched),
+        launched.default_group(given.pop("timeout")),
+    ):
         from magr_fx.command_line.evaluate import evaluate as evaluated
         from magr_fx.command_line.named_device import named_device
 
@@ -261,15 +264,15 @@ def _job(
     )
 
 
-def _work(
+def _run_job(
     make: Callable[[Any], Any], job_of: Callable[[Launched], Any], given: dict[str, Any]
 ) -> None:
     """Run a job on all ranks that were started for it; rank 0 prints the result."""
     launched = Launched()
     speaks = launched.rank == 0
     with (
-        _told(given["out"], given["progress"], launched),
-        launched.joined(given["timeout"]),
+        _errors_in_one_line(given["out"], given["progress"], launched),
+        launched.default_group(given["timeout"]),
     ):
         from magr_fx.directories.run_folder import run_id
         from magr_fx.machine.ranks import distributed_session
@@ -306,7 +309,7 @@ def _check_log(log: Path | None, job: Any) -> None:
 
 
 @contextlib.contextmanager
-def _told(
+def _errors_in_one_line(
     out: Path | None, progress: bool | None = None, launched: Launched | None = None
 ) -> Iterator[None]:
     """Report errors in one line, and hide the bars and notes of other libraries.
@@ -331,21 +334,23 @@ def _told(
             yield
         except KeyboardInterrupt:
             if launched.rank == 0:
-                click.echo(f"magr-fx: interrupted{_how_to_go_on(out)}", err=True)
+                click.echo(f"magr-fx: interrupted{_resume_hint(out)}", err=True)
             raise click.exceptions.Exit(130) from None
         except MagRError as error:
             message = " ".join(str(error).split())
-            launched.tell(f"magr-fx: error: {message}{_how_to_go_on(out)}")
+            launched.print_once(f"magr-fx: error: {message}{_resume_hint(out)}")
             raise click.exceptions.Exit(2) from error
         except OSError as error:  # wrong paths, missing permissions, a full disk
-            launched.tell(f"magr-fx: error: {' '.join(str(error).split())}{_how_to_go_on(out)}")
+            launched.print_once(
+                f"magr-fx: error: {' '.join(str(error).split())}{_resume_hint(out)}"
+            )
             raise click.exceptions.Exit(2) from error
 
 
-def _how_to_go_on(out: Path | None) -> str:
-    from magr_fx.directories.run_folder import is_ours, is_resumable, run_of
+def _resume_hint(out: Path | None) -> str:
+    from magr_fx.directories.run_folder import is_resumable, is_run_folder, run_of
 
-    if out is None or not (is_ours(run_of(out)) and is_resumable(out)):
+    if out is None or not (is_run_folder(run_of(out)) and is_resumable(out)):
         return ""
     return "; the same command with --resume continues from the last saved state"
 
@@ -353,7 +358,7 @@ def _how_to_go_on(out: Path | None) -> str:
 @contextlib.contextmanager
 def _warnings_shown(shown: bool) -> Iterator[None]:
     """Print the library's warnings, each in one line, and no other log records."""
-    handler = _Lines(logging.WARNING) if shown else logging.NullHandler()
+    handler = _WarningLines(logging.WARNING) if shown else logging.NullHandler()
     handler.addFilter(lambda record: record.levelno == logging.WARNING)
     logger = logging.getLogger("magr_fx")
     propagate = logger.propagate
@@ -366,6 +371,6 @@ def _warnings_shown(shown: bool) -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-class _Lines(logging.Handler):
+class _WarningLines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(f"magr-fx: warning: {record.getMessage()}", file=sys.stderr)

@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from magr_fx.errors import DistributedError
 
 # Seconds that other ranks wait until rank 0 has printed an error, and that it waits for them then.
-_TO_TELL, _TO_HEAR = 60.0, 2.0
+_WAIT_FOR_MESSAGE, _WAIT_FOR_OTHERS = 60.0, 2.0
 
 
 class Launched:
@@ -45,7 +45,7 @@ class Launched:
         self._store: Any = None
 
     @contextlib.contextmanager
-    def joined(self, minutes: float) -> Iterator[None]:
+    def default_group(self, minutes: float) -> Iterator[None]:
         """Join all ranks into torch.distributed's default group; without torchrun there is none.
 
         Args:
@@ -81,24 +81,24 @@ class Launched:
             finally:
                 dist.destroy_process_group()
 
-    def tell(self, message: str) -> None:
+    def print_once(self, message: str) -> None:
         """Print a message to stderr once: rank 0 prints it, and the others only if it does not.
 
         If one rank fails, every rank raises the same error and calls this.
         """
         if self.rank == 0:
             click.echo(message, err=True)
-            self._leave_undisturbed()
+            self._ignore_sigterm()
             # This process may host the store, and must not end before all have read the key.
             self._post("told")
-            self._posted([f"heard {rank}" for rank in range(1, self.world)], _TO_HEAR)
-        elif self._posted(["told"], _TO_TELL):
-            self._leave_undisturbed()
+            self._wait_for([f"heard {rank}" for rank in range(1, self.world)], _WAIT_FOR_OTHERS)
+        elif self._wait_for(["told"], _WAIT_FOR_MESSAGE):
+            self._ignore_sigterm()
             self._post(f"heard {self.rank}")
         else:
             click.echo(message, err=True)
 
-    def _leave_undisturbed(self) -> None:
+    def _ignore_sigterm(self) -> None:
         """Ignore SIGTERM, which torchrun sends to all ranks once one has ended.
 
         Each rank then ends by itself, with its own exit code.
@@ -111,7 +111,7 @@ class Launched:
             if self._store is not None:
                 self._store.set(key, "")
 
-    def _posted(self, keys: list[str], seconds: float) -> bool:
+    def _wait_for(self, keys: list[str], seconds: float) -> bool:
         """Whether the store has these keys in time. It polls, as torch logs a wait that fails."""
         until = time.monotonic() + seconds
         try:

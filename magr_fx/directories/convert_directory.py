@@ -22,7 +22,7 @@ from transformers.quantizers import AutoHfQuantizer
 from magr_fx.api import magr_transform, quantize_apart
 from magr_fx.config import QuantizeOptions
 from magr_fx.directories.prepare_directory import Job, Prepared, prepared
-from magr_fx.directories.run_folder import CHECKPOINT, is_ours, is_resumable, run_of
+from magr_fx.directories.run_folder import CHECKPOINT, is_resumable, is_run_folder, run_of
 from magr_fx.directories.skipped import is_skipped, rewritable
 from magr_fx.directories.write_directory import (
     RewrittenWeights,
@@ -72,7 +72,7 @@ def transform_directory(job: Job) -> MagRReport:
         MagRError: an input is missing, damaged or too small, or magr_transform failed. ``out`` is
             unchanged then.
     """
-    return _made(job, _transformed, quantized=False)
+    return _convert(job, _transformed, quantized=False)
 
 
 def quantize_directory(job: Job, rounding: str = "nearest") -> MagRReport:
@@ -89,10 +89,10 @@ def quantize_directory(job: Job, rounding: str = "nearest") -> MagRReport:
     Raises:
         MagRError: as :func:`transform_directory`.
     """
-    return _made(job, functools.partial(_quantized, rounding=rounding), quantized=True)
+    return _convert(job, functools.partial(_quantized, rounding=rounding), quantized=True)
 
 
-def _made(
+def _convert(
     job: Job, make: Callable[[Any, Prepared], tuple[Path, MagRReport]], *, quantized: bool
 ) -> MagRReport:
     """Let ``make`` fill a directory, and move that directory to ``out``.
@@ -106,7 +106,7 @@ def _made(
         quantized: whether the result is a quantized model.
     """
     with distributed_session() as ranks:
-        if ranks.gather(ranks.rank == 0 and _is_made(job))[0]:
+        if ranks.gather(ranks.rank == 0 and _is_complete(job))[0]:
             if ranks.rank == 0:
                 shutil.rmtree(job.run, ignore_errors=True)
             return read_report(job.out)
@@ -119,15 +119,15 @@ def _made(
             return report
 
 
-def _is_made(job: Job) -> bool:
+def _is_complete(job: Job) -> bool:
     """Whether a run to be resumed was interrupted after it had moved its result to ``out``."""
-    return job.resume and is_ours(job.run) and has_report(job.out)
+    return job.resume and is_run_folder(job.run) and has_report(job.out)
 
 
 def _transformed(model: Any, work: Prepared) -> tuple[Path, MagRReport]:
     job = work.job
     chosen = rewritable(model, job.skip, head=job.head)
-    shards = _rewritten_to(model, work, chosen)
+    shards = _write_rewritten(model, work, chosen)
     magr_transform(
         model,
         work.calib,
@@ -153,7 +153,7 @@ def _quantized(model: Any, work: Prepared, rounding: str) -> tuple[Path, MagRRep
     tensors: MutableMapping[str, torch.Tensor] = {}
     shards = None
     if rounding == "nearest":
-        shards = _rewritten_to(model, work, chosen)
+        shards = _write_rewritten(model, work, chosen)
     else:
         tensors = TensorFiles(_emptied(job.run / "rounded")) if work.writes else LetGo()
     options = QuantizeOptions(rounding, refine=job.refine, propagate=job.propagate is not False)
@@ -165,13 +165,13 @@ def _quantized(model: Any, work: Prepared, rounding: str) -> tuple[Path, MagRRep
         progress=job.progress,
         quantize=True,
     )
-    able = quantize_apart(model, work.calib, request, tensors)
+    quantizable = quantize_apart(model, work.calib, request, tensors)
     done: set[str] = set()
     if work.writes:
         if shards is not None:
             shards.finish()
         stored = work.tensors if shards is None else read_directory(shards.folder)
-        done = _write_quantized(model, work, linears, {*able}, stored, tensors)
+        done = _write_quantized(model, work, linears, {*quantizable}, stored, tensors)
     report: MagRReport = model.magr_report
     report.mark_quantized(work.ranks.gather(done)[0])
     report.target = describe(job.target)
@@ -182,7 +182,7 @@ def _write_quantized(
     model: Any,
     work: Prepared,
     linears: dict[str, list[str]],
-    able: set[str],
+    quantizable: set[str],
     stored: dict[str, StoredTensor],
     tensors: Mapping[str, torch.Tensor],
 ) -> set[str]:
@@ -192,23 +192,23 @@ def _write_quantized(
         model: the offloaded model.
         work: the prepared job.
         linears: the weights that transformers would quantize: name in the files → model's names.
-        able: the model's names of the weights that torchao can quantize.
+        quantizable: the model's names of the weights that torchao can quantize.
         stored: where each tensor is stored.
         tensors: the weights that are quantized already; the others are quantized here.
     """
-    job, weights, left = work.job, offloaded_weights(model), _left_out(model, work.job)
+    job, weights, left = work.job, offloaded_weights(model), _not_converted(model, work.job)
 
     def value(name: str) -> torch.Tensor:
         return tensors[name] if name in tensors else quantized_copy(weights[name], job.target)
 
-    unable = {name for names in linears.values() for name in names} - able
-    if unable:
+    unquantizable = {name for names in linears.values() for name in names} - quantizable
+    if unquantizable:
         left = [*(left or HfQuantizer.get_modules_to_not_convert(model))]
-        left += sorted(name.removesuffix(".weight") for name in unable)
+        left += sorted(name.removesuffix(".weight") for name in unquantizable)
     wanted = {
         key: kept
         for key, names in linears.items()
-        if (kept := [n for n in names if n not in unable])
+        if (kept := [n for n in names if n not in unquantizable])
     }
     folder = _emptied(job.run / QUANTIZED)
     parts = functools.partial(revert_weight_conversion, model)
@@ -272,7 +272,7 @@ def _load(work: Prepared) -> Any:
     return model
 
 
-def _rewritten_to(model: Any, work: Prepared, chosen: FilterFn) -> Shards | None:
+def _write_rewritten(model: Any, work: Prepared, chosen: FilterFn) -> Shards | None:
     """Make an offloaded model write each weight to the new shards as soon as it is rewritten.
 
     Only rank 0 writes, and returns the shards. The other ranks discard rewritten weights, and keep
@@ -306,7 +306,7 @@ def _linears(model: Any, work: Prepared) -> dict[str, list[str]]:
         ModelError: transformers makes such a weight of several stored tensors.
     """
     job = work.job
-    config = TorchAoConfig(job.target, modules_to_not_convert=_left_out(model, job))
+    config = TorchAoConfig(job.target, modules_to_not_convert=_not_converted(model, job))
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
     quantizer.preprocess_model(model)  # decides which modules are not quantized
     index = offloaded_weights(model).index
@@ -324,7 +324,7 @@ def _linears(model: Any, work: Prepared) -> dict[str, list[str]]:
     return names
 
 
-def _left_out(model: nn.Module, job: Job) -> list[str] | None:
+def _not_converted(model: nn.Module, job: Job) -> list[str] | None:
     """The modules that TorchAoConfig must not quantize; None is its own default."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     skipped = [name for name in linears if is_skipped(name, job.skip)]

@@ -21,7 +21,7 @@ from torchao.core.config import AOBaseConfig
 from transformers import AutoTokenizer
 
 from magr_fx.config import MagRConfig
-from magr_fx.directories.run_folder import is_ours, run_folder, run_of
+from magr_fx.directories.run_folder import is_run_folder, run_folder, run_of
 from magr_fx.directories.skipped import check_skipped
 from magr_fx.directories.write_directory import check_rest
 from magr_fx.errors import CalibrationError, CheckpointError, ConfigError, ModelError, brief
@@ -132,10 +132,10 @@ def prepared(job: Job, ranks: Ranks, *, quantized: bool) -> Iterator[Prepared]:
     with (
         run_folder(job.out, ranks),
         distributed_session(ranks.group or False),
-        _disk_errors_told(job),
+        _disk_errors_explained(job),
     ):
         ranks.agree_on({"kind of device": job.device.type})
-        source = _found(job.model, ranks)
+        source = _find_model_once(job.model, ranks)
         config = read_config(source)
         model = empty_model(source, config)
         check_length(config, model, job.length)
@@ -144,7 +144,7 @@ def prepared(job: Job, ranks: Ranks, *, quantized: bool) -> Iterator[Prepared]:
         check_skipped(model, job.skip, head=job.head, linears_only=quantized)
         check_rest(source)
         if ranks.rank == 0:
-            _check_apart(job, source)
+            _check_outside_model(job, source)
             copies = copies_of(config, quantized=quantized, ranks=ranks.world)
             _check_space(job, config, copies, sum(tensor.nbytes for tensor in tensors.values()))
         tokenizer = _tokenizer(source)
@@ -154,7 +154,7 @@ def prepared(job: Job, ranks: Ranks, *, quantized: bool) -> Iterator[Prepared]:
 
 
 @contextlib.contextmanager
-def _disk_errors_told(job: Job) -> Iterator[None]:
+def _disk_errors_explained(job: Job) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -166,7 +166,7 @@ def _disk_errors_told(job: Job) -> Iterator[None]:
         ) from error
 
 
-def _found(model: str, ranks: Ranks) -> Path:
+def _find_model_once(model: str, ranks: Ranks) -> Path:
     """The model's directory. One rank of each machine downloads it; then the others find it."""
     machines = ranks.gather(socket.gethostname())
     first = machines.index(machines[ranks.rank]) == ranks.rank
@@ -212,7 +212,7 @@ def copies_of(config: dict[str, Any], *, quantized: bool, ranks: int = 1) -> int
     return 2 + quantized + ranks * (experts_of(config) is not None)
 
 
-def _check_apart(job: Job, source: Path) -> None:
+def _check_outside_model(job: Job, source: Path) -> None:
     """Refuse to write into the model's own directory, because all of its files are copied."""
     spill = job.spill_dir
     for place in (job.out, job.run):  # out must be empty at the end, and run is removed
@@ -235,7 +235,7 @@ def _check_out(job: Job) -> None:
             f"{job.run} belongs to an interrupted run: add --resume to continue it, or remove the "
             "directory to start again"
         )
-    if job.run.is_dir() and any(job.run.iterdir()) and not is_ours(job.run):
+    if job.run.is_dir() and any(job.run.iterdir()) and not is_run_folder(job.run):
         raise ConfigError(
             f"{job.run}, where a run for {job.out} would keep its unfinished files, exists and was "
             "not made by a run; name another OUT"

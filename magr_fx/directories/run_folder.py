@@ -37,7 +37,7 @@ def run_id(out: Path) -> str:
     return known
 
 
-def is_ours(run: Path) -> bool:
+def is_run_folder(run: Path) -> bool:
     """Whether a run made this directory, so that it may be removed."""
     return os.path.isfile(run / _LOCK)  # unlike Path.is_file, False for a name that is too long
 
@@ -61,7 +61,7 @@ def run_folder(out: Path, ranks: Ranks) -> Iterator[None]:
             )
         yield
         return
-    with alone(run) as mark:
+    with locked(run) as mark:
         try:
             ranks.gather(mark)
             yield
@@ -71,7 +71,7 @@ def run_folder(out: Path, ranks: Ranks) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def alone(run: Path) -> Iterator[str]:
+def locked(run: Path) -> Iterator[str]:
     """Make and lock the run's folder. The system releases the lock when the process ends.
 
     Yields:

@@ -44,7 +44,9 @@ def rewritable(
 
 def is_skipped(name: str, patterns: tuple[str, ...]) -> bool:
     """Whether a pattern matches the module's name, or that of a module that contains it."""
-    return any(fnmatch.fnmatchcase(n, pattern) for n in _around(name) for pattern in patterns)
+    return any(
+        fnmatch.fnmatchcase(n, pattern) for n in _module_and_parents(name) for pattern in patterns
+    )
 
 
 def check_skipped(
@@ -66,7 +68,7 @@ def check_skipped(
         if not any(fnmatch.fnmatchcase(name, pattern) for name in modules):
             raise ConfigError(
                 f"--skip {pattern!r} names no module of the model, and so would have no effect; "
-                f"{_names_like(pattern, modules)}"
+                f"{_similar_names(pattern, modules)}"
             )
     taken = rewritable(model, head=head, linears_only=linears_only)
     owners = [
@@ -88,7 +90,7 @@ def check_skipped(
         )
 
 
-def _around(name: str) -> Iterator[str]:
+def _module_and_parents(name: str) -> Iterator[str]:
     """A module's name and those of the modules that contain it, without the model itself."""
     while name:
         yield name
@@ -102,7 +104,7 @@ def _has_matrix(module: nn.Module) -> bool:
     return matrix and not isinstance(module, nn.Embedding)
 
 
-def _names_like(pattern: str, modules: dict[str, nn.Module]) -> str:
+def _similar_names(pattern: str, modules: dict[str, nn.Module]) -> str:
     """The names that are most similar, with a ``*`` in place of each number."""
     names: dict[str, str] = {}  # lower-case text to compare with → name to show
     for name, module in modules.items():

@@ -24,7 +24,7 @@ from magr_fx.model_files.model_directory import (
 
 # Tensors by the model's names → the tensors stored for them, by their names in the files.
 Parts = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
-_LEFT = (*WEIGHTS, ".*")  # patterns of the files that are not copied
+_NOT_COPIED = (*WEIGHTS, ".*")  # patterns of the files that are not copied
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -55,7 +55,7 @@ class Shards:
         source = next(iter(tensors.values())).file.parent
         for file in shards(source):
             self._copies[file] = folder / file.name
-            _laid_out(file, folder / file.name)
+            _preallocated_copy(file, folder / file.name)
         if folder / SINGLE not in self._copies.values():
             shutil.copyfile(source / INDEX, folder / INDEX)
 
@@ -196,7 +196,7 @@ def copy_rest(source: Path, folder: Path, *, keep: tuple[str, ...] = ()) -> None
         if path.name in keep and (folder / path.name).exists():
             continue
         if path.is_dir():
-            ignored = shutil.ignore_patterns(*_LEFT)
+            ignored = shutil.ignore_patterns(*_NOT_COPIED)
             shutil.copytree(path, folder / path.name, ignore=ignored, dirs_exist_ok=True)
         else:
             shutil.copyfile(path, folder / path.name)
@@ -230,7 +230,7 @@ def _rest(folder: Path) -> list[Path]:
     return [
         path
         for path in sorted(folder.iterdir())
-        if not any(fnmatch.fnmatch(path.name, pattern) for pattern in _LEFT)
+        if not any(fnmatch.fnmatch(path.name, pattern) for pattern in _NOT_COPIED)
     ]
 
 
@@ -259,7 +259,7 @@ def overwrite(file: Path, stored: StoredTensor, weight: torch.Tensor) -> None:
         opened.write(plain.view(torch.uint8).numpy().data)
 
 
-def _laid_out(file: Path, copy: Path) -> None:
+def _preallocated_copy(file: Path, copy: Path) -> None:
     """Make a safetensors file with the header and the size of another one."""
     with file.open("rb") as origin, copy.open("wb") as made:
         length = int.from_bytes(origin.read(8), "little")

@@ -36,7 +36,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_ANEW = "load the model with transformers, and save it again with save_pretrained"
+_SAVE_AGAIN = "load the model with transformers, and save it again with save_pretrained"
 _FULL = "start from the full-precision model"
 
 
@@ -85,9 +85,9 @@ def check_stored(model: Any, folder: Path, tensors: dict[str, StoredTensor]) -> 
         fault = _fault_by_name(model, folder, tensors)
         raise ModelError(
             f"transformers cannot make the weights of {type(model).__name__} from the tensors of "
-            f"{folder}; {_ANEW}"
+            f"{folder}; {_SAVE_AGAIN}"
             if fault is None
-            else f"{fault}; {_MEND}"
+            else f"{fault}; {_DOWNLOAD_BOTH}"
         )
     loaded, missing, unexpected, mismatched = found
     _check_dtypes(loaded, tensors, missing, unexpected)
@@ -97,12 +97,12 @@ def check_stored(model: Any, folder: Path, tensors: dict[str, StoredTensor]) -> 
         if _stored_name(loaded, name, tensors) is None:  # it is made of several stored tensors
             cause = _fault_by_name(loaded, folder, tensors)
             if cause is not None:
-                raise ModelError(f"{cause}{_more(mismatched)}; {_MEND}")
+                raise ModelError(f"{cause}{_more(mismatched)}; {_DOWNLOAD_BOTH}")
         own = _stored_name(loaded, name, tensors) or name
         file = tensors[own].file if own in tensors else folder
         raise ModelError(
             f"{own} in {file} has the shape {[*stored]}, but by {CONFIG} it is {[*wanted]}"
-            f"{_more(mismatched)}; {_MEND}"
+            f"{_more(mismatched)}; {_DOWNLOAD_BOTH}"
         )
     if missing:
         name = min(missing)
@@ -110,7 +110,7 @@ def check_stored(model: Any, folder: Path, tensors: dict[str, StoredTensor]) -> 
         also = f"; it has {min(unexpected)}, which the model lacks" if unexpected else ""
         raise ModelError(
             f"{folder} lacks {own}, which {kind} has, so its values would be random"
-            f"{_more(missing)}{also}; {_MEND}"
+            f"{_more(missing)}{also}; {_DOWNLOAD_BOTH}"
         )
     left_out = _left_out(loaded, unexpected, tensors)
     if left_out:
@@ -124,8 +124,8 @@ def check_stored(model: Any, folder: Path, tensors: dict[str, StoredTensor]) -> 
         file = tensors[own].file if own in tensors else folder
         raise ModelError(
             f"{own} in {file} is not a tensor of {kind}, as {CONFIG} describes it"
-            f"{_more(unexpected)}; correct {CONFIG} if it belongs to the model, else {_ANEW}, "
-            "which leaves it out"
+            f"{_more(unexpected)}; correct {CONFIG} if it belongs to the model, else {_SAVE_AGAIN}"
+            ", which leaves it out"
         )
 
 
@@ -163,7 +163,9 @@ def _of_base_model(model: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in base.state_dict().items()}
 
 
-_MEND = f"{CONFIG} and the weights belong to different models, or are damaged: download both again"
+_DOWNLOAD_BOTH = (
+    f"{CONFIG} and the weights belong to different models, or are damaged: download both again"
+)
 
 
 def _loaded(

@@ -366,9 +366,9 @@ def test_a_read_only_directory_is_refused(place: Place) -> None:
 
 
 def test_a_run_that_another_process_works_on_is_left_alone(place: Place) -> None:
-    from magr_fx.directories.run_folder import alone
+    from magr_fx.directories.run_folder import locked
 
-    with alone(place.out.with_name("out.unfinished")):
+    with locked(place.out.with_name("out.unfinished")):
         refused(place, "--resume", message="another process uses")
 
 
