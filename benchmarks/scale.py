@@ -43,7 +43,7 @@ from magr_fx.costs.measure_rates import measured_rates
 from magr_fx.costs.planning import Costs
 from magr_fx.directories.convert_directory import PROCESS, transform_directory
 from magr_fx.directories.prepare_directory import Job
-from magr_fx.machine.memory import give_back_what_is_freed
+from magr_fx.machine.memory import return_freed_memory_at_once
 from magr_fx.passes.entries.plan import Plan
 from magr_fx.reporting.report import MagRReport
 
@@ -159,7 +159,7 @@ class Peak(threading.Thread):
 
 def in_directory(folder: Path) -> None:
     """The process of one run: what it was goes to standard output."""
-    give_back_what_is_freed()  # as the command line does
+    return_freed_memory_at_once()  # as the command line does
     peak, stages = Peak(), dict[str, float]()
     peak.start()
     job = Job(
@@ -228,7 +228,7 @@ def planned(folder: Path) -> Plan:
 
 def measure_rates(folder: Path) -> None:
     """A process of its own, as `magr-fx plan` is; it prints the rates."""
-    give_back_what_is_freed()  # as the command line does
+    return_freed_memory_at_once()  # as the command line does
     print(json.dumps(measured_rates(planned(folder).largest, torch.float32)))
 
 

@@ -1,11 +1,12 @@
-"""Quantize a language model with and without MagR, and compare their perplexity.
+"""Quantize a language model with and without MagR, and compare both with the original.
 
     python examples/quickstart.py                                 # SmolLM2-135M, 3 bits
     python examples/quickstart.py --bits 2 3 4 --rounding gptq    # a few minutes for each
     python examples/quickstart.py --model Qwen/Qwen3-0.6B --bits 4 --device cuda --dtype bfloat16
 
 For each bit width the same layers are quantized by torchao alone and by ``magr_quantize`` with its
-default options. A table of perplexities and the reports go to ``--out``.
+default options. A table and the reports go to ``--out``: perplexity, the mean divergence
+KL(original ‖ quantized) of the next token in nats, and how often the most probable token stays.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from language_model import bundled_model, load, perplexity, token_batches
+from language_model import bundled_model, load, token_batches
 from torch import Tensor, nn
 from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerAxis, quantize_
 
-from magr_fx import magr_quantize
+from magr_fx import compare, magr_quantize
 
 DATA = Path(__file__).parent / "data"
 
@@ -112,14 +113,21 @@ def main() -> None:
     except (ImportError, OSError, ValueError) as error:  # no model, no text, too short a text
         sys.exit(f"quickstart: {error}")
 
-    rows = [["weights", *(f"perplexity, {text}" for text in texts)]]
+    columns = [[f"perplexity, {text}", "KL", "same top"] for text in texts]
+    rows = [["weights", *(column for of_text in columns for column in of_text)]]
 
     def measure(label: str, candidate: nn.Module) -> None:
-        scores = [f"{perplexity(candidate, text):,.2f}" for text in texts.values()]
-        rows.append([label, *scores])
-        say(f"[{time.perf_counter() - started:5.0f} s] {label}: {', '.join(scores)}")
+        found: list[Any] = [compare(model, candidate, text).text for text in texts.values()]
+        if len(rows) == 1:
+            before = [[f"{text.perplexity_original.value:,.2f}", "0", "100%"] for text in found]
+            rows.append([f"original, {args.dtype}", *(cell for cells in before for cell in cells)])
+        cells = []
+        for text in found:
+            cells += [f"{text.perplexity.value:,.2f}", f"{text.divergence.value:.3f}"]
+            cells.append(f"{text.same_top.value:.1%}")
+        rows.append([label, *cells])
+        say(f"[{time.perf_counter() - started:5.0f} s] {label}: {', '.join(cells)}")
 
-    measure(f"original, {args.dtype}", model)
     totals = []
     for bits in args.bits:
         candidate: Any = copy.deepcopy(model)  # one copy at a time is held

@@ -1,6 +1,6 @@
-"""magr-fx: shrink every channel's largest weight before torchao quantizes it.
+"""magr-fx: shrink the largest weight of every channel before torchao quantizes the model.
 
-model = magr_transform(model, calib)                 # then torchao's quantize_
+model = magr_transform(model, calib)                 # call torchao's quantize_ afterwards
 model = magr_quantize(model, calib, target)          # both steps
 """
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from magr_fx.public import *  # noqa: F403
 else:
-    # On first use: `python -m magr_fx` comes by here before its own code can say what is not to
-    # be logged while torchao is imported.
+    # The public names are imported on first use. `python -m magr_fx` imports this file before
+    # __main__ runs, and only __main__ can silence what torchao logs while it is imported.
 
     def __getattr__(name):
         from importlib import import_module
@@ -20,7 +20,7 @@ else:
         public = import_module("magr_fx.public")
         if name in ("__all__", *public.__all__):
             return getattr(public, name)
-        if name in globals():  # a module, which is an attribute since it was imported
+        if name in globals():  # a submodule that the import above has made an attribute
             return globals()[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

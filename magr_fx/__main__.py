@@ -7,13 +7,13 @@ import sys
 
 from magr_fx.machine.quiet import errors_only
 
-# They log, when parts of torchao are imported, what no user of the command line can act on: which
-# kernels it does not find here, and that it registers with torch in a way that is about to go.
+# While torchao is imported these loggers report missing kernels and a deprecated way of registering
+# with torch. A user of the command line can do nothing about either.
 _NOISY = ("torchao", "torch.utils._pytree")
 
 
 def main() -> None:
-    """Run the command line, or say how to install what it needs."""
+    """Run the command line; if a package is missing, print how to install it and exit with 2."""
     missing = [name for name in ("click", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         sys.stderr.write(
@@ -23,9 +23,9 @@ def main() -> None:
         sys.exit(2)
     with errors_only(*_NOISY):
         from magr_fx.command_line.cli import magr_fx
-        from magr_fx.machine.memory import give_back_what_is_freed
+        from magr_fx.machine.memory import return_freed_memory_at_once
 
-        give_back_what_is_freed()  # this process works for nobody else
+        return_freed_memory_at_once()  # the setting affects the whole process, which is ours here
         magr_fx(prog_name="magr-fx")
 
 

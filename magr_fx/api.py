@@ -31,7 +31,7 @@ from magr_fx.passes.handover.to_pt2e import (
 )
 from magr_fx.passes.handover.to_torchao import hand_over
 from magr_fx.passes.inputs.calibration import Batch, read_calib
-from magr_fx.passes.offloading.execution import Execution, execution_of, is_elsewhere
+from magr_fx.passes.offloading.execution import Execution, execution_of, is_offloaded_or_sharded
 from magr_fx.passes.offloading.offloaded import is_offloaded
 from magr_fx.passes.offloading.sharded import is_sharded
 from magr_fx.passes.rewriting.check_model import check_model, check_not_frozen
@@ -63,50 +63,53 @@ def magr_transform(
     spill_dir: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Model:
-    """Shrink every weight's largest magnitudes in place, leaving its outputs on ``calib`` alone.
+    """Shrink the largest magnitudes of every weight in place, and hardly change its outputs.
 
-    For each weight W ``[out, in]`` that meets an input X ``[tokens, in]`` in a matmul, each row
-    w becomes the ŵ that minimises ½(ŵ-w)ᵀG(ŵ-w) + alpha·λmax(G)·r·‖ŵ‖∞ with G = XᵀX (Zhang et
-    al., "MagR", NeurIPS 2024, arXiv 2406.00800, section 3), per group where there are groups. The
-    paper has r = 1; here r is the root mean square of w, so that c·W and d·X give c·Ŵ.
+    The outputs are those on ``calib``. For each weight W ``[out, in]`` that a matmul multiplies
+    with an input X ``[tokens, in]``, each row w becomes the ŵ that minimises
+    ½(ŵ-w)ᵀG(ŵ-w) + alpha·λmax(G)·r·‖ŵ‖∞ with G = XᵀX (Zhang et al., "MagR", NeurIPS 2024, arXiv
+    2406.00800, section 3). With groups, ‖ŵ‖∞ is summed over the groups of the row. The paper has
+    r = 1; here r is the root mean square of w, so that c·W and d·X give c·Ŵ.
 
     Args:
-        model: any module that runs, compiled or not, or its exported graph; also one that
-            accelerate offloads to memory or disk, or whose weights are sharded over ranks (FSDP2,
-            DTensor) and stay so: a block of it is then in memory, as a whole, at a time, on the
-            device that it would run on.
-        calib: an iterable of model inputs, a DataLoader for instance, read once: a tensor is the
+        model: any module that runs, compiled or not, or its exported graph. It may be offloaded
+            to memory or disk by accelerate, or sharded over ranks (FSDP2, DTensor), and stays so:
+            one whole block at a time is then loaded to the device that it would run on.
+        calib: an iterable of model inputs, such as a DataLoader, read once. A tensor is the
             first argument, a tuple or list the arguments, a mapping the keyword arguments.
-            Batch sizes and lengths may differ. What ``attention_mask`` (or nn.Transformer's
-            ``key_padding_mask``) marks as padding does not count, in whatever form it comes.
-        config: how to solve; None is ``MagRConfig()``, at the target's group size.
+            Batch sizes and lengths may differ. Tokens that ``attention_mask`` (or nn.Transformer's
+            ``key_padding_mask``), in any of its forms, marks as padding are left out.
+        config: how to solve; None is ``MagRConfig()`` with the target's group size.
         target: the torchao config that will quantize the model: an int weight-only or
-            dynamic-activation int weight config. Then every row chooses its own alpha, and a
-            clip with it: of a few candidates, each quantized by torchao itself with this config,
-            the one with the smallest output error, and torchao alone is one of them. With a
-            number for ``config.alpha`` the target only sets the group size.
-        propagate: calibrate each layer on what the model computes once the layers before it are
-            quantized, and make up for what they lose. None does so where torchao takes part.
-        holdout: the share of each activation's tokens, its last ones, that no weight is fitted
-            to where torchao takes part: the report has the output error on them as well.
+            dynamic-activation int weight config. An alpha and a clip are then chosen for every
+            row: torchao quantizes a few candidates with this config, and the one with the smallest
+            output error is taken. The unchanged weight is one of the candidates. If
+            ``config.alpha`` is a number or ``"published"``, the target only sets the group size,
+            unless ``propagate`` is True.
+        propagate: calibrate each layer on the activations of the model whose earlier layers are
+            already quantized, and compensate their error. This needs a target. None does so
+            where the target chooses alpha.
+        holdout: the share of each activation's tokens, the last ones, that no weight is fitted
+            to, unless the target only sets the group size; the report has the output error on
+            them as well.
         filter_fn: ``(module, fqn) -> bool``, as in torchao, for the module that owns a weight;
-            None takes every weight but those that an embedding shares.
+            None takes every weight except those shared with an embedding.
         trace: ``"export"``, one graph for batches of all sizes; ``"make_fx"``, which runs the
             model once more for each batch and follows control flow that depends on values; or
-            ``"auto"``, the second where torch.export refuses the model.
+            ``"auto"``, which tries the first and takes the second if torch.export fails.
         calibrate_all_experts: send every token to every expert of transformers' mixture-of-experts
-            layers for the statistics; the layers' outputs stay what they are.
-        strict: raise if a weight that meets an input in a matmul would be left as it is.
-        checkpoint_dir: a directory to save each block's weights in as soon as it is done, and
-            every half minute what the next block needs. A run with the directory of one that was
-            cut short, and the same original model, calibration and options, goes on from there, to
-            the same bits.
+            layers to collect the grams; the layers' outputs do not change.
+        strict: raise an error if the weight of a matmul would not be rewritten.
+        checkpoint_dir: a directory that gets the weights of each block as soon as it is done, and
+            every half minute what the next block needs. If a run is interrupted, the same call
+            with the same directory, original model, calibration and options continues it, and
+            gives the same bits.
         process_group: the ranks of torch.distributed that share the work; None is the default
             group, where it is initialised. Every rank makes the same call, with the same model
             and all of ``calib``, and ends with the same bits. False is this process alone.
-        spill_dir: a directory, on a disk that is fast, to keep the activations between blocks in,
-            those on a device too; None keeps them in memory.
-        progress: shows progress bars; None shows them on a terminal only.
+        spill_dir: a directory, on a fast disk, for the activations between blocks, also those of
+            a device; None keeps them in memory.
+        progress: whether to show progress bars; None shows them on a terminal only.
 
     Returns:
         ``model`` itself: same Parameter objects, dtypes, devices, training mode and
@@ -115,18 +118,21 @@ def magr_transform(
     Raises:
         ConfigError: an option, the target or the filter is wrong, a group size does not divide
             a layer's inputs, or torchao cannot quantize a layer on this machine.
-        CalibrationError: ``calib`` is empty, has no end, is of the wrong type, has no token
-            that counts, or leads to NaN or Inf.
-        ModelError: no weight matmul, or weights on the meta device, quantized, NaN or Inf.
+        CalibrationError: ``calib`` is empty, endless, of the wrong type, has only padding, or
+            leads to NaN or Inf.
+        ModelError: the model has no weight matmul, or its weights are on the meta device,
+            quantized already, NaN or Inf.
         TraceError: the model cannot be traced.
-        CoverageError: ``strict``, and a weight is not rewritten.
+        CoverageError: a weight is not rewritten, with ``strict``.
         CheckpointError: ``checkpoint_dir`` belongs to another run, or cannot be used.
-        OutOfMemoryError: the memory of the host or the device is used up.
-        DistributedError: another rank failed, does not answer, or was called otherwise. Any of
-            these errors is raised on all ranks.
-        Nothing was changed then, but for a CalibrationError that says that a quantized model
-        failed, a CoverageError that says that a solve did, a CheckpointError of a full disk, an
-        OutOfMemoryError that says so and a DistributedError: the log names what was rewritten.
+        OutOfMemoryError: the host or the device is out of memory.
+        DistributedError: another rank failed, does not answer, or was called with different
+            arguments. Each of these errors is raised on all ranks.
+
+        The model is unchanged after an error, except for a CalibrationError that says that the
+        quantized model failed, a CoverageError that says that a solve failed, a CheckpointError
+        of a full disk, an OutOfMemoryError that says so, and a DistributedError. The log then
+        names the weights that were rewritten.
 
     Example:
         >>> import torch
@@ -148,7 +154,7 @@ def magr_transform(
             progress,
         )
         inner = _checked(model, request)
-        if is_elsewhere(inner):
+        if is_offloaded_or_sharded(inner):
             request = request.without_values()
         with execution_of(inner, ranks) as execution:
             ledger, _ = _rewrite(model, read_calib(calib, inner), request, execution)
@@ -177,46 +183,46 @@ def magr_quantize(
     evaluate: Any = None,
     progress: bool | None = None,
 ) -> Model:
-    """:func:`magr_transform` for ``target``, then torchao's ``quantize_`` with it, then proof.
+    """Run :func:`magr_transform` for ``target``, quantize with torchao, and check the result.
 
-    transformers' Conv1D (GPT-2) and layers of fused experts, whose weights torchao passes by, are
-    replaced by the same with nn.Linear (see :func:`magr_fx.as_linears`); experts stay fused where
-    torchao's tensor of the whole stack runs as they are implemented (int8, "eager"). A weight that
-    torchao still cannot quantize (a slice of a parameter; in a module that its tensors do not run
-    in, such as nn.MultiheadAttention), or that an embedding shares, is not rewritten either, and
-    reported as skipped with its reason. A linear, or an expert, that no calibration input reaches
-    is quantized by torchao alone.
+    torchao's ``quantize_`` ignores the weights of transformers' Conv1D (GPT-2) and of fused
+    experts. These layers are first replaced by equivalent ones made of nn.Linear (see
+    :func:`magr_fx.as_linears`). Experts stay fused where their implementation runs with torchao's
+    tensor of the whole stack (int8, "eager"). A weight is skipped, and reported with the reason,
+    if torchao cannot quantize it (a slice of a parameter, or a weight in a module that does not run
+    with torchao's tensors, such as nn.MultiheadAttention) or if an embedding shares it. A linear or
+    an expert that no calibration input reaches is quantized by torchao without being rewritten.
 
     Args:
         model, calib, config, holdout, filter_fn, trace, calibrate_all_experts, strict,
         checkpoint_dir, spill_dir, process_group, progress: as for :func:`magr_transform`.
         target: the torchao config: int weight-only or dynamic-activation int weight. Or one of
-            PT2E's quantizers: then the weights are rewritten with one alpha, without regard to
-            the rounding, and ``config.group_size`` has to say what groups the quantizer makes.
+            PT2E's quantizers: the weights are then rewritten with one alpha that does not depend
+            on the rounding, and ``config.group_size`` must be the group size of the quantizer.
         rounding: ``"nearest"``, by torchao, or ``"gptq"`` (Frantar et al., ICLR 2023) on the
-            grids that torchao chooses, for configs of whole-number codes: IntxWeightOnly,
+            grids that torchao chooses, for configs with integer codes: IntxWeightOnly,
             Int8WeightOnly, Int8DynamicActivationIntxWeight, Int8DynamicActivationInt8Weight,
             per row and per group. Alpha and clip are then chosen for that rounding.
-        act_order: GPTQ takes the inputs with the largest activations first, which costs nothing
-            at inference: the grids stay where they are. It mostly loses less.
-        refine: how many passes of coordinate descent on the codes follow GPTQ, each lowering the
-            output error; the paper's † is 30.
-        propagate: as for :func:`magr_transform`; False calibrates every layer on the original
-            model.
-        evaluate: batches of inputs, best of text that is not in ``calib``. The model is compared
-            on them with what it was before (:func:`magr_fx.compare`); the report has the result as
-            ``comparison``. Hidden states of all their tokens and a copy of the head are kept
-            meanwhile, and of models that predict no next token all outputs.
+        act_order: GPTQ rounds the inputs with the largest activations first. This mostly lowers
+            the output error, and costs nothing at inference, because the grids do not change.
+        refine: the number of passes of coordinate descent on the codes after GPTQ; each pass lowers
+            the output error. The paper's † has 30.
+        propagate: as for :func:`magr_transform`, but None does so with every torchao config;
+            False calibrates every layer on the original model.
+        evaluate: batches of inputs, preferably of text that is not in ``calib``. The quantized
+            model is compared on them with the original one (:func:`magr_fx.compare`); the report
+            has the result as ``comparison``. Until then the hidden states of all their tokens and
+            a copy of the head stay in memory, or all outputs if the model predicts no next token.
 
     Returns:
         ``model`` itself, with every rewritten weight a torchao tensor. With a PT2E quantizer the
-        converted ``torch.fx.GraphModule``, which is called as the model was; ``model`` keeps its
-        rewritten weights. Such a graph cannot be pickled, by ``torch.save`` for one, as no graph
-        that comes from PT2E can: to save it, export it once more, ``torch.export.save(
-        torch.export.export(converted, args, dynamic_shapes=...), file)``.
+        converted ``torch.fx.GraphModule``, which is called like the model; ``model`` itself keeps
+        its rewritten weights. Like every graph from PT2E it cannot be pickled, for example by
+        ``torch.save``. To save it, export it once more:
+        ``torch.export.save(torch.export.export(converted, args, dynamic_shapes=...), file)``.
 
     Raises:
-        HandoverError: torchao left a rewritten weight unquantized; the message lists which.
+        HandoverError: torchao left rewritten weights unquantized; the message lists them.
         ConfigError, CalibrationError, ModelError, TraceError, CoverageError, CheckpointError,
             DistributedError: as for :func:`magr_transform`.
     """
@@ -225,17 +231,17 @@ def magr_quantize(
         by_graph = is_pt2e_quantizer(target)
         if by_graph and (rounding != "nearest" or propagate):
             raise ConfigError(
-                'rounding="gptq" and propagate=True need a torchao config as target, which can '
-                "be asked what it makes of a weight; a PT2E quantizer cannot"
+                'rounding="gptq" and propagate=True need a torchao config as target, because they '
+                "quantize weight by weight; a PT2E quantizer takes a whole graph. Leave both out"
             )
         if by_graph and evaluate is not None:
             raise ConfigError(
-                "evaluate compares a model with what it was, and PT2E returns another one: call "
-                "magr_fx.compare(original, converted, batches)"
+                "evaluate does not work with a PT2E quantizer, which returns a new graph: keep a "
+                "copy of the model, and call magr_fx.compare(original, converted, batches) with it"
             )
         config = resolve_config(config, None if by_graph else target, required=not by_graph)
         if config.alpha == 0 and rounding == "nearest":
-            raise ConfigError('alpha=0 shrinks nothing; with it only rounding="gptq" makes sense')
+            raise ConfigError('alpha=0 shrinks nothing; use it only with rounding="gptq"')
         request = Request(
             config,
             None if by_graph else Target(target, options),
@@ -269,19 +275,21 @@ def quantize_apart(
     request: Request,
     tensors: MutableMapping[str, torch.Tensor],
 ) -> list[str]:
-    """:func:`magr_quantize` of a model that may be offloaded, and is quantized elsewhere.
+    """:func:`magr_quantize` for a possibly offloaded model, without torchao's ``quantize_``.
 
-    The ranks of the default group work together, if there is one.
+    The caller quantizes the weights. The ranks of the default group, if there is one, share the
+    work.
 
     Args:
         model, calib: as for :func:`magr_quantize`.
-        request: what is asked for, with a target that quantizes.
-        tensors: with GPTQ takes torchao's tensor of each site by its name, block by block, and the
-            model stays as it is; to the nearest its weights are rewritten.
+        request: the options, with a target that quantizes.
+        tensors: with GPTQ it receives torchao's tensor of each site under the site's name, block by
+            block, and the model does not change. With nearest rounding the model's weights are
+            rewritten.
 
     Returns:
-        All names of the weights that torchao can quantize: of the others that it would take, the
-        report says why they may not be.
+        The names of all weights that torchao can quantize. The report says why the others that
+        ``quantize_`` would take must be left out.
 
     Raises:
         ConfigError, CalibrationError, ModelError, TraceError, CheckpointError, DistributedError:
@@ -297,12 +305,12 @@ def quantize_apart(
 
 
 def _report(model: object) -> Any:
-    """The report that the model has by now, if it has one."""
+    """The model's report, or None if it has none yet."""
     return getattr(model, "magr_report", None)
 
 
 def _checked(model: nn.Module, request: Request) -> nn.Module:
-    """The model itself, where it is compiled, once it has been looked at."""
+    """The model that was checked; of a compiled model the original module."""
     inner = unwrap(model)
     elsewhere = {"offloaded": is_offloaded(inner), "sharded": is_sharded(inner)}
     check_model(inner, request.filter_fn, **elsewhere)
@@ -319,9 +327,9 @@ def _refuse_elsewhere(model: nn.Module) -> None:
         )
     if is_sharded(model):
         raise ModelError(
-            "the model is sharded (DTensor, FSDP2), which torchao's tensors are not here: call "
-            "magr_transform(model, calib, target=target), save the gathered weights, and let "
-            "quantize_ quantize the loaded model"
+            "the model is sharded (DTensor, FSDP2), and magr_quantize cannot shard torchao's "
+            "tensors: call magr_transform(model, calib, target=target), save the gathered weights, "
+            "and let quantize_ quantize the loaded model"
         )
 
 
@@ -332,7 +340,7 @@ def _rewrite(
     execution: Execution,
     tensors: MutableMapping[str, torch.Tensor] | None = None,
 ) -> tuple[Ledger, list[QuantizableWeight]]:
-    """Rewrite the weights, and hang the report on the model; what the target is to quantize."""
+    """Rewrite the weights and attach the report; returns the weights that torchao can quantize."""
     quantizer = request.quantizer
     report = MagRReport(request.config, "" if quantizer is None else describe(quantizer.config))
     ledger = Ledger(report, tensors)
@@ -341,7 +349,7 @@ def _rewrite(
     try:
         weights = run(unwrap(model), batches, request, execution, ledger)
     finally:
-        if report.sites:  # also of a run that was cut short
+        if report.sites:  # also after an error
             model.magr_report = report  # type: ignore[assignment]
     return ledger, weights
 
@@ -349,7 +357,7 @@ def _rewrite(
 def _quantize_graph(
     model: Model, batches: list[Batch], quantizer: Any, request: Request, execution: Execution
 ) -> Model:
-    """The way of PT2E: the graph is made first, so that what cannot be exported stays as it was."""
+    """magr_quantize with PT2E. It exports first, so that a failure leaves the model unchanged."""
     inner = unwrap(model)
     with calibration_mode(inner), state_kept(inner):
         with unsupported_named(inner):

@@ -1,4 +1,4 @@
-"""MagRConfig: how MagR solves each site; Handling: what happens around the solve."""
+"""MagRConfig: how MagR solves each site. QuantizeOptions: how solved weights are quantized."""
 
 from __future__ import annotations
 
@@ -19,31 +19,30 @@ PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 ALPHA_WORDS = ("auto", "published")
 ROUNDINGS = ("nearest", "gptq")
 STEPS = ("prepare", "convert")
-# Section 4.1 of the paper and its code: penalty relative to the gram's largest eigenvalue.
+# From section 4.1 of the paper and the authors' code: relative to the gram's largest eigenvalue.
 PUBLISHED_ALPHA_PER_CHANNEL = 1e-3
 PUBLISHED_ALPHA_PER_GROUP = 1e-4
-# What there is without a target, relative to each row's root mean square as well: the published one
-# for rows of 0.1, which lies between those of language models (0.02 to 0.2).
+# The defaults without a target. They are relative to each row's root mean square (RMS) as well, and
+# equal the published ones for rows with an RMS of 0.1. Language models have 0.02 to 0.2.
 ALPHA_PER_CHANNEL = 1e-2
 ALPHA_PER_GROUP = 1e-3
 # The paper says 150; the authors' code runs 200, and the code is what produced its tables.
 PUBLISHED_STEPS = 200
 
-# What the solvers do unless told otherwise. ADMM goes to the optimum: most rows are there after 15
-# to 20 steps (benchmarks/solver.md), and what a smaller tolerance changes is lost in quantization
+# ADMM's defaults. It runs to the optimum: most rows reach it after 15 to 20 steps
+# (benchmarks/solver.md). A smaller tolerance makes no difference after quantization
 # (benchmarks/optimum.md).
 ADMM_STEPS = 100
 ADMM_TOL = 1e-3
-# The relative dual gap at which alpha="auto" takes a solution of ADMM: what is closer is lost in
-# rounding, and the rounded rows are judged anyway (benchmarks/README.md).
+# The relative dual gap at which alpha="auto" accepts a solution of ADMM. A smaller gap makes no
+# difference after rounding, and the rounded rows are compared anyway (benchmarks/README.md).
 SEARCH_TOL = 0.1
-
 
 LEAST_DAMPING, MOST_DAMPING = 0.1, 0.3
 
 
 def _is_number(value: object) -> bool:
-    """Whether this is a finite number: Python's or NumPy's, but no bool."""
+    """Whether this is a finite real number of Python or NumPy, and not a bool."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -72,27 +71,28 @@ def check_alpha(alpha: object) -> None:
 
 
 def damping_for(tokens: int, inputs: int) -> float:
-    """The share s of mean(diag G) to regularise with: ¼·sqrt(in / tokens) within [0.1, 0.3].
+    """The damping s in G + s·mean(diag G)·I: ¼·sqrt(in / tokens), clamped to [0.1, 0.3].
 
-    Of n tokens the gram's spectrum is off by about 2·sqrt(in / n) of itself (Bai and Yin, Ann.
-    Probab. 21, 1993), so that few tokens want more damping: with 512 of them 0.3 has both a lower
-    output error on held-out tokens than 0.1 and a lower perplexity, with 2,048 they are alike. With
-    many tokens it is no guard against chance any more but a weight for the small directions
-    against the few large ones, which held-out tokens do not choose (benchmarks/README.md).
+    The eigenvalues of a gram of n tokens have a relative error of about 2·sqrt(in / n) (Bai and
+    Yin, Ann. Probab. 21, 1993), so fewer tokens need more damping. With 512 tokens 0.3 has a lower
+    perplexity and a lower output error on held-out tokens than 0.1; with 2,048 tokens the two are
+    about equal. With many tokens damping no longer guards against sampling error. It then gives
+    more weight to the directions with small eigenvalues, and held-out tokens cannot tell how much
+    is best (benchmarks/README.md).
 
     Args:
-        tokens: in the gram.
-        inputs: of the site.
+        tokens: the number of calibration tokens in the gram.
+        inputs: the number of inputs of the site, ``in``.
     """
     share = math.sqrt(inputs / max(1, tokens)) / 4
     return min(MOST_DAMPING, max(LEAST_DAMPING, share))
 
 
 class SolverOptions:
-    """How to iterate, checked, with the solver's own defaults in the place of None.
+    """The options of the iteration, checked; None is replaced by the solver's own default.
 
     Raises:
-        ConfigError: names the first option that is out of range.
+        ConfigError: an option is out of range; the message names the first one.
     """
 
     def __init__(
@@ -120,37 +120,36 @@ class SolverOptions:
 class MagRConfig(AOBaseConfig):  # type: ignore[misc]
     """Options of MagR; immutable, so that one config can serve many models.
 
-    With a ``step`` it is what torchao's own ``quantize_`` takes, see
-    :func:`prepare_or_convert`; everything else takes it without.
+    torchao's own ``quantize_`` takes a config with a ``step``, see :func:`prepare_or_convert`.
+    All functions of magr-fx take a config without one.
 
     Args:
         alpha: penalty weight, relative to λmax of the gram and to each row's root mean square
             (dimensionless): c·W and d·X then give c·Ŵ. ``"published"`` is the paper's, 1e-3 for
-            whole rows and 1e-4 for groups, relative to λmax alone, which takes much of a weight
-            with small entries; ``"auto"`` lets every row choose its own, and
-            a clip with it, by what torchao makes of it, and so needs a ``target``; 0 shrinks
-            nothing, and is of use with ``rounding="gptq"`` only. None is ``"auto"`` where there
-            is a target, otherwise 1e-2 for whole rows and 1e-3 for groups.
+            whole rows and 1e-4 for groups, relative to λmax alone; it changes a weight with small
+            entries a lot. ``"auto"`` chooses an alpha and a clip for every row by its output error
+            after quantization, and so needs a ``target``. 0 does not shrink the weight, and is
+            useful with ``rounding="gptq"`` only. None is ``"auto"`` where there is a target,
+            otherwise 1e-2 for whole rows and 1e-3 for groups.
         group_size: inputs per quantization group; None takes whole rows, or the groups of the
             ``target`` where one is given. It must divide ``in``.
-        solver: ``"admm"``, which goes to the optimum, or ``"pgd"``, the paper's projected
-            (proximal) gradient descent, which is meant to stop before it.
-        max_steps: the most steps the solver takes; None is 100 for admm, 200 for pgd.
+        solver: ``"admm"``, which runs to the optimum, or ``"pgd"``, the paper's projected
+            (proximal) gradient descent, which is meant to stop before the optimum.
+        max_steps: the maximum number of steps; None is 100 for admm, 200 for pgd.
         tol: relative dual gap (gap / objective) at which a row counts as converged; None is 1e-3
-            for admm (0.1 while ``alpha="auto"`` compares) and 0 for pgd; 0 always takes
-            ``max_steps``.
-        damping: s in G + s·mean(diag G)·I, the gram that is solved with; None is, for admm, 0.3
-            where tokens are few and 0.1 where they are many, see :func:`damping_for`,
-            and 0, the calibration gram itself, for pgd. More keeps the weight where it was in
-            the directions that the calibration hardly reaches. The report's output errors
-            always use the calibration gram itself.
+            for admm (0.1 with ``alpha="auto"``) and 0 for pgd; 0 always takes ``max_steps``.
+        damping: s in G + s·mean(diag G)·I, the gram that is solved with. None is, for admm, between
+            0.3 with few tokens and 0.1 with many, see :func:`damping_for`, and for pgd 0, the
+            calibration gram itself. A larger value changes the weight less in the directions
+            that the calibration hardly reaches. The report's output errors always use the
+            calibration gram itself.
         precision: ``"float32"`` or ``"float64"``, of the solver, whatever the weight's dtype.
-        step: of torchao's flow: ``"prepare"``, which starts to sum the grams (the options above
-            wait for the other step), or ``"convert"``, which solves with them and quantizes.
+        step: the step of torchao's flow: ``"prepare"`` starts to sum the grams (the options above
+            are used by the other step only), ``"convert"`` solves with the grams and quantizes.
         base_config: the torchao config that ``"convert"`` quantizes with.
 
     Raises:
-        ConfigError: an option is out of its range; the message says what is allowed.
+        ConfigError: an option is out of range; the message says what is allowed.
     """
 
     alpha: float | str | None = None
@@ -161,7 +160,7 @@ class MagRConfig(AOBaseConfig):  # type: ignore[misc]
     damping: float | None = None
     precision: str = "float32"
     step: str | None = None
-    # Not hashed: most of torchao's configs can be compared only.
+    # Not hashed: most of torchao's configs can be compared but not hashed.
     base_config: AOBaseConfig | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
@@ -180,7 +179,7 @@ class MagRConfig(AOBaseConfig):  # type: ignore[misc]
         self._check_step()
 
     def _check_step(self) -> None:
-        if isinstance(self.step, Enum):  # torchao's QuantizationStep, whose hash is not the word's
+        if isinstance(self.step, Enum):  # torchao's QuantizationStep hashes unlike its value
             object.__setattr__(self, "step", self.step.value)
         if self.step not in (None, *STEPS):
             raise ConfigError(
@@ -195,7 +194,7 @@ class MagRConfig(AOBaseConfig):  # type: ignore[misc]
                 )
         elif self.step != "convert":
             raise ConfigError(
-                f'base_config belongs to step="convert", got it with step={self.step!r}; '
+                f'base_config belongs to step="convert", but step is {self.step!r}; '
                 "magr_transform and magr_quantize take the torchao config as target"
             )
         elif isinstance(self.base_config, MagRConfig) or not isinstance(
@@ -213,7 +212,7 @@ class MagRConfig(AOBaseConfig):  # type: ignore[misc]
 
     @property
     def penalty(self) -> float:
-        """``alpha``, or what it stands for with this ``group_size`` where that is no number."""
+        """``alpha`` as a number; None and words give the value that fits ``group_size``."""
         if self.alpha is not None and not isinstance(self.alpha, str):
             return self.alpha
         if self.is_published:
@@ -224,23 +223,24 @@ class MagRConfig(AOBaseConfig):  # type: ignore[misc]
 
     @property
     def is_published(self) -> bool:
-        """Whether alpha is the paper's, which knows nothing of the size of a row."""
+        """Whether alpha is the paper's, which is not relative to the row's root mean square."""
         return self.alpha == "published"
 
     def regularisation(self, tokens: int, inputs: int) -> float:
-        """``damping``, or the solver's own value for a gram of so many tokens, ``[in, in]``.
+        """``damping``, or the solver's default for a gram ``[in, in]`` of so many tokens.
 
-        The optimum fits the calibration closer than an iteration that stops early; damping keeps
-        it from fitting what is particular to a few thousand tokens (benchmarks/optimum.md).
+        The optimum fits the calibration more closely than an iteration that stops early. Damping
+        keeps it from overfitting a few thousand tokens (benchmarks/optimum.md).
         """
         if self.damping is not None:
             return self.damping
         return damping_for(tokens, inputs) if self.solver == "admm" else 0.0
 
     def resolved(self) -> MagRConfig:
-        """This config with what it stands for in the place of every None that has one value.
+        """This config with every None replaced by its default value.
 
-        ``group_size`` is the target's, admm's ``damping`` each gram's own.
+        ``group_size`` stays None, as the target decides it; so does admm's ``damping``, which
+        differs between grams.
         """
         options = SolverOptions(self.solver, self.max_steps, self.tol, self.precision)
         searching = self.alpha == "auto"
@@ -254,17 +254,17 @@ class MagRConfig(AOBaseConfig):  # type: ignore[misc]
         )
 
     def without_step(self) -> MagRConfig:
-        """This config as magr_transform takes it: how to solve, and no more."""
+        """This config without ``step`` and ``base_config``, as magr_transform takes it."""
         return replace(self, step=None, base_config=None)
 
     def as_dict(self) -> dict[str, Any]:
-        """How to solve, as JSON knows it: every option but ``step`` and ``base_config``."""
+        """Every option but ``step`` and ``base_config``, as values that JSON can hold."""
         options = asdict(self.without_step())
         del options["step"], options["base_config"]
         return options
 
     def for_groups_of(self, group_size: int | None) -> MagRConfig:
-        """This config for a target that quantizes groups of ``group_size`` (None: whole rows).
+        """This config for a target that quantizes groups of ``group_size`` (None for whole rows).
 
         Raises:
             ConfigError: this config already has another group size.
@@ -280,10 +280,10 @@ class MagRConfig(AOBaseConfig):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """What happens around the solve where a target is known; the arguments of magr_quantize.
+    """How weights are rounded and calibrated where a target is given: arguments of magr_quantize.
 
     Raises:
-        ConfigError: names the first option that is out of range.
+        ConfigError: an option is out of range; the message names the first one.
     """
 
     rounding: str = "nearest"

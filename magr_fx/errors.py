@@ -1,4 +1,4 @@
-"""The errors that magr-fx raises: one base class, one kind for each remedy."""
+"""The errors that magr-fx raises: one base class, and one subclass for each kind of remedy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first: of torch's, that is all that fits into another message."""
+    """The first non-empty line of an error's message: torch's messages can be very long."""
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), "no message")
 
@@ -24,7 +24,7 @@ class CalibrationError(MagRError, ValueError):
 
 
 class ModelError(MagRError, ValueError):
-    """The model cannot be worked on as it is (meta device, NaN weights, already quantized)."""
+    """The model cannot be processed as it is (meta device, NaN weights, already quantized)."""
 
 
 class TraceError(MagRError, RuntimeError):
@@ -32,7 +32,7 @@ class TraceError(MagRError, RuntimeError):
 
 
 class CoverageError(MagRError, RuntimeError):
-    """With ``strict``: a weight that meets an input was not rewritten; the message says which."""
+    """With ``strict``: the weight of a matmul was not rewritten; the message says which."""
 
 
 class CheckpointError(MagRError, RuntimeError):
@@ -40,26 +40,26 @@ class CheckpointError(MagRError, RuntimeError):
 
 
 class HandoverError(MagRError, RuntimeError):
-    """torchao left a rewritten weight unquantized; the message lists which."""
+    """torchao left rewritten weights unquantized; the message lists them."""
 
 
 class OutOfMemoryError(MagRError, torch.OutOfMemoryError, MemoryError):
-    """The memory of the host or of the device is used up; the message says what was done by then.
+    """The host or the device is out of memory; the message says what had been changed by then.
 
     ``except torch.OutOfMemoryError`` and ``except MemoryError`` catch it too.
     """
 
 
 class DistributedError(MagRError, RuntimeError):
-    """A rank failed, died, or was called with something else than the others."""
+    """A rank failed or died, or the ranks were called with different arguments."""
 
 
-# By their names, which is how one rank tells another what it raised.
+# By name, because a rank sends the name of the error that it raised to the other ranks.
 _KINDS: list[type[MagRError]] = [MagRError, *MagRError.__subclasses__()]
 PUBLIC_ERRORS = {kind.__name__: kind for kind in _KINDS}
 
 
 def brief(error: BaseException) -> str:
-    """The kind and the first line of another library's error, or two where that ends in a colon."""
+    """The class and first line of another library's error; two lines if the first ends in ":"."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     return f"{type(error).__name__}: {' '.join(lines[: 1 + lines[0].endswith(':')])}"

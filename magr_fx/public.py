@@ -1,4 +1,4 @@
-"""The public names, which ``magr_fx`` hands out from here on first use."""
+"""The public names; ``magr_fx`` imports them from here on first use."""
 
 from magr_fx.api import magr_quantize, magr_transform
 from magr_fx.comparing.compare import compare

@@ -51,12 +51,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow the parameters that `slow_if` names, and those that `slow_unless` does not."""
+    """Mark as slow the parameters that `slow_if` names, and those that `slow_unless` does not.
+
+    They are named by the whole id, or by a part of it between dashes.
+    """
     for item in items:
-        call = getattr(item, "callspec", None)
-        named = call.id if call is not None else ""
-        slow = [named in mark.args for mark in item.iter_markers("slow_if")]
-        slow += [named not in mark.args for mark in item.iter_markers("slow_unless")]
+        whole = getattr(getattr(item, "callspec", None), "id", "")
+        named = {whole, *whole.split("-")}
+        slow = [bool(named & {*mark.args}) for mark in item.iter_markers("slow_if")]
+        slow += [not named & {*mark.args} for mark in item.iter_markers("slow_unless")]
         if any(slow):
             item.add_marker(pytest.mark.slow)
 

@@ -23,12 +23,12 @@ def soft_level(magnitude: Array, amount: float) -> float:
     return float(max(levels[support], 0.0))
 
 
-def weighted_level(magnitude: Array, prices: Array, amount: float) -> float:
+def weighted_level(magnitude: Array, metric: Array, amount: float) -> float:
     """The level τ with Σp(magnitude - τ)₊ = amount, by sorting and two cumulative sums."""
-    if (prices * magnitude).sum() <= amount:
+    if (metric * magnitude).sum() <= amount:
         return 0.0
     order = np.argsort(-magnitude, kind="stable")
-    falling, weights = magnitude[order], prices[order]
+    falling, weights = magnitude[order], metric[order]
     levels = (np.cumsum(weights * falling) - amount) / np.cumsum(weights)
     # The largest entry always counts, even where p·v/p rounds to above v.
     support = np.flatnonzero(np.append(True, falling[1:] >= levels[1:]))[-1]

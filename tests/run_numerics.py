@@ -32,7 +32,7 @@ SEEDS = range(1, 11)
 # Files, directories, names and texts: no number is computed that could be another.
 NO_NUMBERS = (
     *("bad_input", "block_log", "cli_bad_input", "cli_device", "cli_hub", "cli_stderr", "config"),
-    *("disk", "examples", "memory", "memory_limit", "package", "quickstart", "readme"),
+    *("disk", "examples", "memory", "memory_limit", "package", "planning", "quickstart", "readme"),
 )
 # Compare what processes of their own compute with what this one does, to the bit: these processes
 # are not reached by a perturbation, but by all that the environment says.

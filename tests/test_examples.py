@@ -37,6 +37,7 @@ def test_fx_pipeline_finds_every_weight(pipeline_output: str) -> None:
     assert "6 rewritten, 0 skipped, 0 failed; 100.0% of 49,152" in pipeline_output
 
 
+@pytest.mark.slow
 def test_fx_pipeline_keeps_the_outputs(pipeline_output: str) -> None:
     def error(what: str) -> float:
         (figure,) = re.findall(rf"{what}: (\S+)$", pipeline_output, re.MULTILINE)

@@ -54,7 +54,8 @@ def test_quickstart_compares_and_reports(local_model: Path, tmp_path: Path) -> N
         "examples/quickstart.py", "--model", local_model, "--out", tmp_path, *options
     )
     assert done.returncode == 0, done.stderr
-    rows = re.findall(r"^\| (\S.*?) +\| +([\d,.]+) \| +([\d,.]+) \|$", done.stdout, re.MULTILINE)
+    cells = r" +([\d,.]+) \| +([\d.]+) \| +([\d.]+)% \|"
+    rows = re.findall(rf"^\| (\S.*?) +\|{cells}{cells}$", done.stdout, re.MULTILINE)
     assert [row[0] for row in rows] == [
         "original, float32",
         "int2, torchao alone",
@@ -64,6 +65,8 @@ def test_quickstart_compares_and_reports(local_model: Path, tmp_path: Path) -> N
     ]
     # Random weights know nothing: the original's perplexity is about that of a uniform guess.
     assert float(rows[0][1]) == pytest.approx(256, rel=0.2)
+    assert rows[0][2:4] == ("0", "100")
+    assert float(rows[1][3]) < 100  # a token changes at least, and the divergence is tiny
     assert (tmp_path / "quickstart.txt").read_text() in done.stdout
     report = json.loads((tmp_path / "int2.json").read_text())
     sites = [site for site in report["sites"] if site["outcome"] == "rewritten"]

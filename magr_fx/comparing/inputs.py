@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from magr_fx.comparing.next_token import Arguments
 from magr_fx.errors import CalibrationError
 from magr_fx.passes.finding.mask_values import convention, counted_tokens
+from magr_fx.passes.graphs.torch_private import tree_map
 from magr_fx.passes.inputs.calibration import Batch
 
 IGNORED = -100  # transformers' label of what has no loss

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from magr_fx.comparing.inputs import Tokens, arguments_of
 from magr_fx.comparing.statistics import clustered_mean
 from magr_fx.errors import ModelError
 from magr_fx.machine.ranks import Ranks
+from magr_fx.passes.graphs.torch_private import tree_leaves
 from magr_fx.passes.inputs.calibration import Batch
 from magr_fx.reporting.comparison import Outputs
 

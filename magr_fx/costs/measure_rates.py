@@ -35,13 +35,13 @@ def measured_rates(shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
     in_dtype = weight.to(dtype)
     product = _best(lambda: functional.linear(x, in_dtype))
     tile = weight[: max(LEAST_ROWS, tile_size(weight.device) // inputs)]
-    gram, prices = torch.rand(inputs, inputs, generator=draw), torch.ones(1, inputs)
+    gram, rho = torch.rand(inputs, inputs, generator=draw), torch.ones(1, inputs)
     level = torch.full((len(tile), 1), 0.9)
     shifted, source, scratch = tile.clone(), torch.zeros_like(tile), torch.zeros_like(tile)
 
     def step() -> None:
         shifted.copy_(tile)
-        given = {"prices": prices, "alpha": 0.1, "relaxation": 1.0}
+        given = {"rho": rho, "alpha": 0.1, "relaxation": 1.0}
         relaxed_step(shifted, tile, level, source, scratch, **given)  # type: ignore[arg-type]
         shifted.addmm_(source, gram)
 

@@ -36,7 +36,7 @@ from magr_fx.directories.write_quantized import write_quantized, write_quantized
 from magr_fx.errors import CheckpointError, MagRError, ModelError, brief
 from magr_fx.machine.ranks import distributed_session
 from magr_fx.machine.safetensors_header import StoredTensor
-from magr_fx.machine.tensor_files import LetGo, TensorFiles
+from magr_fx.machine.tensor_files import DiscardedTensors, TensorFiles
 from magr_fx.model_files.model_class import model_class
 from magr_fx.model_files.model_directory import CONFIG, read_config, read_directory
 from magr_fx.passes.finding.find_linears import FilterFn
@@ -155,7 +155,7 @@ def _quantized(model: Any, work: Prepared, rounding: str) -> tuple[Path, MagRRep
     if rounding == "nearest":
         shards = _write_rewritten(model, work, chosen)
     else:
-        tensors = TensorFiles(_emptied(job.run / "rounded")) if work.writes else LetGo()
+        tensors = TensorFiles(_emptied(job.run / "rounded")) if work.writes else DiscardedTensors()
     options = QuantizeOptions(rounding, refine=job.refine, propagate=job.propagate is not False)
     request = Request(
         resolve_config(job.config, job.target, required=True),

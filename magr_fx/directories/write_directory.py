@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from magr_fx.errors import ModelError
-from magr_fx.machine.disk import copy_bytes, fsync_path, take_room
+from magr_fx.machine.disk import copy_bytes, fsync_path, preallocate
 from magr_fx.machine.safetensors_header import StoredTensor, read_header
 from magr_fx.model_files.model_directory import (
     CONFIG,
@@ -265,4 +265,4 @@ def _preallocated_copy(file: Path, copy: Path) -> None:
         length = int.from_bytes(origin.read(8), "little")
         copy_bytes(origin, made, 0, 8 + length)
         made.flush()
-        take_room(made, file.stat().st_size)
+        preallocate(made, file.stat().st_size)

@@ -1,4 +1,4 @@
-"""Sums of products of the calibration: the gram G = XᵀX, and how far inputs have drifted.
+"""Sums over the calibration tokens: the gram G = XᵀX, and the drift of the inputs X̂ᵀ(X - X̂).
 
 It may import the ground (errors, config) and machine.
 """

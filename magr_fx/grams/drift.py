@@ -1,4 +1,4 @@
-"""What a quantized model's earlier layers lose, a later layer's weight can make up for."""
+"""Changing a weight so that it compensates the error of the quantized layers before it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from torch import Tensor
 from magr_fx.grams.gram import unit_of, within_range
 from magr_fx.machine.matmul_precision import full_float32
 
-# The share of the gram's mean diagonal that holds the weight where the inputs hardly reach: less
-# than the search's own damping, or what was lost in all the small directions stays lost
-# (benchmarks/README.md). Where the gram is too singular for it, more: at least LEAST, by a factor.
+# The share of the gram's mean diagonal that keeps the weight in directions that the inputs hardly
+# reach. It is smaller than the search's damping, which would leave the error in all directions with
+# small eigenvalues uncompensated (benchmarks/README.md). If the gram is too singular, the share is
+# raised by the factor RAISE, to at least LEAST.
 DAMPING, LEAST, RAISE = 0.05, 1e-6, 10.0
 
 
@@ -18,25 +19,25 @@ DAMPING, LEAST, RAISE = 0.05, 1e-6, 10.0
 def compensate_input_error(
     weight: Tensor, gram: Tensor, drift: Tensor, *, damping: float = DAMPING
 ) -> Tensor:
-    """The weight that on the quantized model's inputs gives the original outputs, nearly.
+    """The weight that nearly gives the original outputs on the quantized model's inputs.
 
-    Where X are the inputs in the original model and X̂ those in the quantized one, the minimiser
-    over A of ‖X̂Aᵀ - XWᵀ‖² + s‖A - W‖², which is A = W + W·Dᵀ(G + s·I)⁻¹ with D = X̂ᵀ(X - X̂),
-    G = X̂ᵀX̂ and s = damping·mean(diag G). For any Ŵ then ‖X̂Ŵᵀ - XWᵀ‖² + s‖Ŵ - W‖² is
-    tr((Ŵ - A)(G + s·I)(Ŵ - A)ᵀ) and a constant, so everything that works with the output error
-    does so with A in the place of W.
+    With the inputs X in the original model and X̂ in the quantized one, this is the minimiser over
+    A of ‖X̂Aᵀ - XWᵀ‖² + s‖A - W‖², which is A = W + W·Dᵀ(G + s·I)⁻¹ with D = X̂ᵀ(X - X̂),
+    G = X̂ᵀX̂ and s = damping·mean(diag G). For any Ŵ, ‖X̂Ŵᵀ - XWᵀ‖² + s‖Ŵ - W‖² equals
+    tr((Ŵ - A)(G + s·I)(Ŵ - A)ᵀ) plus a constant. All later steps can therefore use A in place of
+    W in the output error.
 
     Args:
         weight: W, ``[out, in]``, any floating dtype.
         gram: G, ``[in, in]`` float32, positive semidefinite.
         drift: D, ``[in, in]`` float32.
-        damping: the least share of mean(diag G) that is added.
+        damping: the smallest share of mean(diag G) that is added to the diagonal.
 
     Returns:
-        A, ``[out, in]`` float32; W itself where nothing was lost, or nothing reaches the weight.
+        A, ``[out, in]`` float32; W itself if D or G is zero, or if no damping makes G invertible.
     """
     weight = weight.to(torch.float32)
-    unit = unit_of(within_range(gram)) / unit_of(gram)  # 1, or what brings it into float32's range
+    unit = unit_of(within_range(gram)) / unit_of(gram)  # 1, or brings it into float32's range
     if unit != 1:
         gram, drift = gram * unit, drift * unit
     mean = gram.diagonal().mean()
@@ -53,4 +54,4 @@ def compensate_input_error(
             if bool(found.isfinite().all()):
                 return found
         damping = max(LEAST, RAISE * damping)
-    return weight  # numbers too small for float32
+    return weight  # the numbers are too small for float32

@@ -1,4 +1,4 @@
-"""The innermost part of ADMM: some rows, a few steps, and a look at where they lead."""
+"""The inner loop of ADMM: a few steps with some of the rows, and the evaluation of the result."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from magr_fx.iterations.relaxed_step import clamp_groups, prox_level, relaxed_st
 from magr_fx.iterations.splitting import Splitting
 from magr_fx.machine.matmul_precision import full_float32
 
-# x is replaced by 1.6x - 0.6z, the middle of the customary 1.5 to 1.8 (Boyd et al., section 3.4.3).
+# x is replaced by 1.6x - 0.6z; values of 1.5 to 1.8 are usual (Boyd et al., section 3.4.3).
 OVER_RELAXATION = 1.6
-# The dual direction is also tried this many steps ahead, along the last step's change.
+# The dual direction is also extrapolated by this many times its change in the last step.
 AHEAD = (2.0, 8.0)
 
 
-class Sight(NamedTuple):
-    """What a look found, per row; everything in units where λmax(G) = 1."""
+class Evaluation(NamedTuple):
+    """Candidate, objective and bound of each row, in units where λmax(G) = 1."""
 
     candidate: Tensor  # [..., out, in]: z
     objective: Tensor  # [..., out]: of z
@@ -32,11 +32,11 @@ class Tile:
     """Rows of one problem ``[rows, in]``, or of a batch of problems ``[problems, rows, in]``.
 
     Args:
-        problem: gram ``[in, in]``, or ``[problems, in, in]``.
-        splitting: of the same problem.
+        problem: with the gram ``[in, in]``, or ``[problems, in, in]``.
+        splitting: the splitting of the same problem.
         weight: w, in the dtype of the gram.
-        shifted: v = z + u; changed in place.
-        level: ``[..., groups]``: z = clamp(v, -level, level), or a guess of it.
+        shifted: v = z + u, of the shape of ``weight``; changed in place.
+        level: ``[..., groups]``: a guess of the level in z = clamp(v, -level, level).
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class Tile:
         self.problem, self.weight = problem, weight
         self.shifted, self.level = shifted, level
         self._matrix = splitting.step
-        # ρ as rows see it, [in] or [problems, 1, in], and as their groups do
-        self._prices = splitting.prices if weight.dim() == 2 else splitting.prices.unsqueeze(-2)
-        self._group_prices = self._prices.view(*self._prices.shape[:-1], -1, problem.group_size)
+        # ρ for rows, [in] or [problems, 1, in], and for their groups, [..., groups, group_size]
+        self._rho = splitting.rho if weight.dim() == 2 else splitting.rho.unsqueeze(-2)
+        self._group_rho = self._rho.view(*self._rho.shape[:-1], -1, problem.group_size)
         self._scratch = torch.empty_like(shifted)
 
     def step(self, times: int) -> None:
-        """Take steps. Each is one product, straight into the running sum."""
+        """Take steps. Each is one product, added to ``shifted`` in place."""
         if times < 1:
             return
         add_product = self.shifted.addmm_ if self.weight.dim() == 2 else self.shifted.baddbmm_
@@ -65,13 +65,13 @@ class Tile:
             self._prepare(source)
             add_product(source, self._matrix, alpha=OVER_RELAXATION)
 
-    def step_and_look(self, times: int) -> Sight:
-        """Take steps, the last two of them apart, which shows x and how it last changed."""
-        self.step(times - 2)  # in the precision that torch is set to; the rest is judged
+    def step_and_evaluate(self, times: int) -> Evaluation:
+        """Take steps. The last two keep x and its last change, which the evaluation needs."""
+        self.step(times - 2)  # in the precision that torch is set to; the evaluation is exact
         with full_float32():
             return self._steps_apart(min(times, 2))
 
-    def _steps_apart(self, times: int) -> Sight:
+    def _steps_apart(self, times: int) -> Evaluation:
         change: Tensor | None = None
         slope_change: Tensor | None = None
         if times > 1:
@@ -79,48 +79,46 @@ class Tile:
             moved = before @ self._matrix
             self.shifted.add_(moved, alpha=OVER_RELAXATION)
             source = self._prepare(torch.empty_like(self.shifted))
-            # The product of the difference, not the difference of two products: what is
-            # extrapolated must be as accurate as it is small.
+            # The product of the difference, not the difference of two products, whose rounding
+            # errors would be large beside the small change that is extrapolated.
             before = source - before
             change = before @ self._matrix
-            slope_change = (before - change).mul_(self._prices)
+            slope_change = (before - change).mul_(self._rho)
             moved += change
         else:
             source = self._prepare(torch.empty_like(self.shifted))
             moved = source @ self._matrix
         self.shifted.add_(moved, alpha=OVER_RELAXATION)
-        return self._look(source, moved, change, slope_change)
+        return self._evaluate(source, moved, change, slope_change)
 
     def _prepare(self, source: Tensor) -> Tensor:
-        """Everything of one step but its product, which is to be taken of the result."""
+        """Everything of one step except its matrix product, whose factor is returned."""
         self.level = relaxed_step(
             self.shifted,
             self.weight,
             self.level,
             source,
             self._scratch,
-            prices=self._group_prices,
+            rho=self._group_rho,
             alpha=self.problem.alpha,
             relaxation=OVER_RELAXATION,
         )
         return source
 
-    def _look(
+    def _evaluate(
         self, source: Tensor, moved: Tensor, change: Tensor | None, slope_change: Tensor | None
-    ) -> Sight:
-        """Judge x = w + moved, which came from ``source``, and the z that follows it."""
+    ) -> Evaluation:
+        """Evaluate x = w + moved, which was computed from ``source``, and the z after it."""
         problem, weight, shifted = self.problem, self.weight, self.shifted
         magnitude = shifted.abs().view(*self.level.shape, -1)
-        self.level = prox_level(
-            magnitude, problem.alpha, prices=self._group_prices, start=self.level
-        )
+        self.level = prox_level(magnitude, problem.alpha, rho=self._group_rho, start=self.level)
         del magnitude
         fixed = clamp_groups(shifted, self.level)
-        # G(x - w)/λmax, by the definition of x and without a product
-        slope = (source - moved).mul_(self._prices)
+        # G(x - w)/λmax follows from the definition of x, without a product
+        slope = (source - moved).mul_(self._rho)
         rest = fixed - weight - moved  # z - x
-        # The gram's part at z, seen from x: exact, and without ½dᵀGd's cancellation for the long
-        # d = z - w, because what is left for float32 is small.
+        # The quadratic term at z, expanded around x. This is exact, and avoids the cancellation in
+        # ½dᵀGd for the long d = z - w, because only the short z - x is multiplied by the gram.
         curved = rest @ problem.gram
         curved /= problem.peak if weight.dim() == 2 else problem.peak[:, None, None]
         objective = (0.5 * (moved * slope + rest * curved) + rest * slope).sum(-1)
@@ -136,20 +134,21 @@ class Tile:
                 better = value > bound
                 bound = torch.where(better, value, bound)
                 direction = torch.where(better.unsqueeze(-1), farther, direction)
-        return Sight(fixed, objective, direction, bound, self._imbalance(source, moved, fixed))
+        return Evaluation(fixed, objective, direction, bound, self._imbalance(source, moved, fixed))
 
     def _imbalance(self, source: Tensor, moved: Tensor, fixed: Tensor) -> Tensor:
-        """‖x - z‖/‖z - w‖ over ‖z - z'‖/‖u‖ in the metric of ρ, z' being the z of one step before.
+        """‖x - z‖/‖z - w‖ divided by ‖z - z'‖/‖u‖ in the metric of ρ; z' is the previous z.
 
-        The relative residuals of Wohlberg (arXiv 1704.06209), but with z - w in the place of x
-        or z, of which the original row would be the largest part however far it has to move.
+        These are the relative residuals of Wohlberg (arXiv 1704.06209), but with z - w in place of
+        x or z, which consist mostly of the original row, however far it has to move.
         """
-        # Of v, which was updated in place, and of y = z' - u' - w, z' is a linear combination.
+        # z' was not kept, but is a linear combination of v, which was updated in place, of the
+        # source y = z' - u' - w, and of w and x.
         earlier = self.shifted + source - OVER_RELAXATION * moved
         earlier.add_(self.weight, alpha=1 - OVER_RELAXATION).div_(2 - OVER_RELAXATION)
 
         def size(rows: Tensor) -> Tensor:
-            return (rows.square() * self._prices).sum(-1).sqrt()
+            return (rows.square() * self._rho).sum(-1).sqrt()
 
         travelled = fixed - self.weight
         primal = size(travelled - moved) * size(self.shifted - fixed)

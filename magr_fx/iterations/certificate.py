@@ -1,4 +1,4 @@
-"""What a candidate is worth: its objective, and a bound on how far it is from the optimum."""
+"""The objective of a candidate, and a bound on how far it is from the optimum."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ BLOCK = 2048
 
 
 class Problem(NamedTuple):
-    """½(ŵ - w)ᵀG(ŵ - w) + alpha λmax Σ‖ŵ_group‖∞, but for the rows w.
+    """The objective ½(ŵ - w)ᵀG(ŵ - w) + alpha λmax Σ‖ŵ_group‖∞, without the rows w.
 
-    A batch of problems, one for each gram, has a dimension in front in ``gram`` and ``peak``.
+    In a batch of problems, ``gram`` and ``peak`` have one more dimension in front.
     """
 
     gram: Tensor  # [..., in, in], symmetric positive semidefinite, in the dtype to compute in
     peak: Tensor  # [...], the same dtype: λmax(gram) > 0
     alpha: float  # relative to λmax
-    group_size: int  # `in` for whole rows
+    group_size: int  # inputs per group; `in` for whole rows
 
 
 class Certificate(NamedTuple):
-    """Per row, float64, in units where λmax(G) = 1; multiply by λmax for the given gram's."""
+    """Values per row, float64, in units where λmax(G) = 1; times λmax they are those of G."""
 
     before: Tensor  # [..., out]: the objective of the original row
     objective: Tensor  # [..., out]: the objective of the candidate
-    bound: Tensor  # [..., out]: at most the optimum, hence objective - bound bounds the excess
+    bound: Tensor  # [..., out]: a lower bound of the optimum; objective - bound is the dual gap
 
 
 def certify(
@@ -38,15 +38,15 @@ def certify(
     dtype: torch.dtype = torch.float64,
     row_scale: Tensor | None = None,
 ) -> Certificate:
-    """Objective of each row of ``candidate`` in the place of ``weight``'s, and a lower bound.
+    """The objective of each row of ``candidate``, for the rows of ``weight``, and a lower bound.
 
-    Both are ``[..., out, in]``, of any floating dtype. The bound is :func:`dual_value` in the
-    direction ŵ - w; at the optimum it equals the objective. With a ``row_scale`` r, ``[..., out]``,
-    they are those of the rows divided by r.
+    Both are ``[..., out, in]``, of any floating dtype; ``dtype`` is that of the computation. The
+    bound is :func:`dual_value` in the direction ŵ - w; at the optimum it equals the objective.
+    With a ``row_scale`` r, ``[..., out]``, both are those of the rows divided by r.
     """
-    # ŵ - w is long exactly where G is almost singular: that is how MagR works. There dᵀGd is a
-    # small remainder of products of size λmax‖d‖², and float32 would lose it, so what is to be
-    # exact is float64: one product, against the many that the iteration takes in float32.
+    # MagR makes d = ŵ - w long in directions where G is almost singular. There dᵀGd is a small
+    # difference of products of size λmax‖d‖², which float32 would lose, so the certificate is
+    # computed in float64: one product, while the iteration takes many in float32.
     parts: list[Certificate] = []
     for rows in _blocks(weight.shape[-2]):
         original = weight[..., rows, :].to(dtype)
@@ -64,7 +64,7 @@ def certify(
 
 
 def lower_bound(problem: Problem, weight: Tensor, moved: Tensor) -> Tensor:
-    """:func:`dual_value` of each row in the direction ``moved``, in float64.
+    """:func:`dual_value` of each row with the direction d = ``moved``, in float64.
 
     Both are ``[..., out, in]``, of any floating dtype; the result is ``[..., out]``.
     """
@@ -77,25 +77,28 @@ def lower_bound(problem: Problem, weight: Tensor, moved: Tensor) -> Tensor:
 
 
 def dual_value(problem: Problem, weight: Tensor, moved: Tensor, slope: Tensor) -> Tensor:
-    """A lower bound of each row's optimum, in units where λmax(G) = 1; 0 at the least.
+    """A lower bound of each row's optimum, in units where λmax(G) = 1; at least 0.
 
     With any direction d, g = Gd, b = dᵀg and a = gᵀw, positive semidefiniteness gives
-    ½zᵀGz ≥ s·gᵀz - ½s²b for every z and s. Adding the penalty and minimising over z leaves
-    -s·a - ½s²b, as long as s·‖g‖₁ ≤ alpha λmax in every group; s is the best that is allowed. No
-    inverse of G appears, so a rank-deficient gram is no special case.
+    ½zᵀGz ≥ s·gᵀz - ½s²b for every z and s. Adding the penalty and minimising over z gives the
+    bound -s·a - ½s²b, which holds if s·‖g‖₁ ≤ alpha λmax in every group; s is the best such
+    number. The formula has no inverse of G, so a rank-deficient gram is no special case.
 
     Args:
-        problem: for alpha and the groups.
+        problem: its alpha and group size are used.
         weight: w, ``[..., out, in]``.
-        moved: d, ``[..., out, in]``; best is d = ŵ - w for the optimal ŵ.
-        slope: g/λmax = Gd/λmax, ``[..., out, in]``; its accuracy is that of the bound.
+        moved: d, ``[..., out, in]``; the best one is d = ŵ - w for the optimal ŵ.
+        slope: g/λmax = Gd/λmax, ``[..., out, in]``; the bound is as accurate as this is.
+
+    Returns:
+        ``[..., out]``.
     """
     curvature = (moved * slope).sum(-1)
     linear = (slope * weight).sum(-1)
-    # The l1 norm is the dual of ‖·‖∞, and groups separate: the worst group sets the limit.
+    # The l1 norm is dual to ‖·‖∞. The limit holds in every group, so the largest norm counts.
     steepest = slope.view(*slope.shape[:-1], -1, problem.group_size).abs().sum(-1).amax(-1)
     best = torch.minimum(-linear / curvature, problem.alpha / steepest).clamp(min=0)
-    # Where Gd = 0 (or rounding of G makes dᵀGd negative) only s = 0 is safe: the bound is 0.
+    # If Gd = 0 (or rounding of G makes dᵀGd negative), only s = 0 is safe, and the bound is 0.
     best = torch.where(curvature > 0, best, 0)
     return (-best * linear - 0.5 * best.square() * curvature).clamp(min=0)
 
@@ -107,7 +110,7 @@ def penalty(problem: Problem, rows: Tensor) -> Tensor:
 
 
 def _slope(problem: Problem, moved: Tensor) -> Tensor:
-    """Gd/λmax in the dtype of d, without such a copy of the whole gram."""
+    """Gd/λmax in the dtype of d, without converting the whole gram to it at once."""
     slope = torch.empty_like(moved)
     for columns in _blocks(moved.shape[-1]):
         slope[..., columns] = moved @ problem.gram[..., columns].to(moved.dtype)

@@ -1,4 +1,4 @@
-"""The iteration of the authors' code: projected (proximal) gradient descent, Algorithm 1."""
+"""Projected (proximal) gradient descent: Algorithm 1 of the paper, as in the authors' code."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from magr_fx.iterations.certificate import Problem, certify
 from magr_fx.iterations.prox import threshold
 from magr_fx.iterations.solution import Iterate
 
-# Steps between two looks at the dual gap; a look costs a float64 product and a host check.
+# Steps between two checks of the dual gap. A check costs a float64 product and makes the
+# host wait for the device.
 CHECK_EVERY = 10
-# Newton passes of a warm-started prox where a host check would stall the device's queue, and of
-# the first prox, which has nothing to start from.
+# The number of Newton passes of a prox on devices where a check for convergence would make the host
+# wait: of a warm-started prox, and of the first one, which has no guess to start from.
 FIXED_PASSES = 3
 FIXED_FIRST_PASSES = 12
 
@@ -20,20 +21,20 @@ FIXED_FIRST_PASSES = 12
 def pgd(
     problem: Problem, weight: Tensor, *, max_steps: int, tol: float, passes: int | None = None
 ) -> Iterate:
-    """v ← prox(v - (v - w) G/λmax), started at w, on all rows at once.
+    """Iterate v ← prox(v - (v - w) G/λmax) from v = w, for all rows at once.
 
-    The authors' code takes a singular value decomposition of X itself and finds the prox by
-    sorting; the gram and Newton passes give the same iterates.
+    The authors' code takes a singular value decomposition of X and computes the prox by sorting.
+    The gram and Newton passes give the same iterates.
 
     Args:
         problem: with one gram, ``[in, in]``.
-        weight: ``[out, in]``, any floating dtype.
-        max_steps: the most steps.
-        tol: relative dual gap at which a row is done; 0 never looks.
+        weight: w, ``[out, in]``, any floating dtype.
+        max_steps: the maximum number of steps.
+        tol: relative dual gap at which a row is finished; 0 never checks.
         passes: as for :func:`magr_fx.iterations.prox.threshold`; None on a CPU, a number elsewhere.
     """
     original = weight.to(problem.gram.dtype).contiguous()
-    # Scaled to λmax = 1: unit step, and the range of float32 no longer depends on the data's.
+    # Scaled to λmax = 1, so that the step is 1 and the data's scale cannot overflow float32.
     scaled = problem.gram / problem.peak
     result = original.clone()
     steps = torch.full((len(weight),), max_steps, dtype=torch.int32, device=weight.device)
@@ -47,7 +48,7 @@ def pgd(
     for step in range(1, max_steps + 1):
         torch.sub(current, start, out=buffer)
         torch.addmm(current, buffer, scaled, alpha=-1, out=forward)
-        # [out, groups, group_size] views: the prox is per group, the product above whole-row.
+        # A view [out, groups, group_size]: the prox is per group, the product above per row.
         grouped = forward.view(len(forward), -1, problem.group_size)
         magnitude = torch.abs(forward, out=buffer).view_as(grouped)
         level = threshold(magnitude, problem.alpha, start=level, passes=budget)
@@ -61,7 +62,7 @@ def pgd(
         done = rows.objective - rows.bound <= tol * rows.objective
         if not bool(done.any()):
             continue
-        # A certified row leaves the batch: its gap, unlike its objective, could rise again.
+        # A certified row is iterated no more: its gap, unlike its objective, could rise again.
         finished = open_rows[done]
         result[finished], steps[finished], converged[finished] = current[done], step, True
         keep = ~done

@@ -1,10 +1,10 @@
 """The prox of ‖·‖∞ and the projection onto the l1 ball, by Newton steps instead of a sort.
 
-Both turn on one number per row: the level τ at which Σ(|v| - τ)₊ = t. The left side is convex,
+Both need one number per row: the level τ at which Σ(|v| - τ)₊ = t. The left side is convex,
 piecewise linear and decreasing in τ, so Newton's method started left of the root climbs to it
-monotonically and ends at it after finitely many passes. Seen from the projection's side this is
-Michelot's algorithm (J. Optim. Theory Appl. 50, 1986); unlike the usual sort and cumulative sum
-it costs two row reductions a pass, needs no index tensors, and can be warm-started.
+monotonically and reaches it after finitely many passes. For the projection this is Michelot's
+algorithm (J. Optim. Theory Appl. 50, 1986). Unlike the usual sort and cumulative sum it costs two
+row reductions a pass, needs no index tensors, and can be warm-started.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def project_l1_ball(x: Tensor, radius: float | Tensor) -> Tensor:
     """
     values = _checked_rows(x)
     level = threshold(values.abs(), _checked_amount("radius", radius, values)).unsqueeze(-1)
-    # Soft thresholding. Inside the ball the level is 0, which takes nothing away.
+    # Soft thresholding. Inside the ball the level is 0, so the row does not change.
     return (values - values.clamp(-level, level)).to(x.dtype)
 
 
@@ -76,60 +76,63 @@ def threshold(
     magnitude: Tensor,
     scale: float | Tensor,
     *,
-    prices: Tensor | None = None,
+    metric: Tensor | None = None,
     start: Tensor | None = None,
     passes: int | None = None,
 ) -> Tensor:
     """The level τ ≥ 0 with Σ(magnitude - τ)₊ = scale for each row, 0 where Σ magnitude ≤ scale.
 
-    With prices p the sums are Σp(magnitude - τ)₊ and Σp·magnitude: clamp(v, -τ, τ) is then the
-    minimiser of ½Σp(z - v)² + scale·‖z‖∞, the prox in the metric that p defines.
+    With a diagonal metric p the sums are Σp(magnitude - τ)₊ and Σp·magnitude. clamp(v, -τ, τ) is
+    then the minimiser of ½Σp(z - v)² + scale·‖z‖∞, the prox in that metric.
 
     Args:
         magnitude: ``[..., n]``, not negative.
         scale: not negative, broadcasts to ``magnitude.shape[:-1]``; not checked here.
-        prices: positive, broadcasts to ``magnitude``; None is all ones.
+        metric: p, positive, broadcasts to ``magnitude``; None is all ones.
         start: a guess of τ, ``magnitude.shape[:-1]``; None starts at max - scale.
-        passes: None iterates until no row's active set changes, at the cost of one host check
-            a pass. A number does exactly that many passes and never waits for the device; the
-            level is then at or below the exact one.
+        passes: None iterates until no row's active set changes, and waits for the device in every
+            pass. A number takes exactly that many passes without waiting; the level is then at
+            or below the exact one.
+
+    Returns:
+        τ, ``magnitude.shape[:-1]``.
     """
     top = magnitude.amax(-1)
-    # No root lies below this: the largest entry alone must not give up more than `scale`.
-    # Without the upper clamp an infinite scale would start at -inf.
-    floor = (top - (scale if prices is None else scale / prices.amin(-1))).clamp_(min=0)
-    # A guess above the largest entry would have an empty active set, hence no slope.
+    # No root lies below this level, at which the largest entry alone makes the sum `scale`.
+    # Without the clamp an infinite scale would start at -inf.
+    floor = (top - (scale if metric is None else scale / metric.amin(-1))).clamp_(min=0)
+    # Above the largest entry the active set is empty, so that Newton would have no slope.
     level = floor if start is None else torch.minimum(start, top)
     active: Tensor | None = None
-    # From the second pass on the active set can only shrink, so n + 1 passes settle every row.
+    # From the second pass on the active set can only shrink, so n + 1 passes suffice.
     for _ in range(magnitude.shape[-1] + 1 if passes is None else passes):
         excess = torch.sub(magnitude, level.unsqueeze(-1)).clamp_(min=0)
-        if prices is not None:
-            excess.mul_(prices)
+        if metric is not None:
+            excess.mul_(metric)
         total = excess.sum(-1)
-        # sign() of what is left counts it: exact up to 2^24 columns in float32, and faster on a
-        # CPU than reducing a boolean mask. An empty set (a zero row) divides by 1.
+        # The sum of the signs is the size of the active set: exact up to 2^24 columns in float32,
+        # and faster on a CPU than reducing a boolean mask. An empty set (a zero row) divides by 1.
         count = excess.sign_()
-        if prices is None:
+        if metric is None:
             count = count.sum(-1).clamp_(min=1)
         else:
-            count = count.mul_(prices).sum(-1)
-            # Not 1: from the largest entry that could land right of the root, for good.
-            count = torch.where(count > 0, count, prices.amin(-1))
-        # Not torch.equal: a NaN row must not keep the others going until the cap.
+            count = count.mul_(metric).sum(-1)
+            # Not 1: a step from the largest entry could then end right of the root for good.
+            count = torch.where(count > 0, count, metric.amin(-1))
+        # Not torch.equal: a NaN row would then never end the loop.
         if passes is None and active is not None and not bool(((count - active).abs() > 0).any()):
             break
         active = count
-        # τ + (f(τ) - t)/count, not (Σ|v| - t)/count: it refines the level that it starts from,
-        # so that its error is relative to t and not to Σ|v|. By convexity it lands left of the
-        # root from either side; keeping the maximum makes the climb monotone in floating point.
+        # τ + (f(τ) - t)/count, not (Σ|v| - t)/count: this corrects the previous level, so that
+        # the rounding error is relative to t and not to Σ|v|. By convexity the new level is left
+        # of the root from either side; the maximum makes the climb monotone in floating point.
         level = torch.maximum(level + (total - scale) / count, floor)
         floor = level
     return level
 
 
 def _checked_rows(x: Tensor) -> Tensor:
-    """``x`` in the dtype to compute in."""
+    """``x``, checked, in the dtype of the computation."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise ConfigError(f"x must be a floating tensor, got {kind}; convert it, e.g. x.float()")

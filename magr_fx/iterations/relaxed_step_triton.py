@@ -1,4 +1,4 @@
-"""The relaxed step as one Triton kernel: one program for each group of each row."""
+"""The relaxed step as one Triton kernel, with one program for each group of each row."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Entries that a program holds at a time; a longer group is read again in every pass, from cache.
+# Entries that a program holds at a time. A longer group is read again, from cache, in every pass.
 MOST_BLOCK = 4096
-# Newton ends by itself, after a few passes; this only bounds a program whose row is not finite.
+# Newton's method ends after a few passes. This only bounds a program whose row is not finite.
 MOST_PASSES = 64
 
 
@@ -21,15 +21,15 @@ def relaxed_step_fused(
     level: Tensor,
     source: Tensor,
     *,
-    prices: Tensor,
+    rho: Tensor,
     alpha: float,
     relaxation: float,
 ) -> Tensor:
-    """As :func:`relaxed_step`, for any number and length of rows."""
+    """:func:`relaxed_step` on CUDA, for rows of any number and length."""
     groups = level.shape[-1]
     size = shifted.shape[-1] // groups
     rows = level.numel() // groups
-    per_problem = rows if prices.dim() == 2 else rows // prices.shape[0]
+    per_problem = rows if rho.dim() == 2 else rows // rho.shape[0]
     result = torch.empty_like(level)
     block = min(MOST_BLOCK, triton.next_power_of_2(size))
     _relaxed_step[(rows * groups,)](
@@ -38,7 +38,7 @@ def relaxed_step_fused(
         source,
         level,
         result,
-        prices,
+        rho,
         _in_memory(alpha, shifted.dtype, shifted.device),
         _in_memory(relaxation, shifted.dtype, shifted.device),
         groups,
@@ -54,7 +54,7 @@ def relaxed_step_fused(
 
 @lru_cache(maxsize=256)
 def _in_memory(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number for a kernel, in the precision of its rows: Triton makes Python floats float32."""
+    """A number as a tensor in the rows' dtype, because Triton passes Python floats as float32."""
     return torch.full((1,), number, dtype=dtype, device=device)
 
 
@@ -65,7 +65,7 @@ def _relaxed_step(  # type: ignore[no-untyped-def]
     source,
     guess,
     level,
-    prices,
+    rho,
     alpha_at,
     relaxation_at,
     groups,
@@ -77,10 +77,11 @@ def _relaxed_step(  # type: ignore[no-untyped-def]
 ):
     item = tl.program_id(0).to(tl.int64)
     start = item * size  # rows are contiguous, and so are their groups
-    own_prices = (item // groups // per_problem * groups + item % groups) * size
+    own_rho = (item // groups // per_problem * groups + item % groups) * size
     lanes = tl.arange(0, BLOCK)
 
-    # Newton on f(t) = Σp(|v| - t)₊ - alpha: from anywhere it lands left of the root, then climbs.
+    # Newton's method on f(t) = Σρ(|v| - t)₊ - alpha. From any start the first pass ends left of the
+    # root, and the next ones climb to it.
     alpha = tl.load(alpha_at)
     relaxation = tl.load(relaxation_at)
     tau = tl.load(guess + item)
@@ -93,17 +94,18 @@ def _relaxed_step(  # type: ignore[no-untyped-def]
         for offset in range(0, size, BLOCK):
             lane = offset + lanes
             value = tl.load(shifted + start + lane, mask=lane < size, other=0.0)
-            price = tl.load(prices + own_prices + lane, mask=lane < size, other=0.0)
+            rho_here = tl.load(rho + own_rho + lane, mask=lane < size, other=0.0)
             excess = tl.maximum(tl.abs(value) - tau, 0.0)
-            total += excess * price
-            slope += tl.where(excess > 0, price, 0.0)
+            total += excess * rho_here
+            slope += tl.where(excess > 0, rho_here, 0.0)
         above = tl.sum(total)
         steep = tl.sum(slope)
-        # No entry lies above the guess: start again from 0, which is left of every root.
+        # If no entry lies above the guess, start again from 0, which is left of every root.
         climbed = tl.where(steep > 0, tau + (above - alpha) / tl.where(steep > 0, steep, 1.0), 0.0)
         climbed = tl.maximum(climbed, 0.0)
         passes += 1
-        # The first pass may go down; from then on the active set only shrinks, until it stays.
+        # The first pass may lower the level. After it the active set only shrinks, and the loop
+        # ends when it stays the same.
         going = (steep != reached) & (passes < PASSES) & ((steep > 0) | (tau > 0))
         tau = tl.where(passes > 1, tl.maximum(climbed, tau), climbed)
         reached = steep

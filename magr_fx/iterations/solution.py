@@ -1,4 +1,4 @@
-"""Solution: what a solve found, and how the solve of each row ended."""
+"""Solution: the result of a solve, and how the solve of each row ended."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _SENTENCES = {
     Status.CONVERGED: "The row's relative dual gap reached tol.",
     Status.STEP_LIMIT: (
         "The row took max_steps steps and its best iterate was returned; its dual gap says how "
-        "far from the optimum it may be. To converge further, raise max_steps; where that does "
-        "not help, float32 is exhausted and precision='float64' goes on."
+        "far from the optimum it may be. To converge further, raise max_steps; if that does not "
+        "help, float32 is not accurate enough and precision='float64' is needed."
     ),
     Status.TRIVIAL: (
         "The row was returned unchanged or as zeros; if that was not expected, check that "
@@ -43,7 +43,7 @@ _SENTENCES = {
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """What :func:`solve_magr` found. Objectives and gaps are in the units of the given gram.
+    """The result of :func:`solve_magr`. Objectives and gaps are in the units of the given gram.
 
     For a batch of problems every shape has one more dimension in front.
     """
@@ -53,16 +53,16 @@ class Solution:
     steps: Tensor  # [out], int32: steps taken
     objective_before: Tensor  # [out], float32: alpha λmax Σ‖w_group‖∞, the original row's
     objective: Tensor  # [out], float32: the returned row's, never above objective_before
-    dual_gap: Tensor  # [out], float32: objective - optimum is at most this, and this is ≥ 0
+    dual_gap: Tensor  # [out], float32: at least 0, and an upper bound of objective - optimum
 
     @property
     def summary(self) -> str:
-        """Rows by status, e.g. ``converged: 570 rows, step limit: 6 rows``."""
+        """The number of rows by status, e.g. ``converged: 570 rows, step limit: 6 rows``."""
         return summary(self.status)
 
 
 def summary(status: Tensor) -> str:
-    """Rows by status, which is a tensor of values of :class:`Status`."""
+    """The number of rows by status; ``status`` is a tensor of values of :class:`Status`."""
     counts = Counter(status.flatten().tolist())
     return ", ".join(
         f"{kind.name.lower().replace('_', ' ')}: {n} row{'s' if n != 1 else ''}"
@@ -72,7 +72,7 @@ def summary(status: Tensor) -> str:
 
 
 class Iterate(NamedTuple):
-    """Where an iteration ended, before its rows are judged in the weight's dtype."""
+    """The result of an iteration, before its rows are evaluated in the weight's dtype."""
 
     weight: Tensor  # [..., out, in], in the dtype of the computation
     steps: Tensor  # [..., out], int32

@@ -1,4 +1,4 @@
-"""What the machine gives: memory, disks, files of tensors, other ranks.
+"""The resources of the machine: memory, disks, files of tensors, other ranks.
 
 It may import the ground (errors, config).
 """

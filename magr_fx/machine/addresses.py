@@ -1,4 +1,4 @@
-"""Where a tensor's memory is: what tells the memory of one tensor from that of another."""
+"""The address of a tensor's memory, which tells whether two tensors share it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import torch
 
 
 def address(tensor: torch.Tensor) -> int | None:
-    """The address of a tensor's storage, the same for all its views; None where there is none.
+    """The address of a tensor's storage, the same for all its views; None if it has none.
 
-    Empty tensors, and those on the meta device, all say 0, though none of them is another's: look
-    None up nowhere. A sparse tensor is made of others, which have the memory.
+    Empty tensors and tensors on the meta device all have the address 0, although they share no
+    memory; a sparse tensor consists of other tensors, which hold the memory. All of these give
+    None, so None must not be used as a key.
     """
     if tensor.layout is not torch.strided:
         return None

@@ -1,4 +1,4 @@
-"""What a disk does when it is full, how to have its room beforehand, and how often to write."""
+"""Files on a disk: allocating them beforehand, copying, syncing, and errors of a full disk."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ import torch
 
 from magr_fx.errors import ConfigError
 
-# Seconds of work between two states of a run. One that is killed loses what it did since the last,
-# at most this and a step: less than a minute where a step takes less than half of one, and a step
-# where it takes longer. All activations are in a state: were one written after each step, of which
-# a layer has four, a run would write a hundred times the bytes of its model.
+# Seconds between two saved states of a run. A run that is killed loses the work since the last
+# state: at most these seconds and one step, which is less than a minute if a step takes less than
+# half a minute. A state holds all activations. Were one saved after each step, of which a layer has
+# four, a run would write a hundred times the bytes of its model.
 BETWEEN_STATES = 30.0
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP}
-_CHUNK = 2**24  # bytes that are written at once
+_CHUNK = 2**24  # bytes per read or write
 
 
 def folder_named(given: Any, option: str) -> Path:
-    """The directory that an option names, in whatever form Python has names.
+    """The directory that an option names, given as str, bytes or path.
 
     Raises:
-        ConfigError: it names none.
+        ConfigError: ``given`` is of another type, or empty.
     """
     try:
         name = os.fsdecode(given)
     except TypeError:
         name = ""
     if not name:
-        raise ConfigError(f"{option} is the name of a directory, got {given!r}")
+        raise ConfigError(f"{option} must be the name of a directory, got {given!r}")
     return Path(name)
 
 
-def take_room(file: BinaryIO, size: int) -> None:
-    """Make a file so large, with zeros that the disk really has room for.
+def preallocate(file: BinaryIO, size: int) -> None:
+    """Extend a file with zeros to ``size`` bytes, for which the disk then has reserved the space.
 
     Raises:
-        OSError: it has not.
+        OSError: the disk has not enough space.
     """
     if hasattr(os, "posix_fallocate"):  # not on macOS
         os.posix_fallocate(file.fileno(), 0, size)
@@ -54,10 +54,10 @@ def take_room(file: BinaryIO, size: int) -> None:
 
 
 def copy_bytes(origin: BinaryIO, made: BinaryIO, start: int, stop: int) -> None:
-    """Copy a part of a file to the same place of another.
+    """Copy the bytes from ``start`` to ``stop`` of a file to the same position of another.
 
     Raises:
-        OSError: the one ends before, or the other cannot be written.
+        OSError: ``origin`` ends before ``stop``, or ``made`` cannot be written.
     """
     origin.seek(start)
     made.seek(start)
@@ -72,9 +72,8 @@ def copy_bytes(origin: BinaryIO, made: BinaryIO, start: int, stop: int) -> None:
 def fsync_path(path: Path) -> None:
     """Wait until a file, or a directory's list of names, is on the disk.
 
-    What a rename did is safe against a loss of power only once the directory is; a directory that
-    the platform cannot open (on Windows), or has nothing to do for (some network file systems), is
-    left to it.
+    A rename survives a loss of power only after its directory was synced. A directory that the
+    platform cannot open (Windows) or cannot sync (some network file systems) is silently skipped.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -92,21 +91,21 @@ def fsync_path(path: Path) -> None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that there is no room."""
+    """Whether an error says that the disk, a quota or a file size limit is exhausted."""
     return isinstance(error, OSError) and error.errno in _FULL
 
 
 def save(value: Any, file: BinaryIO) -> None:
-    """torch.save, but raising what was raised within it.
+    """torch.save, but with the original error of a failed write.
 
-    Whatever a write, or the way of a tensor to the CPU, raises (an OSError of a full disk, an
-    error of memory, a KeyboardInterrupt), torch's own cleaning up raises a RuntimeError in its
-    place, which tells only how far the file has come.
+    A write, or the copy of a tensor to the CPU, can raise an OSError of a full disk, an
+    out-of-memory error or a KeyboardInterrupt. torch's own clean-up then raises a RuntimeError
+    instead, which only says how many bytes were written. This function raises the first error.
 
     Raises:
         OSError: the file cannot be written.
     """
-    outer = sys.exc_info()[1]  # what is being handled already, and is no part of this
+    outer = sys.exc_info()[1]  # an error that the caller is handling already is not ours
     try:
         torch.save(value, file)
     except RuntimeError as error:

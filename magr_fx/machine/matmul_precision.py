@@ -1,4 +1,4 @@
-"""full_float32: products whose rounding matters, whatever precision torch is set to."""
+"""full_float32: float32 matrix products in full precision, whatever torch is set to."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Float32 products in float32: no TF32, no bfloat16. What was in force is again afterwards.
+    """Compute float32 products without TF32 or bfloat16; restores torch's settings afterwards.
 
     ``torch.set_float32_matmul_precision`` lets a user trade accuracy for speed everywhere. The
-    steps of ADMM take part in that, since errors of one step are corrected by the next; a gram and
-    what is judged do not.
+    steps of ADMM follow that setting, since each step corrects the errors of the one before. Grams,
+    objectives, bounds and output errors are always computed in full precision.
     """
-    # The settings by backend, which can be read and set whichever of torch's two ways was used.
+    # The settings per backend can be read and set whichever of torch's two APIs the user chose.
     mkldnn: Any = torch.backends.mkldnn
     backends = torch.backends.cuda.matmul, mkldnn.matmul
     before = [backend.fp32_precision for backend in backends]

@@ -1,4 +1,4 @@
-"""What the platform knows of memory: the high-water mark, and how to have freed pages back."""
+"""Memory: how much is used and available, returning freed pages, and out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ import torch
 from magr_fx.errors import MagRError, OutOfMemoryError, first_line
 
 FREED_FROM = 2**20  # bytes
-# What allocators that raise a RuntimeError say: those of a CPU, of MPS, of libraries of CUDA.
+# Parts of the messages of allocators that raise a RuntimeError: of the CPU, MPS, CUDA's libraries.
 _PHRASES = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory",
             "alloc_failed")  # fmt: skip
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def high_water_mark(device: torch.device) -> float:
-    """MiB: the most that was allocated on a CUDA device, else the most resident memory so far.
+    """The peak memory so far in MiB: allocated on a CUDA device, else resident in the process.
 
-    Neither counter is reset, which would change what the caller's own measurements see. NaN on
+    Neither counter is reset, because a reset would change the caller's own measurements. NaN on
     platforms without :mod:`resource`.
     """
     if device.type == "cuda":
@@ -39,27 +39,28 @@ def high_water_mark(device: torch.device) -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB here
 
 
-def give_back_what_is_freed() -> None:
-    """Have the C library return what is freed to the system at once; nothing where it is no glibc.
+def return_freed_memory_at_once() -> None:
+    """Make glibc return freed memory to the system at once; does nothing with other C libraries.
 
-    By itself glibc raises the size from which it does so with every large piece that is freed, up
-    to 32 MB, and keeps what is smaller, in holes between what is still used: the temporaries of a
-    search over a few million numbers then take up twice the memory that they need. The price is
-    that the system fills fresh pages with zeros, about a fifth of the time of a small model; the
-    matrices of a large one are above that size anyway.
+    glibc returns only blocks above a threshold, and raises that threshold, up to 32 MB, whenever
+    a larger block is freed. Smaller freed blocks stay as holes between blocks in use: the
+    temporaries of a search over a few million numbers then take twice the memory that they need.
+    The cost is that the system fills new pages with zeros, which is about a fifth of the time of a
+    small model. The matrices of a large model are above 32 MB anyway.
 
-    For a process of one's own: the setting is the whole process's, and cannot be read or undone.
+    The setting affects the whole process, and cannot be read or undone: call it in a process that
+    magr-fx has for itself.
     """
-    mallopt = _of_c_library("mallopt")
+    mallopt = _c_library_function("mallopt")
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, FREED_FROM)
         mallopt(_TRIM_THRESHOLD, FREED_FROM)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is used up, of the host or of a device.
+    """Whether an error says that the host or a device is out of memory.
 
-    torch has a class of its own for devices; its allocator for the CPU raises a RuntimeError.
+    torch has an error class for devices; its CPU allocator raises a plain RuntimeError.
     """
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
@@ -71,10 +72,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def out_of_memory_told(report: Callable[[], Any]) -> Iterator[None]:
-    """Raise :class:`OutOfMemoryError`, with a remedy, for whatever says that memory is used up.
+    """Turn every out-of-memory error into :class:`OutOfMemoryError`, with a remedy.
 
     Args:
-        report: gets the model's MagRReport, or None: whether weights are rewritten by then.
+        report: returns the model's MagRReport, or None. The message says how many weights it lists
+            as rewritten.
     """
     before = report()
     try:
@@ -85,7 +87,7 @@ def out_of_memory_told(report: Callable[[], Any]) -> Iterator[None]:
         now = report()
         count = 0 if now is None or now is before else len(now.rewritten)
         done = (
-            f"{count} weights are rewritten already (see magr_report): load the model anew"
+            f"{count} weights are rewritten already (see magr_report): load the model again"
             if count
             else "Nothing was changed"
         )
@@ -97,7 +99,7 @@ def out_of_memory_told(report: Callable[[], Any]) -> Iterator[None]:
 
 
 def available(device: torch.device) -> float:
-    """Bytes that can still be allocated there, as far as the platform tells; else infinite."""
+    """Bytes that can still be allocated on the device; infinite if the platform does not tell."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return float(
@@ -118,7 +120,7 @@ def _system_memory() -> float:
 
 
 def _group_memory() -> float:
-    """The most that the control group of the process may have; its cache counts as used there."""
+    """The memory limit of the process's control group, which counts its page cache as used."""
     try:
         return float(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
     except (OSError, ValueError):  # no control groups of version 2, or "max"
@@ -126,19 +128,19 @@ def _group_memory() -> float:
 
 
 def trim() -> None:
-    """Have the C library return what is free to the system now; nothing where it is no glibc.
+    """Make glibc return its free memory to the system now; does nothing with other C libraries.
 
-    It keeps what was freed in pieces of up to 32 MB, which adds up to the size of a small model.
+    glibc keeps freed blocks of up to 32 MB. Together they can reach the size of a small model.
     """
-    malloc_trim = _of_c_library("malloc_trim")
+    malloc_trim = _c_library_function("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)
 
 
 @functools.cache
-def _of_c_library(name: str) -> Any:
-    """A function of the C library that the process runs on; None where it has none such."""
+def _c_library_function(name: str) -> Any:
+    """A function of the process's C library; None if the library does not have it."""
     try:
         return getattr(ctypes.CDLL(None), name, None)
-    except (OSError, TypeError):  # Windows, where a process has several
+    except (OSError, TypeError):  # Windows, where a process can have several
         return None

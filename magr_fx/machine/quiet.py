@@ -1,4 +1,4 @@
-"""What other libraries say on stderr beside this one's own messages."""
+"""Silencing what other libraries log and print on stderr."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def errors_only(*names: str) -> Iterator[None]:
-    """Loggers, and those below them, are silent under level ERROR for as long as it lasts."""
+    """Within the context the named loggers, and their children, log only errors."""
     levels = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -25,26 +25,26 @@ def errors_only(*names: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def torch_silenced() -> Iterator[None]:
-    """Keep away what torch logs and prints of a model that it refuses: the refusal is reported.
+    """Hide what torch logs, warns and prints when it cannot handle a model.
 
-    Its loggers write warnings, errors and tracebacks, torch.export the whole graph so far, and a
-    graph module the line of its code that failed.
+    The caller reports the failure itself. torch's loggers write warnings, errors and tracebacks,
+    torch.export prints the whole graph so far, and a graph module its line of code that failed.
     """
     with (
         torch_unlogged(),
         warnings.catch_warnings(),
         contextlib.redirect_stderr(io.StringIO()),
     ):
-        # That forward assigned a tensor to an attribute, which is put back.
+        # The warning that forward assigned a tensor to an attribute; the caller restores it.
         warnings.filterwarnings("ignore", "The tensor attribute")
         yield
 
 
 @contextlib.contextmanager
 def torch_unlogged() -> Iterator[None]:
-    """Keep away what torch logs; what the code that runs prints by itself is still seen.
+    """Hide what torch logs in this thread; what the running code prints is still shown.
 
-    What other threads log goes on, and so does what TORCH_LOGS asks for, below a warning.
+    Other threads still log. So do records below WARNING, which TORCH_LOGS turns on.
     """
     thread = threading.get_ident()
 
@@ -52,8 +52,8 @@ def torch_unlogged() -> Iterator[None]:
         own = record.name.partition(".")[0] == "torch" and record.thread == thread
         return not own or record.levelno < logging.WARNING
 
-    # Where records end. A logger's filter does not see those of the loggers below it, some of which
-    # are made only as torch imports what it needs.
+    # The filter is added to handlers: a logger's filter does not see the records of its children,
+    # and some children are only created when torch imports further modules.
     handlers = list(_handlers())
     for handler in handlers:
         handler.addFilter(passes)
@@ -65,7 +65,7 @@ def torch_unlogged() -> Iterator[None]:
 
 
 def _handlers() -> Iterator[logging.Handler]:
-    """All handlers that a record of torch's may come to."""
+    """All handlers that may get a record of torch's loggers."""
     yield from logging.getLogger().handlers
     if logging.lastResort is not None:
         yield logging.lastResort

@@ -1,7 +1,7 @@
-"""The processes that work on one model together, by torch.distributed; or this one alone.
+"""The processes that work on one model together by torch.distributed; or this process alone.
 
-Whatever they do together begins with a meeting, in which each says whether it is well: one that
-failed elsewhere ends the work of all, with its error, in the place of leaving them waiting.
+Before every collective operation the ranks exchange whether one of them has failed. If so, every
+rank raises the error of that rank, instead of waiting for it until the timeout.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from magr_fx.machine.memory import is_out_of_memory
 
 Group: TypeAlias = "dist.ProcessGroup | Literal[False] | None"
 Item = TypeVar("Item")
-_AGREED = "_magr_fx_agreed"  # set on an error that every rank knows of
-# What says that a site cannot be solved, and not that anything is wrong with the run.
+_AGREED = "_magr_fx_agreed"  # set on an error that every rank raises
+# Errors that say that one site cannot be solved; the run itself can continue.
 UNSOLVABLE = (MagRError, LinAlgError, ArithmeticError)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """One of ``world`` processes, ``rank`` of 0 to world - 1; without a group the only one.
+    """One of ``world`` processes, with ``rank`` from 0 to world - 1; the only one without a group.
 
-    What is done together has to be done by all, in the same order. Sums are the same bits on
-    every rank.
+    All ranks have to call the methods that communicate, in the same order. Sums have the same
+    bits on every rank.
 
     Raises:
-        DistributedError: a rank failed, in any method that communicates, or does not answer.
-            Where a rank raised a :class:`~magr_fx.MagRError`, every rank raises the same.
+        DistributedError: a rank failed or does not answer; from any method that communicates. If a
+            rank raised a :class:`~magr_fx.MagRError`, every rank raises the same error.
     """
 
     group: dist.ProcessGroup | None = None
@@ -42,11 +42,11 @@ class Ranks:
     world: int = 1
 
     def owns(self, index: int) -> bool:
-        """Whether the calibration batch with this number is run here."""
+        """Whether this rank runs the calibration batch with this number."""
         return index % self.world == self.rank
 
     def meet(self, error: Exception | None = None) -> None:
-        """Wait for all ranks; raise, on all of them, if one of them comes with an error."""
+        """Wait for all ranks; if one of them passes an error, all of them raise it."""
         if self.group is None:
             return
         failed = torch.tensor([error is not None], dtype=torch.int32, device=self._device("cpu"))
@@ -68,20 +68,20 @@ class Ranks:
         raise agreed from error
 
     def sum(self, tensor: torch.Tensor) -> None:
-        """Replace the tensor, in place, by the sum of all ranks'."""
+        """Replace the tensor, in place, by the sum over all ranks."""
         self._in_place(tensor, lambda wire: dist.all_reduce(wire, group=self.group))
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
-        """Replace the tensor, in place, by that of one rank; same shape and dtype everywhere."""
+        """Replace the tensor, in place, by that of rank ``source``; same shape and dtype."""
 
-        def send(wire: torch.Tensor) -> None:  # as bytes: not every backend knows every dtype
+        def send(wire: torch.Tensor) -> None:  # as bytes: some backends lack some dtypes
             raw = wire.view(-1).view(torch.uint8)
             dist.broadcast(raw, group=self.group, group_src=source)
 
         self._in_place(tensor, send)
 
     def concat(self, rows: torch.Tensor) -> torch.Tensor:
-        """Everybody's rows, one below the other, in the order of the ranks."""
+        """The rows of all ranks, concatenated in the order of the ranks."""
         if self.group is None:
             return rows
         lengths = self.gather(len(rows))
@@ -94,8 +94,8 @@ class Ranks:
         return whole
 
     def part_of(self, rows: int, multiple: int = 1) -> slice:
-        """The rows that are this rank's, of so many; parts begin at multiples, and none is empty
-        where there are ``multiple`` rows for each rank.
+        """This rank's share of ``rows`` rows. Every share starts at a multiple of ``multiple``,
+        and none is empty if there are ``multiple`` rows for each rank.
         """
         units = -(-rows // multiple)
         start, stop = (units * at // self.world * multiple for at in (self.rank, self.rank + 1))
@@ -103,7 +103,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:
-        """What cannot be solved on one rank, cannot on any: all raise, and may go on from there."""
+        """If one rank cannot solve a site, every rank raises the same error, and may continue."""
         try:
             yield
         except UNSOLVABLE as error:
@@ -113,23 +113,24 @@ class Ranks:
         self.meet()
 
     def gather(self, item: Item) -> list[Item]:
-        """Everybody's, in the order of the ranks; a small picklable object without tensors."""
+        """The items of all ranks, in their order: small picklable objects without tensors."""
         self.meet()
         return [item] if self.group is None else self._gather(item)
 
     def agree_on(self, what: dict[str, str]) -> None:
-        """Raise unless it is the same on every rank, naming what differs."""
-        everybody = self.gather(what)
-        differing = [key for key in what if len({other.get(key) for other in everybody}) > 1]
+        """Raise a DistributedError, with the keys that differ, unless all ranks pass the same."""
+        items = self.gather(what)
+        differing = [key for key in what if len({other.get(key) for other in items}) > 1]
         if differing:
             raise DistributedError(
                 f"the {self.world} ranks differ in: {', '.join(differing)}. Give every rank the "
-                "same model, options and whole calibration, which is split over them here (no "
-                "DistributedSampler); or process_group=False to work on each rank by itself"
+                "same model and options, and the whole calibration, without a DistributedSampler: "
+                "the batches are split over the ranks here. Or pass process_group=False, so that "
+                "each rank works by itself"
             )
 
     def least_loaded(self, costs: Sequence[float]) -> list[int]:
-        """A rank for each piece of work: the most costly first, to whom has least to do so far."""
+        """A rank for each task: the most costly task first, each to the least loaded rank."""
         load, owners = [0.0] * self.world, [0] * len(costs)
         for at in sorted(range(len(costs)), key=lambda at: -costs[at]):
             owners[at] = min(range(self.world), key=load.__getitem__)
@@ -137,10 +138,10 @@ class Ranks:
         return owners
 
     def _gather(self, item: Any) -> list[Any]:
-        everybody: list[Any] = [None] * self.world
+        items: list[Any] = [None] * self.world
         with torch.cuda.device(self._device("cpu")) if self._on_cuda else contextlib.nullcontext():
-            self._call(lambda: dist.all_gather_object(everybody, item, group=self.group))
-        return everybody
+            self._call(lambda: dist.all_gather_object(items, item, group=self.group))
+        return items
 
     def _in_place(self, tensor: torch.Tensor, collective: Callable[[torch.Tensor], Any]) -> None:
         if self.group is None:
@@ -153,8 +154,8 @@ class Ranks:
                 tensor.copy_(wire)
 
     def _device(self, kind: str) -> torch.device:
-        """Where a tensor on such a device has to be for the group's backends to take it."""
-        if kind == "cuda" or self._on_cuda:  # the one that the caller has set for this rank
+        """The device that a tensor on a ``kind`` device must be on for the group's backends."""
+        if kind == "cuda" or self._on_cuda:  # the device that the caller has made current
             if kind == "cuda" and "cuda" not in self._backends:
                 return torch.device("cpu")
             return torch.device("cuda", torch.cuda.current_device())
@@ -162,25 +163,25 @@ class Ranks:
 
     @property
     def _backends(self) -> str:
-        """Such as "cpu:gloo,cuda:nccl"."""
+        """The group's backends, such as "cpu:gloo,cuda:nccl"."""
         return dist.get_backend_config(self.group)
 
     @property
     def _on_cuda(self) -> bool:
-        """Whether everything has to go through a CUDA device, as for NCCL alone."""
+        """Whether all tensors must be on a CUDA device, as with NCCL alone."""
         return "cpu" not in self._backends
 
     def _call(self, collective: Callable[[], Any]) -> None:
         try:
             collective()
-        except RuntimeError as error:  # of a connection that closed, or of a timeout
+        except RuntimeError as error:  # a closed connection, or a timeout
             if is_out_of_memory(error):
                 raise
             broken = DistributedError(
                 f"rank {self.rank} of {self.world} lost the others: {error}. One of them has died, "
-                "or did not come to the same call in time: look at its log. Start the ranks anew; "
-                "with checkpoint_dir the same call goes on after the last state that was saved. "
-                "Where a rank needs longer for a block, give init_process_group a longer timeout "
+                "or did not reach the same call in time: look at its log. Start all ranks again; "
+                "with checkpoint_dir the same call continues from the last state that was saved. "
+                "If a rank needs longer for a block, give init_process_group a longer timeout "
                 "(--timeout on the command line)"
             )
             setattr(broken, _AGREED, True)
@@ -192,14 +193,14 @@ ALONE = Ranks()
 
 @contextlib.contextmanager
 def distributed_session(process_group: Group = None) -> Iterator[Ranks]:
-    """The ranks that work on one model together; what one raises inside, all raise.
+    """The ranks that work on one model together; an error on one rank is raised on all of them.
 
     Args:
-        process_group: the group; None is the default one where it is initialised, and False this
-            process alone.
+        process_group: the group; None is the default group if it is initialised, else this process
+            alone; False is this process alone.
 
     Raises:
-        ConfigError: no group, or one that this process is not in.
+        ConfigError: ``process_group`` is no group, or a group that this process is not in.
         DistributedError: another rank failed, or does not answer.
     """
     ranks = _ranks_of(process_group)
@@ -229,6 +230,6 @@ def _ranks_of(process_group: Group) -> Ranks:
 
 
 def _described(error: Exception) -> tuple[str, str]:
-    """The error's kind, for one of ours the public one, and what it says."""
+    """The class name of an error, for a MagRError that of its public class, and its message."""
     names = [kind.__name__ for kind in type(error).__mro__]
     return next((name for name in names if name in PUBLIC_ERRORS), names[0]), str(error)

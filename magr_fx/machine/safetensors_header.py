@@ -1,7 +1,7 @@
-"""What a file of safetensors holds, by its header; no weight is read.
+"""The tensors of a safetensors file, read from its header alone.
 
-It begins with the length of its header, 8 bytes, and the header, in JSON: each tensor's dtype,
-shape, and first and last byte after the header.
+The file begins with the length of the header in 8 bytes. The header is JSON: each tensor's dtype,
+shape, first byte and the byte after its last, counted from the end of the header.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from magr_fx.errors import ModelError
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-FLOATS = tuple(_BYTES)  # what MagR works on
-DOWNLOAD = "finish the download (hf download NAME --local-dir DIRECTORY takes it up again)"
+FLOATS = tuple(_BYTES)  # the dtypes that MagR rewrites
+DOWNLOAD = "finish the download (hf download NAME --local-dir DIRECTORY continues it)"
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class StoredTensor:
 
     Attributes:
         file: the file that holds it.
-        dtype: as safetensors calls it: F32, BF16, I8, ...
-        shape: its sizes.
-        start, stop: its first byte in the file, and the one after its last.
+        dtype: the name in safetensors: F32, BF16, I8, ...
+        shape: its shape.
+        start, stop: its first byte in the file, and the byte after its last.
     """
 
     file: Path
@@ -41,10 +41,10 @@ class StoredTensor:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Every tensor of one file of safetensors.
+    """Every tensor of one safetensors file, by name.
 
     Raises:
-        ModelError: it is damaged, or cut short.
+        ModelError: the file cannot be read, or is damaged or incomplete.
     """
     size = file.stat().st_size
     try:
@@ -54,7 +54,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 raise ValueError("the header is cut short")
             header = json.loads(opened.read(length))
         if not isinstance(header, dict):
-            raise ValueError("the header has no names")
+            raise ValueError("the header is not a JSON object")
         header.pop("__metadata__", None)
         found = {}
         for name, entry in header.items():
@@ -70,7 +70,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     end = max((tensor.stop for tensor in found.values()), default=8 + length)
     if size != end:
         raise ModelError(
-            f"{file} has {size:,} bytes where its header says {end:,}: it is cut short or "
+            f"{file} has {size:,} bytes, but its header says {end:,}: it is cut short or "
             f"damaged; {DOWNLOAD}"
         )
     for name, tensor in found.items():

@@ -1,4 +1,4 @@
-"""Named tensors on the disk, as a mapping: what is too much to keep in memory until the end."""
+"""Named tensors in files, as a mapping: for tensors that together do not fit into memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from magr_fx.machine.disk import save
 
 
 class TensorFiles(MutableMapping[str, torch.Tensor]):
-    """Each tensor in a file of its own, torchao's among them.
+    """Keeps each tensor, also torchao's, in a file of its own.
 
     Args:
-        folder: a directory, which is there, for these files alone.
+        folder: an existing directory that has no other files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -25,7 +25,7 @@ class TensorFiles(MutableMapping[str, torch.Tensor]):
         """Write a tensor.
 
         Raises:
-            CheckpointError: there is no space, or no permission.
+            CheckpointError: the disk is full, or the file may not be written.
         """
         try:
             with self._file(name).open("wb") as file:
@@ -58,8 +58,8 @@ class TensorFiles(MutableMapping[str, torch.Tensor]):
         return self.folder / f"{name}.pt"
 
 
-class LetGo(MutableMapping[str, torch.Tensor]):
-    """Keeps nothing: of what another rank keeps."""
+class DiscardedTensors(MutableMapping[str, torch.Tensor]):
+    """Discards every tensor: for ranks whose tensors another rank writes."""
 
     def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
         pass

@@ -1,4 +1,4 @@
-"""What was done, as objects, text, files, pictures and log records.
+"""Reports on a run: objects, text, files, plots and log records.
 
 It may import the ground (errors, config) and the rooms from machine to rounding.
 """

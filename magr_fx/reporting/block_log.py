@@ -1,4 +1,4 @@
-"""One record for each finished block, for whoever listens to the logger ``magr_fx.blocks``."""
+"""One log record for each finished block, from the logger ``magr_fx.blocks``."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ _BEGINNING = b'{"block": '  # of every line
 def log_block(
     name: str, number: int, of: int, rows: Sequence[SiteReport], seconds: float, memory: float
 ) -> None:
-    """Log, at level INFO, that a block is done; the record's ``block`` has the same for JSON.
+    """Log at level INFO that a block is done; the record's ``block`` is a dict for JSON.
 
     Args:
         name: the module path of the layer; "" outside of layers.
-        number, of: which block of how many; with ``propagate`` a layer has several.
-        rows: the report's rows of its sites.
-        seconds: since the block before it was done.
+        number, of: the block's number, and how many blocks there are; with ``propagate`` a layer
+            has several.
+        rows: the report's rows for the block's sites.
+        seconds: the time since the previous block was done.
         memory: the high-water mark in MiB.
     """
     if not blocks.isEnabledFor(logging.INFO):
@@ -47,16 +48,15 @@ def log_block(
 def blocks_to(
     path: Path | None, out: Path, *, run_id: Callable[[], str], resumed: bool
 ) -> Iterator[None]:
-    """Append each block that is done to a file, as one line of JSON, for as long as it is open.
+    """Within the context, append each finished block to a file, as one line of JSON.
 
     Args:
-        path: the file; None is none.
-        out: what the run makes, which each line names beside what the record holds.
-        run_id: tells what each line names as well, the same however often the run is taken up
-            again; asked when the first block is done.
-        resumed: whether this run goes on with one that was cut short, should there be one. That may
-            have logged blocks which it had not saved yet: they are done again, and their lines take
-            the place of the others.
+        path: the file; None writes no file.
+        out: the directory that the run makes; each line has it as "out".
+        run_id: returns the identifier of the run, which each line has as "run". It stays the same
+            when a run is resumed. It is called when the first block is done.
+        resumed: whether this run may continue an interrupted one. The interrupted run may have
+            logged blocks that it had not saved. They are done again, so their lines are removed.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -78,7 +78,7 @@ def blocks_to(
         blocks.setLevel(level)
         blocks.removeHandler(handler)
         handler.close()
-        if is_new and path.is_file() and path.stat().st_size == 0:  # of a run that was refused
+        if is_new and path.is_file() and path.stat().st_size == 0:  # no block was done
             path.unlink()
 
 
@@ -89,9 +89,9 @@ class _JsonLines(logging.FileHandler):
         self._run = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not self._run:  # which has its directory by now
+        if not self._run:  # the run's directory, with its identifier, exists by now
             self._run = self._run_id()
-            if self._path.is_file():  # no pipe
+            if self._path.is_file():  # not a pipe
                 number = record.block["number"]  # type: ignore[attr-defined]
                 _mend(self._path, self._run, number if self._resumed else None)
         super().emit(record)
@@ -102,10 +102,11 @@ class _JsonLines(logging.FileHandler):
 
 
 def _mend(path: Path, run: str, number: int | None) -> None:
-    """Take back what a run that was killed wrote: half a line, and the blocks that are done again.
+    """Remove half a line, and the lines of this run's blocks that will be logged again.
 
-    A block is logged as it is done, and saved later, so that those from this number on are logged
-    anew. Other runs, also for the same OUT, may have written to the same file.
+    A killed run leaves such lines, because it logs a block before it saves it. The blocks from
+    ``number`` on are done again; None removes no lines. The lines of other runs, also for the same
+    OUT, are kept.
     """
     with path.open("r+b") as file:
         found = file.read()
@@ -118,7 +119,7 @@ def _mend(path: Path, run: str, number: int | None) -> None:
         mended = b"".join(lines)
         if mended != found:
             file.seek(0)
-            file.write(mended)  # up to what is taken back the same bytes as before
+            file.write(mended)  # the bytes before the first removed line do not change
             file.truncate()
 
 
@@ -128,7 +129,7 @@ def _is_again(record: dict[str, Any], run: str, number: int) -> bool:
 
 
 def _record(line: bytes) -> dict[str, Any]:
-    """What a line holds, empty if it is none of ours."""
+    """The JSON object in a line; empty if there is none."""
     try:
         record = json.loads(line)
     except ValueError:

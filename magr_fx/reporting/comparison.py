@@ -1,4 +1,4 @@
-"""What a comparison found: numbers, a table, JSON and a picture."""
+"""The result of a comparison: numbers, a table, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.float64]
 
 
 class Estimate(NamedTuple):
-    """A mean, and its standard error: NaN of a single window."""
+    """A mean and its standard error, which is NaN for a single window."""
 
     value: float
     error: float
@@ -30,13 +30,13 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What a model takes.
+    """The size of a model.
 
     Attributes:
-        memory: bytes of its parameters and buffers, each once.
-        disk: bytes of its files; None where there are none.
-        weights: how many weights it has.
-        bits: for each weight of the matmuls and tables, in memory: with scales and zero points.
+        memory: bytes of its parameters and buffers; shared ones are counted once.
+        disk: bytes of its files; None if there are none.
+        weights: the number of its weights.
+        bits: bits in memory per weight of matmuls and embeddings, with scales and zero points.
     """
 
     memory: int
@@ -50,10 +50,10 @@ class Window:
     """One sequence of the text.
 
     Attributes:
-        number: counted over all batches, from 0.
-        tokens: how many were predicted.
-        loss, loss_original: means of -log of the probability of the token that follows, in nats.
-        divergence: the mean KL divergence, in nats.
+        number: its number over all batches, from 0.
+        tokens: the number of predicted tokens.
+        loss, loss_original: the mean negative log-likelihood of the next token, in nats.
+        divergence: the mean of KL(original ‖ quantized), in nats.
     """
 
     number: int
@@ -64,30 +64,30 @@ class Window:
 
     @property
     def collapsed(self) -> bool:
-        """Whether the quantized model loses more than 3 nats a token above the original."""
+        """Whether the quantized model's loss is above the original's by more than 3 nats."""
         return self.loss > self.loss_original + COLLAPSE
 
 
-COLLAPSE = 3.0  # nats a token
+COLLAPSE = 3.0  # nats per token
 
 
 @dataclass(frozen=True)
 class Text:
-    """How two models predict the next token of the same text.
+    """How well two models predict the next token of the same text.
 
-    Standard errors take each window as one observation, since the tokens of a window are not
+    Standard errors take each window as one observation, because the tokens of a window are not
     independent.
 
     Attributes:
         perplexity, perplexity_original: exp of the mean loss.
-        ratio: of the two; its error is that of the paired difference, which is far smaller than
-            those of the perplexities.
-        divergence: the mean of KL(original ‖ quantized), in nats a token.
-        median, percentile_99, percentile_999, largest: of the divergence.
-        same_top: the share of the tokens whose most probable successor is the same.
+        ratio: perplexity / perplexity_original. Its standard error is that of the paired
+            difference, which is far smaller than those of the perplexities.
+        divergence: the mean of KL(original ‖ quantized), in nats per token.
+        median, percentile_99, percentile_999, largest: of the tokens' divergences.
+        same_top: the share of tokens for which both models predict the same most probable token.
         probability_rms: the root mean square of the change of the right token's probability.
-        windows: one by one, in the order of the batches.
-        divergences: of each token, in the order of the text.
+        windows: every window, in the order of the batches.
+        divergences: of each token, in nats, in the order of the text.
     """
 
     perplexity: Estimate
@@ -105,23 +105,23 @@ class Text:
 
     @property
     def tokens(self) -> int:
-        """How many tokens were predicted."""
+        """The number of predicted tokens."""
         return len(self.divergences)
 
     @property
     def collapsed(self) -> list[int]:
-        """The numbers of the windows that the quantized model fails on."""
+        """The numbers of the windows that have collapsed, see :attr:`Window.collapsed`."""
         return [window.number for window in self.windows if window.collapsed]
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """How two models' outputs differ, for models that predict no next token.
+    """How much the outputs of two models differ, for models that predict no next token.
 
     Attributes:
-        cosine: the mean over all output vectors of the cosine of the original and the quantized.
+        cosine: the cosine of the original and the quantized output vector, averaged over all.
         relative_error: ‖ŷ - y‖ / ‖y‖ of all outputs together.
-        by_window: the same for each sequence, or each entry of a batch.
+        by_window: the relative error of each sequence, or of each entry of a batch.
     """
 
     cosine: Estimate
@@ -134,9 +134,9 @@ class Comparison:
     """How far a quantized model is from the original. ``print`` shows a table.
 
     Attributes:
-        text: for causal language models, else None.
-        outputs: for all other models, else None.
-        size, size_original: what the two take.
+        text: for causal language models, otherwise None.
+        outputs: for all other models, otherwise None.
+        size, size_original: the sizes of the two models.
     """
 
     text: Text | None
@@ -156,7 +156,7 @@ class Comparison:
         return f"{_table(rows)}\n\n{_table(lines)}"
 
     def as_dict(self) -> dict[str, object]:
-        """Everything but the divergence of each token, for JSON."""
+        """Everything except the divergence of each token, for JSON."""
         found = asdict(self)
         if self.text is not None:
             found["text"].pop("divergences")
@@ -164,13 +164,15 @@ class Comparison:
         return {key: _finite(value) for key, value in found.items()}
 
     def to_json(self, path: str | PathLike[str]) -> None:
-        """Write :meth:`as_dict`; what is not finite becomes null."""
+        """Write :meth:`as_dict` to ``path`` as JSON; NaN and infinities become null."""
         with open(path, "w", encoding="utf-8") as file:
             json.dump(self.as_dict(), file, indent=1, allow_nan=False)
             file.write("\n")
 
     def plot(self, path: str | PathLike[str]) -> None:
-        """Draw the divergence of all tokens, and each window; the suffix chooses the format.
+        """Plot the divergences of all tokens and the loss of each window, or the outputs' errors.
+
+        The suffix of ``path`` chooses the format (png, pdf, svg).
 
         Raises:
             ImportError: matplotlib is not installed; the message has the command.
@@ -204,7 +206,7 @@ def _of_outputs(outputs: Outputs | None) -> list[tuple[str, str]]:
     return [
         ("cosine of the outputs, mean", f"{outputs.cosine:.6f}"),
         ("relative error of the outputs", f"{outputs.relative_error:.4%}"),
-        ("worst of the windows", f"{max(outputs.by_window, default=math.nan):.4%}"),
+        ("relative error, worst sequence", f"{max(outputs.by_window, default=math.nan):.4%}"),
     ]
 
 
@@ -231,7 +233,7 @@ def _table(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _finite(value: object) -> object:
-    """The same with None for NaN and infinities, which JSON does not know."""
+    """The value with None for NaN and infinities, which JSON cannot hold."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, Estimate):

@@ -1,4 +1,4 @@
-"""The report's picture: the paper's Figure 1 for the whole model, and output error per site."""
+"""The report's plot: the paper's Figure 1 for the whole model, and the output error per site."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 if TYPE_CHECKING:
     from magr_fx.reporting.report import MagRReport
 
-_MAX_POINTS = 20_000  # of the left panel; more only makes the file bigger
+_MAX_POINTS = 20_000  # of the left panel; more would only make the file larger
 
 
 def plot_report(report: MagRReport, path: str | PathLike[str]) -> None:
-    """Draw ``report`` to ``path``; the suffix chooses the format (png, pdf, svg)."""
+    """Plot ``report`` to ``path``; the suffix chooses the format (png, pdf, svg)."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -27,11 +27,11 @@ def plot_report(report: MagRReport, path: str | PathLike[str]) -> None:
     after = np.concatenate([site.channel_max_after for site in sites])
     every = -(-len(before) // _MAX_POINTS)
 
-    # No pyplot: it would choose a backend and keep the figure alive for the whole process.
+    # Not pyplot, which would choose a backend and keep the figure alive for the whole process.
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    # Not the maximum: one channel of ten times the others would leave those in a corner.
+    # Not the maximum: one channel ten times as large would push all others into a corner.
     limit = 1.05 * float(np.quantile(before, 0.999, method="lower")) or 1.0
     beyond = int((before > limit).sum())
     left.plot([0, limit], [0, limit], color="0.6", linewidth=1, label="unchanged")

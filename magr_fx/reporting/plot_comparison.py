@@ -1,4 +1,4 @@
-"""A comparison's picture: the divergence of all tokens, and what each window loses."""
+"""A comparison's plot: the divergence of all tokens and the loss of each window."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 def plot_comparison(comparison: Comparison, path: str | PathLike[str]) -> None:
-    """Draw it to ``path``; the suffix chooses the format (png, pdf, svg)."""
+    """Plot ``comparison`` to ``path``; the suffix chooses the format (png, pdf, svg)."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plotting needs matplotlib: pip install 'magr-fx[plot]'") from error
-    # No pyplot: it would choose a backend and keep the figure alive for the whole process.
+    # Not pyplot, which would choose a backend and keep the figure alive for the whole process.
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     text, outputs = comparison.text, comparison.outputs
@@ -29,7 +29,7 @@ def plot_comparison(comparison: Comparison, path: str | PathLike[str]) -> None:
         left.axhline(text.divergence.value, color="0.6", linewidth=1, label="mean")
         left.set(
             title=f"KL divergence of {text.tokens:,} tokens from the original",
-            xlabel="% of the tokens that diverge less",
+            xlabel="% of tokens with a smaller divergence",
             ylabel="nats",
             xlim=(0, 100),
             yscale="log",
@@ -48,7 +48,7 @@ def plot_comparison(comparison: Comparison, path: str | PathLike[str]) -> None:
         right.set(
             title=f"Perplexity x{text.ratio.value:.3f}; same top token {text.same_top.value:.1%}",
             xlabel="window",
-            ylabel="loss, nats a token",
+            ylabel="loss, nats per token",
         )
         right.legend()
     elif outputs is not None:

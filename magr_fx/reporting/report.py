@@ -1,4 +1,4 @@
-"""What was done: a row per site, what was left alone and why, and where the time went."""
+"""MagRReport: a row per site, why sites were skipped or failed, and the time of each stage."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ from magr_fx.reporting.comparison import Comparison
 from magr_fx.reporting.report_text import report_text, totals
 
 Outcome = Literal["rewritten", "skipped", "failed"]
-# How much smaller the gain on held-out tokens has to be for a warning.
+# A site overfits if its error relative to torchao alone is larger on held-out tokens than on the
+# calibration by more than this factor.
 OVERFIT = 1.4
 STAGES = ("trace", "check", "grams", "solve", "rewrite", "quantize")
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """What the target makes of one site; errors are relative output errors.
+    """How one site was quantized; errors are relative output errors.
 
-    An output error is ‖X(V-A)ᵀ‖_F / ‖XAᵀ‖_F for the quantized values V. A is the original weight;
-    with ``propagate`` it is the weight that makes up for what the quantized layers before it
-    lose, and X what reaches the site behind them.
+    An output error is ‖X(V-A)ᵀ‖_F / ‖XAᵀ‖_F for the quantized values V. A is the original weight.
+    With ``propagate`` A is the weight that compensates the error of the quantized layers before the
+    site, and X is the input that the site gets from them.
 
     Attributes:
-        alphas: how many rows, or groups, chose which alpha; "0" is no shrinking.
-        clip: the mean share of the largest magnitude, per row or group, that was kept.
+        alphas: the number of rows, or groups, for each alpha that was chosen; "0" is no shrinking.
+        clip: the clip as a share of the largest magnitude, averaged over rows or groups.
         error_alone: of torchao alone, which quantizes the original weight, on the calibration.
-        error: of what was made here.
-        held_alone, held: the same on the tokens that were kept aside; NaN where there are none.
+        error: of the weight that magr-fx made, on the calibration.
+        held_alone, held: the two errors on the held-out tokens; NaN if there are none.
     """
 
     alphas: dict[str, int]
@@ -49,12 +50,12 @@ class Quantization:
 
     @property
     def overfits(self) -> bool:
-        """Whether the gain over torchao alone is much smaller on the tokens that were kept aside.
+        """Whether the gain over torchao alone is much smaller on the held-out tokens.
 
-        The quantizer alone has seen no token, so that its two errors tell how hard these are.
+        torchao alone uses no tokens, so the ratio of its two errors shows which tokens are harder.
         """
         if not (self.error_alone > 0 and self.held_alone > 0 and self.error > 0):
-            return False  # also where there is nothing held
+            return False  # also if there are no held-out tokens
         gain, held_gain = self.error / self.error_alone, self.held / self.held_alone
         return held_gain > 1 or held_gain > OVERFIT * gain
 
@@ -64,25 +65,26 @@ class SiteReport:
     """What happened to one site.
 
     Attributes:
-        name: the parameter's name in the model, with an index where the site is a part of it.
+        name: the parameter's name in the model, with an index if the site is a part of it.
         shape: ``(out, in)``; of a parameter that is no site, its own shape.
-        outcome: ``"rewritten"``, ``"skipped"`` or ``"failed"`` (its weight is as it was).
-        reason: why it was skipped or failed; of a rewritten one, what is worth knowing.
-        calls: how many matmuls of the traced graphs read the weight.
-        tokens: how many calibration tokens are in its gram (padding does not count).
-        damping: s in G + s·mean(diag G)·I, the gram it was solved with; None where it was not
-            solved, and in reports of versions that did not note it.
+        outcome: ``"rewritten"``, ``"skipped"`` or ``"failed"``; the weight of a failed site is
+            unchanged.
+        reason: why it was skipped or failed; of a rewritten site a note, if there is one.
+        calls: the number of matmuls of the traced graphs that read the weight.
+        tokens: the number of calibration tokens in its gram, without padding.
+        damping: s in G + s·mean(diag G)·I, the gram it was solved with; None if it was not solved,
+            and in reports of versions that did not record it.
         channel_max_before, channel_max_after: each row's largest magnitude, ``[out]`` float32.
-        output_error: ‖X(Ŵ-W)ᵀ‖_F / ‖XWᵀ‖_F on the calibration gram, before any quantization; NaN
-            where GPTQ made codes of the weight at once, whose values ``channel_max_after`` is of.
-        status: how many rows the solver ended in which way.
+        output_error: ‖X(Ŵ-W)ᵀ‖_F / ‖XWᵀ‖_F on the calibration gram, before any quantization. NaN
+            if GPTQ made codes of the weight; ``channel_max_after`` is then that of their values.
+        status: the number of rows by the status of their solve.
         steps: the most steps that a row took.
         seconds: time in the solver; sites that share a gram are solved as one problem, and the
             time is split by their rows.
         memory: high-water mark when the site was done, in MiB: of the device's allocations on
             CUDA, of the process's resident memory otherwise.
         quantized: whether torchao quantized the weight afterwards (``magr_quantize`` only).
-        quantization: how well, where the target took part; None where it only set the groups.
+        quantization: the errors after quantization; None if the target only set the groups.
     """
 
     name: str
@@ -104,16 +106,16 @@ class SiteReport:
 
     @property
     def max_before(self) -> float:
-        """The weight's largest magnitude before."""
+        """The weight's largest magnitude before rewriting."""
         return _maximum(self.channel_max_before)
 
     @property
     def max_after(self) -> float:
-        """The weight's largest magnitude after."""
+        """The weight's largest magnitude after rewriting."""
         return _maximum(self.channel_max_after)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the per-channel arrays, as JSON knows it (no NaN, no Inf)."""
+        """Everything except the per-channel arrays, for JSON: NaN and infinities are None."""
         names = [f.name for f in fields(self) if not f.name.startswith("channel_max")]
         values = {name: getattr(self, name) for name in (*names, "max_before", "max_after")}
         if self.quantization is not None:
@@ -123,24 +125,23 @@ class SiteReport:
 
 @dataclass(eq=False)
 class MagRReport:
-    """The whole run; ``str(report)`` is a table of the sites and the totals.
+    """The report of a whole run; ``str(report)`` is a table of the sites and the totals.
 
     Attributes:
-        sites: one :class:`SiteReport` per site, in the order they were solved, then those that
-            were skipped.
-        config: the options that the sites were solved with.
-        target: the torchao config that quantized the model, in brief; empty where none did.
-        batches: how many calibration batches were run.
-        traces: how many graphs it took to run them.
-        tracer: what traced the model: "export" or "make_fx"; empty for a graph that was given.
-        refusal: why torch.export did not, where it was asked to.
-        notes: what else is worth knowing of the calibration, such as an input that may be a mask.
+        sites: one :class:`SiteReport` per site, in the order in which they were solved; the skipped
+            ones come last.
+        config: the options with which the sites were solved.
+        target: a short description of the torchao config or quantizer; empty without a target.
+        batches: the number of calibration batches.
+        traces: the number of graphs that they needed.
+        tracer: how the model was traced: "export" or "make_fx"; empty if the model is a graph.
+        refusal: why torch.export failed, if it was tried.
+        notes: notes on the calibration, such as an input that may be a mask.
         seconds: wall time per stage: trace, check, grams, solve, rewrite, quantize.
-        states, saved_bytes: how many states ``checkpoint_dir`` got, and how many bytes it was
-            written in all, by all ranks, also before the run was cut short; 0 without one.
-        peak_memory: the highest of the sites' ``memory``, in MiB.
-        comparison: how far the quantized model is from the original, where ``evaluate`` asked for
-            it.
+        states, saved_bytes: the number of states saved in ``checkpoint_dir``, and the bytes that
+            all ranks wrote to it, also before an interruption; 0 without a ``checkpoint_dir``.
+        peak_memory: the largest ``memory`` of the sites, in MiB.
+        comparison: how far the quantized model is from the original; None without ``evaluate``.
     """
 
     config: MagRConfig
@@ -170,7 +171,7 @@ class MagRReport:
 
     @property
     def overfitted(self) -> list[SiteReport]:
-        """The sites whose gain over torchao alone mostly vanishes on held-out tokens."""
+        """The sites whose gain over torchao alone is much smaller on held-out tokens."""
         return [s for s in self.sites if s.quantization is not None and s.quantization.overfits]
 
     @property
@@ -182,7 +183,7 @@ class MagRReport:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[Callable[[], float]]:
-        """Add the time spent inside to ``seconds[stage]``; gives what tells it afterwards."""
+        """Add the time in the context to ``seconds[stage]``; yields a function that returns it."""
         start, spent = perf_counter(), 0.0
         try:
             yield lambda: spent
@@ -191,18 +192,18 @@ class MagRReport:
             self.seconds[stage] += spent
 
     def mark_quantized(self, names: set[str]) -> None:
-        """Note that torchao quantized the parameters with these names."""
+        """Record that torchao quantized the sites with these names, and no others."""
         self.sites = [replace(s, quantized=s.name in names) for s in self.sites]
 
     def __str__(self) -> str:
         return report_text(self)
 
     def totals(self) -> str:
-        """The run in a few lines: sites, magnitudes, errors, damping, time and memory."""
+        """A few lines about the run: sites, magnitudes, errors, damping, time and memory."""
         return "\n".join(totals(self))
 
     def to_json(self, path: str | PathLike[str]) -> None:
-        """Write everything but the per-channel arrays to ``path``."""
+        """Write everything except the per-channel arrays to ``path`` as JSON."""
         record = {
             "config": self.config.resolved().as_dict(),
             "target": self.target,
@@ -222,7 +223,9 @@ class MagRReport:
             file.write("\n")
 
     def plot(self, path: str | PathLike[str]) -> None:
-        """Draw the paper's Figure 1 (each channel's maximum) and the sites' output errors.
+        """Plot the paper's Figure 1 (each channel's maximum) and the sites' output errors.
+
+        The suffix of ``path`` chooses the format (png, pdf, svg).
 
         Raises:
             ImportError: matplotlib is not installed; the message has the command.
@@ -234,7 +237,7 @@ class MagRReport:
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with None for NaN and Inf, which JSON does not know."""
+    """The values with None for NaN and infinities, which JSON cannot hold."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in values.items()

@@ -1,4 +1,4 @@
-"""A report in a directory: its rows in JSON, each channel's largest magnitude beside them."""
+"""A report in a directory: its rows in a JSON file, the channels' magnitudes in an npz file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_report(report: MagRReport, folder: Path) -> None:
     """Write ``magr_report.json`` and ``magr_report.npz``.
 
     Raises:
-        OSError: there is no space, or no permission.
+        OSError: the disk is full, or the files may not be written.
     """
     report.to_json(folder / ROWS)
     arrays = {
@@ -34,19 +34,19 @@ def write_report(report: MagRReport, folder: Path) -> None:
 
 
 def has_report(folder: Path) -> bool:
-    """Whether a report was written there."""
+    """Whether the directory has a report."""
     return (folder / ROWS).exists()
 
 
 def read_report(folder: Path) -> MagRReport:
-    """What :func:`write_report` wrote, also that of a version which knew fewer figures.
+    """Read what :func:`write_report` wrote, also reports of older versions with fewer values.
 
     Raises:
         ConfigError: there is no report, or it is damaged.
     """
     try:
         record: dict[str, Any] = json.loads((folder / ROWS).read_text(encoding="utf-8"))
-        # Opened here: of a damaged one np.load would leave it open.
+        # Opened here, because np.load leaves a damaged file open.
         with (folder / CHANNELS).open("rb") as file, np.load(file) as arrays:
             sites = [_site(row, at, arrays) for at, row in enumerate(record["sites"])]
         rest = {
@@ -55,14 +55,14 @@ def read_report(folder: Path) -> MagRReport:
             if key not in ("config", "sites", "comparison")
         }
         report = MagRReport(MagRConfig(**record["config"]), sites=sites, **rest)
-        str(report)  # what cannot be shown is damaged too
+        str(report)  # a report that cannot be printed counts as damaged
         return report
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(
             f"{folder} has no {Path(error.filename).name}; give a directory that magr-fx wrote, or "
-            "that of a run that is not finished"
+            "the directory of an unfinished run"
         ) from error
-    except Exception as error:  # whatever a file raises of which any byte may be another
+    except Exception as error:  # a damaged file can raise anything
         raise ConfigError(f"the report in {folder} cannot be read: {error!r}") from error
 
 
@@ -75,7 +75,7 @@ def _site(row: dict[str, Any], at: int, arrays: Any) -> SiteReport:
     else:
         values["quantization"] = None
     values["shape"] = tuple(row["shape"])
-    values["damping"] = row.get("damping")  # None is not NaN: it was not solved, or not noted
+    values["damping"] = row.get("damping")  # stays None: not solved, or not recorded
     for name in _ARRAYS:
         if f"{at}.{name}" in arrays:
             values[name] = arrays[f"{at}.{name}"]
@@ -83,5 +83,5 @@ def _site(row: dict[str, Any], at: int, arrays: Any) -> SiteReport:
 
 
 def _number(value: Any) -> Any:
-    """NaN in the place of None, which stands for it in JSON."""
+    """The value, with NaN for None, which stands for NaN in JSON."""
     return float("nan") if value is None else value

@@ -1,4 +1,4 @@
-"""A report as text: a table of the sites, what was left out and why, and the totals."""
+"""A report as text: a table of the sites, why others were skipped or failed, and the totals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _QUANTIZATION = (
 
 
 def report_text(report: MagRReport) -> str:
-    """Everything that a report says."""
+    """The whole report as text."""
     done = report.rewritten
     parts = [_table([_HEADER, *map(_cells, done)], text=(0, 7))] if done else []
     judged = [_quantization_cells(site) for site in done if site.quantization]
@@ -38,7 +38,7 @@ def report_text(report: MagRReport) -> str:
             rows = [(s.name, _shape(s), f"{_parameters([s]) / size:.1%}", s.reason) for s in sites]
             parts.append(f"{title}:\n{_table(rows, text=(0, 3))}")
     if report.comparison is not None:
-        parts.append(f"the quantized model beside the original:\n{report.comparison}")
+        parts.append(f"the quantized model compared with the original:\n{report.comparison}")
     return "\n\n".join([*parts, report.totals()])
 
 
@@ -94,7 +94,7 @@ def _quantized(report: MagRReport) -> list[str]:
     left = [site for site in report.sites if not site.quantized]
     if left:
         lines.append(
-            f"{len(left)} left as they are, {_parameters(left) / _parameters(report.sites):.1%} of "
+            f"{len(left)} not quantized, {_parameters(left) / _parameters(report.sites):.1%} of "
             f"the matrix parameters: {', '.join(s.name for s in left[:3])}"
             f"{', ...' if len(left) > 3 else ''}"
         )
@@ -113,13 +113,13 @@ def _run(report: MagRReport) -> list[str]:
     if report.states:
         size = f"{report.saved_bytes / 1e6:.3g} MB"
         lines.append(
-            f"saved to go on from after a crash: {size} in all, {report.states} states among it"
+            f"saved for resuming after an interruption: {size} in all, {report.states} states"
         )
     return lines
 
 
 def _cells(site: SiteReport) -> tuple[str, ...]:
-    """The row of a rewritten site."""
+    """The table row of a rewritten site."""
     return (
         site.name,
         _shape(site),
@@ -149,7 +149,7 @@ def _quantization_cells(site: SiteReport) -> tuple[str, ...]:
 
 
 def _ratio(site: SiteReport) -> npt.NDArray[np.float32]:
-    """after / before for each channel of a rewritten site; 1 for one that is zero."""
+    """max after / max before for each channel of a rewritten site; 1 if the channel is zero."""
     before, after = site.channel_max_before, site.channel_max_after
     if before is None or after is None:
         return np.empty(0, np.float32)
@@ -157,7 +157,7 @@ def _ratio(site: SiteReport) -> npt.NDArray[np.float32]:
 
 
 def _gain(where: str, errors: list[tuple[float, float]]) -> str:
-    """The mean over the sites of torchao's error and of ours, where both are known."""
+    """The mean errors of torchao alone and of magr-fx, over the sites where both are known."""
     known = np.array([pair for pair in errors if np.isfinite(pair).all()])
     if not len(known):
         return f"output error after quantization, on the {where}: unknown"
@@ -181,7 +181,7 @@ def _shape(site: SiteReport) -> str:
 
 
 def _table(rows: Sequence[tuple[str, ...]], *, text: tuple[int, ...]) -> str:
-    """Rows as aligned columns: those in ``text`` to the left, numbers to the right."""
+    """Rows as aligned columns: the columns in ``text`` to the left, all others to the right."""
     sides = ["left" if column in text else "right" for column in range(len(rows[0]))]
     table: str = tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=sides)
     return "\n".join(line.rstrip() for line in table.splitlines())

@@ -1,4 +1,4 @@
-"""From rows to codes: nearest, GPTQ, coordinate descent, and the choice between candidates.
+"""From rows to codes: nearest rounding, GPTQ, coordinate descent, the search for alpha and clip.
 
 It may import the ground (errors, config) and the rooms from machine to solver.
 """

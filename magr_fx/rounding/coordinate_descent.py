@@ -1,4 +1,4 @@
-"""Coordinate descent on the codes of a quantized weight: each takes its best value in turn."""
+"""Coordinate descent on the codes of a quantized weight: one code after the other is optimised."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from magr_fx.machine.matmul_precision import full_float32
 from magr_fx.rounding.grid import Grid
 
-# Inputs whose changes reach the later ones in one matrix product.
+# Inputs whose changes are applied to the later inputs in one matrix product.
 BLOCK = 64
 
 
@@ -17,17 +17,16 @@ def descend(codes: Tensor, weight: Tensor, gram: Tensor, grid: Grid, *, passes: 
     """Lower each row's output error (v - w)ᵀG(v - w) by changing one code after the other.
 
     With all other codes fixed, the best value of input j is the one nearest to
-    v_j - (G(v - w))_j / G_jj; a pass visits every input once, and no visit raises the error.
-    It is the refinement that the authors' code runs after OPTQ, against the original weight
-    (Zhang et al., arXiv 2406.00800, the rows marked † of their tables). Ends early where a pass
-    changes nothing.
+    v_j - (G(v - w))_j / G_jj. A pass visits every input once, and no visit raises the error.
+    The authors' code runs this after OPTQ, against the original weight (Zhang et al., arXiv
+    2406.00800, the rows marked † of their tables). It ends early if a pass changes nothing.
 
     Args:
-        codes: ``[out, in]`` int8, to start from.
+        codes: ``[out, in]`` int8, to start from; not modified.
         weight: w, ``[out, in]``, any floating dtype.
-        gram: G, ``[in, in]``, positive semidefinite. Codes of inputs with G_jj = 0 stay.
-        grid: what the codes stand for.
-        passes: the most passes over all inputs.
+        gram: G, ``[in, in]``, positive semidefinite. Codes of inputs with G_jj = 0 do not change.
+        grid: the grid of the codes.
+        passes: the maximum number of passes over all inputs.
 
     Returns:
         Codes ``[out, in]``, int8.
@@ -38,13 +37,13 @@ def descend(codes: Tensor, weight: Tensor, gram: Tensor, grid: Grid, *, passes: 
     columns = len(gram)
     steps = grid.by_column(columns)
     target = weight.to(torch.float32).T.contiguous()
-    # A copy, [in, out]: what is visited together lies together.
+    # A copy, [in, out], so that the codes of one input are contiguous.
     codes = codes.T.clone(memory_format=torch.contiguous_format)
     values = grid.values(codes.T).T.contiguous()
     changes = torch.empty_like(values[:BLOCK])
     for _ in range(passes):
         before = codes.clone()
-        slope = gram @ (values - target)  # anew in each pass, so that no rounding accumulates
+        slope = gram @ (values - target)  # recomputed, so that no rounding errors add up
         for start in range(0, columns, BLOCK):
             end = min(start + BLOCK, columns)
             changes[: end - start].zero_()
@@ -53,7 +52,7 @@ def descend(codes: Tensor, weight: Tensor, gram: Tensor, grid: Grid, *, passes: 
                     continue
                 best = values[j] - slope[j] / energy[j]
                 code, value = steps.round(j, best)
-                # Values are rounded to the weight's dtype: the nearest code need not be better.
+                # Values are rounded to the weight's dtype, so the nearest code may be worse.
                 better = (value - best).abs() < (values[j] - best).abs()
                 change = torch.mul(value - values[j], better, out=changes[j - start])
                 slope[j:end].addr_(gram[j:end, j], change)

@@ -1,4 +1,4 @@
-"""GPTQ: round one input after the other, and let the inputs to come make up for the error."""
+"""GPTQ: round one input after the other; the inputs not yet rounded compensate each error."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from magr_fx.errors import CalibrationError
 from magr_fx.machine.matmul_precision import full_float32
 from magr_fx.rounding.grid import Grid
 
-# Inputs whose errors reach the later ones in one matrix product (the paper's lazy batch updates).
+# Inputs whose errors are applied to the later ones in one product (the paper's lazy batch updates).
 BLOCK = 64
-# Where the gram cannot be factorised: the first share of its mean diagonal that is added, and the
-# factor to the next. The last is the gram's own size.
+# If the gram cannot be factorised, FIRST_DAMPING times its mean diagonal is added, then RAISE times
+# as much, up to MOST_DAMPING times.
 FIRST_DAMPING, RAISE, MOST_DAMPING = 1e-6, 10.0, 1.0
 
 
 class Compensation(NamedTuple):
-    """In which order the inputs are rounded, and how each error spreads to those that follow."""
+    """The order in which inputs are rounded, and the factor that spreads errors to later inputs."""
 
-    order: Tensor  # [in]: position → input
+    order: Tensor  # [in]: the input at each position
     factor: Tensor  # [in, in], upper triangular U with UᵀU = G⁻¹, both in that order
 
 
 @full_float32()
 def compensation(gram: Tensor, *, by_activation: bool = False) -> Compensation:
-    """What :func:`gptq` needs of a gram ``[in, in]``, once for all its weights.
+    """What :func:`gptq` needs of a gram ``[in, in]``, computed once for all weights with that gram.
 
-    A dead input (G_jj = 0) takes part in nothing: its weights are rounded to the nearest.
+    The weights of a dead input (G_jj = 0) are rounded to the nearest, and compensate nothing.
 
     Args:
-        gram: G, positive semidefinite. Where it cannot be factorised, the least share of its mean
-            diagonal with which it can is added to the diagonal.
+        gram: G, positive semidefinite. If it cannot be factorised, the smallest tried share of its
+            mean diagonal with which it can is added to the diagonal.
         by_activation: round the inputs with the largest G_jj first (the authors' ``act_order``)
             instead of in the order of the weight.
 
@@ -49,13 +49,14 @@ def compensation(gram: Tensor, *, by_activation: bool = False) -> Compensation:
     dead = energy[order] <= 0
     unit = torch.where(dead, 0, energy[order]).mean()
     unit = torch.where(unit > 0, unit, 1)
-    # No damping explains a negative energy, and what keeps a dead input regular could hide it.
+    # A negative diagonal entry is always an error, which damping, or the treatment of dead inputs,
+    # could hide.
     damping = 0.0 if bool((energy >= 0).all()) else torch.inf
     while damping <= MOST_DAMPING:
         ordered = gram[order][:, order]
         ordered.diagonal().add_(torch.where(dead, unit, damping * unit))
         lower, failed = torch.linalg.cholesky_ex(ordered)
-        del ordered  # each matrix is as large as the gram: none is kept longer than needed
+        del ordered  # as large as the gram
         if not bool(failed):
             inverse = torch.cholesky_inverse(lower)
             del lower
@@ -71,18 +72,18 @@ def compensation(gram: Tensor, *, by_activation: bool = False) -> Compensation:
 
 @full_float32()
 def gptq(weight: Tensor | Sequence[Tensor], grid: Grid, compensation: Compensation) -> Tensor:
-    """Round each row to its grid, input by input, every error compensated by the inputs to come.
+    """Round each row to its grid, input by input; the later inputs compensate every error.
 
     After input j has been rounded with the error e_j = (w_j - v_j)/U_jj, the inputs k > j become
-    w_k - e_j·U_jk: the minimiser of (v - w)ᵀG(v - w) over them, with those up to j fixed
+    w_k - e_j·U_jk. This minimises (v - w)ᵀG(v - w) over them, with the inputs up to j fixed
     (Frantar et al., "GPTQ", ICLR 2023, arXiv 2210.17323, section 3 and algorithm 1).
 
-    The grid is fixed beforehand, unlike in the paper's code, where each group's is chosen from
-    the weights as compensated so far: here the caller chooses it, and any order can be taken.
+    The caller fixes the grid beforehand, so any order of the inputs is possible. The paper's code
+    instead chooses each group's grid from the weights as compensated so far.
 
     Args:
-        weight: ``[out, in]``, any floating dtype; or several, one below the other.
-        grid: what the rows may be rounded to.
+        weight: ``[out, in]``, any floating dtype; or several weights, whose rows are stacked.
+        grid: the grid of the rows.
         compensation: of the gram, from :func:`compensation`.
 
     Returns:
@@ -90,7 +91,7 @@ def gptq(weight: Tensor | Sequence[Tensor], grid: Grid, compensation: Compensati
     """
     order, factor = compensation
     columns = len(order)
-    # One row per input: what is visited together lies together.
+    # One row per input, so that the numbers of an input are contiguous.
     rest = _by_column([weight] if isinstance(weight, Tensor) else weight, order)
     steps = grid.by_column(columns).permuted(order)
     codes = torch.empty(rest.shape, dtype=torch.int8, device=rest.device)
@@ -111,7 +112,7 @@ def gptq(weight: Tensor | Sequence[Tensor], grid: Grid, compensation: Compensati
 
 
 def _by_column(weights: Sequence[Tensor], order: Tensor) -> Tensor:
-    """The weights' rows as columns ``[in, out]``, float32: a copy, made without another one."""
+    """The weights' rows as columns ``[in, out]``, float32, in one copy."""
     rows = [len(weight) for weight in weights]
     result = torch.empty(len(order), sum(rows), dtype=torch.float32, device=order.device)
     for weight, columns in zip(weights, torch.split(result, rows, 1), strict=True):

@@ -10,35 +10,35 @@ from torch import Tensor
 
 
 class Grid(NamedTuple):
-    """The values (code - zero_point)·scale, for the whole numbers ``low`` ≤ code ≤ ``high``.
+    """The values (code - zero_point)·scale, for the integers ``low`` ≤ code ≤ ``high``.
 
-    Row i's inputs of group g have the step ``scale[i, g]``; all groups are of one size.
+    The inputs of group g in row i have the step ``scale[i, g]``. All groups have the same size.
     """
 
-    scale: Tensor  # [out, groups], above 0, in the dtype that it is stored in
-    zero_point: Tensor  # [out, groups], whole numbers of any dtype
+    scale: Tensor  # [out, groups], above 0, in the dtype in which it is stored
+    zero_point: Tensor  # [out, groups], integers of any dtype
     low: int
     high: int
-    dtype: torch.dtype  # of the values: the weight's
+    dtype: torch.dtype  # of the values, which is the weight's
 
     def nearest(self, rows: Tensor) -> Tensor:
-        """The codes of the nearest values to ``rows`` ``[out, in]``; float32."""
+        """The codes of the values nearest to ``rows`` ``[out, in]``; float32."""
         grouped = rows.to(torch.float32).view(*self.scale.shape, -1)
         codes = torch.round(grouped / self.scale.unsqueeze(-1).to(torch.float32))
         codes += self.zero_point.unsqueeze(-1)
         return codes.clamp_(self.low, self.high).view(rows.shape)
 
     def values(self, codes: Tensor) -> Tensor:
-        """What ``codes`` ``[out, in]`` stand for, rounded as torchao rounds it; float32."""
+        """The values of ``codes`` ``[out, in]``, rounded as in torchao; float32."""
         grouped = codes.view(*self.scale.shape, -1).to(self.dtype)
         steps = grouped - self.zero_point.unsqueeze(-1).to(self.dtype)
         scale = self.scale.unsqueeze(-1)
-        # In place where that is the same: one copy of the codes less.
+        # In place if that gives the same values, which saves a copy.
         values = steps.mul_(scale) if scale.dtype == self.dtype else (steps * scale).to(self.dtype)
         return values.view(codes.shape).to(torch.float32)
 
     def by_column(self, columns: int) -> ColumnGrid:
-        """The same grid, laid out to be read one input at a time."""
+        """The same grid in a layout that is read one input at a time."""
         repeats = columns // self.scale.shape[1]
         return ColumnGrid(
             self.scale.T.contiguous(),
@@ -51,23 +51,23 @@ class Grid(NamedTuple):
 
 
 def stacked(grids: Sequence[Grid]) -> Grid:
-    """The grid of the stacked rows, all of one range and dtype."""
+    """The grid of the stacked rows of several grids with the same range and dtype."""
     scale = torch.cat([grid.scale for grid in grids])
     return grids[0]._replace(scale=scale, zero_point=torch.cat([g.zero_point for g in grids]))
 
 
 class ColumnGrid(NamedTuple):
-    """A :class:`Grid` with a row for each group: what visits one input of all rows at a time."""
+    """A :class:`Grid` with a row for each group, to visit one input of all rows at a time."""
 
     scale: Tensor  # [groups, out]
     zero_point: Tensor  # [groups, out], in ``dtype``
-    group: list[int]  # of each input
+    group: list[int]  # the group of each input
     low: int
     high: int
     dtype: torch.dtype
 
     def permuted(self, order: Tensor) -> ColumnGrid:
-        """The grid of the inputs in another order."""
+        """The grid for inputs in another order."""
         return self._replace(group=[self.group[column] for column in order.tolist()])
 
     def round(self, column: int, numbers: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""From a row to its quantized values: to the nearest, by the target itself, or by GPTQ."""
+"""From rows to quantized values: rounded to the nearest, by the target itself, or by GPTQ."""
 
 from __future__ import annotations
 
@@ -11,42 +11,44 @@ from torch import Tensor
 from magr_fx.rounding.gptq import Compensation, gptq
 from magr_fx.rounding.grid import Grid, stacked
 
-# GPTQ visits one input of all rows at a time, so that a few rows take as long as many: up to so
-# many rows on a CPU, whose caches hold that much, and up to so many numbers elsewhere.
+# GPTQ visits one input of all rows at a time, so a few rows take as long as many. Candidates are
+# therefore rounded together: up to so many rows on a CPU, whose caches hold as many, and up to so
+# many numbers elsewhere.
 CPU_ROWS, DEVICE_NUMBERS = 4096, 1 << 26
 
 
 class Rounded(NamedTuple):
-    """Rows as they will be worth once quantized, and what it takes to make them so."""
+    """The quantized values of rows, and the tensors that make the quantizer produce them."""
 
     values: Tensor  # [out, in], float32
-    parts: tuple[Tensor, ...]  # [out, ...] each: rows of them belong to rows of the values
+    parts: tuple[Tensor, ...]  # each [out, ...]: a weight, or codes, scales and zero points
 
 
-# Rows [out, in] float32, and the same rows clipped, in the weight's dtype.
+# Rows [out, in] in float32, and the same rows after clipping, in the weight's dtype.
 Candidate = tuple[Tensor, Tensor]
 
 
 class Rounding(Protocol):
-    """How rows are rounded.
+    """A way to round rows.
 
-    ``makes_codes`` says whether it makes codes itself; else it makes a weight for the quantizer.
+    If ``makes_codes`` is true, its parts are codes, scales and zero points; else the one part is a
+    weight that the quantizer rounds.
     """
 
     makes_codes: bool
 
     def __call__(self, rows: Tensor, clipped: Tensor) -> Rounded:
-        """One candidate, rounded."""
+        """Round one candidate."""
 
     def each(self, candidates: Iterable[Candidate]) -> Iterator[Rounded]:
-        """Each of several candidates of one shape, in their order."""
+        """Round several candidates of the same shape, in their order."""
 
 
 class Nearest:
-    """The quantizer itself rounds; what it takes is the clipped rows, in the weight's place.
+    """Rounding by the quantizer itself, which takes the clipped rows as the weight.
 
     Args:
-        quantize: weight ``[out, in]`` → the values that the quantizer makes of it.
+        quantize: takes a weight ``[out, in]``, returns its quantized values.
     """
 
     makes_codes = False
@@ -59,18 +61,18 @@ class Nearest:
         return Rounded(self.quantize(clipped), (clipped,))
 
     def each(self, candidates: Iterable[Candidate]) -> Iterator[Rounded]:
-        """One after the other: only one is in memory at a time."""
+        """One after the other, so that only one is in memory at a time."""
         return (self(*candidate) for candidate in candidates)
 
 
 class OnGrid:
     """:func:`magr_fx.rounding.gptq.gptq` on the grid that the quantizer gives the clipped rows.
 
-    The rows themselves are not clipped: what the clip takes from one input, the inputs that come
-    after it make up for. What it takes are codes, scales and zero points.
+    GPTQ gets the rows without the clip: if a value lies outside the grid, the inputs after it
+    compensate the error. The parts are codes, scales and zero points.
 
     Args:
-        grid_of: weight ``[out, in]`` → the grid that the quantizer chooses for it.
+        grid_of: takes a weight ``[out, in]``, returns the grid that the quantizer chooses for it.
         compensation: of the gram.
     """
 
@@ -86,8 +88,8 @@ class OnGrid:
         return Rounded(grid.values(codes), (codes, grid.scale, grid.zero_point))
 
     def each(self, candidates: Iterable[Candidate]) -> Iterator[Rounded]:
-        """As many at once as cost little more than one."""
-        # Of the clipped rows only the grid is needed.
+        """Several at once, as many as take hardly longer than one."""
+        # Only the grid of the clipped rows is needed, so the rows are freed at once.
         remaining = ((rows, self.grid_of(clipped)) for rows, clipped in candidates)
         for first in remaining:
             some = [first, *islice(remaining, _at_once(first[0]) - 1)]

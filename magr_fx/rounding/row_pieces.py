@@ -1,4 +1,4 @@
-"""Where to cut stacked weights whose rows are independent, so that few are worked on at a time."""
+"""Cutting stacked weights, whose rows are independent, into pieces to limit the memory."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from itertools import accumulate, pairwise
 
 import torch
 
-# A search holds some 13 copies of the rows that it works on. So many numbers at a time fit beside
-# the grams, and fill the machine; but no fewer rows than inputs, or factorising the gram, which
-# each piece does again, would take more than a tenth of the time.
+# A search holds some 13 copies of its rows. This many numbers at a time fit in memory beside the
+# grams, and keep the machine busy. A piece has at least as many rows as inputs, because each piece
+# factorises the gram again, which would otherwise take more than a tenth of the time.
 CPU_NUMBERS, DEVICE_NUMBERS = 1 << 21, 1 << 26
-# Pieces begin at multiples of this, as kernels that weights are packed for want to have them.
+# Pieces begin at multiples of this, as the kernels for packed weights require.
 MULTIPLE = 64
 
 
 def pieces(rows: int, columns: int, device: torch.device) -> int:
-    """In how many pieces to work on a stack ``[rows, columns]``.
+    """The number of pieces for stacked weights ``[rows, columns]``.
 
     Example:
         >>> pieces(5632, 1024, torch.device("cpu"))
@@ -27,7 +27,7 @@ def pieces(rows: int, columns: int, device: torch.device) -> int:
 
 
 def cut(rows: int, count: int) -> list[slice]:
-    """So many pieces of nearly equal size, in their order.
+    """``count`` pieces of ``rows`` rows, of nearly equal size, in their order.
 
     Example:
         >>> cut(5600, 3)
@@ -39,7 +39,7 @@ def cut(rows: int, count: int) -> list[slice]:
 
 
 def within(rows: Sequence[int], part: slice) -> list[int]:
-    """How many rows of each of the stacked weights lie in a part of the stack, if any do.
+    """The numbers of rows that a part of the stack takes from each stacked weight, without zeros.
 
     Example:
         >>> within([4, 2, 2], slice(3, 7))

@@ -1,4 +1,4 @@
-"""Which alpha and which clip serve each row best, under the rounding that will be used."""
+"""The search for the best alpha and clip of each row, under the rounding that will be used."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ from magr_fx.rounding.rounding import Rounded, Rounding
 from magr_fx.solver.row_scale import row_scale
 from magr_fx.solver.solver import solve_magr_path
 
-# Penalties a factor 4 apart, from where 2 bits want them to where 4 bits do, for whole rows and for
-# groups (benchmarks/README.md), relative to the rows' size. 0, the row as it is, is always among
-# them.
+# The alphas that are tried, for whole rows and for groups, relative to the rows' scale. They are a
+# factor 4 apart, from the best ones at 2 bits to the best ones at 4 bits (benchmarks/README.md).
+# 0, the unchanged row, is always tried as well.
 ALPHAS = (1.2e-1, 3e-2, 8e-3, 2e-3)
 ALPHAS_GROUPS = (2.4e-2, 6e-3, 1.5e-3, 4e-4)
-# Shares of each row's, or group's, largest magnitude that are tried with every alpha; then what is
-# tried around each row's best, once up and once down.
+# Clips, as shares of the largest magnitude of a row or group. CLIPS are tried with every alpha.
+# Then each step of FINER is added to, and subtracted from, the best clip of each row so far.
 CLIPS = (1.0, 0.8, 0.6)
 FINER = (0.1, 0.05)
-# For groups that can be clipped by themselves after their row has chosen.
+# The same steps for groups that are clipped independently after their row has been chosen.
 FINER_GROUPS = (0.2, 0.1, 0.05)
 LEAST_CLIP = 0.05
-# What float32 sums in another order may differ by.
+# The relative difference between float32 sums in different orders.
 RELATIVE_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """What each row chose, or each of its groups."""
+    """The alpha, clip and quantized values that were chosen for each row, or each of its groups."""
 
     rounded: Rounded
     alpha: Tensor  # [out, groups], float32: 0 where it was not shrunk
-    clip: Tensor  # [out, groups], float32: share of the largest magnitude that was kept
+    clip: Tensor  # [out, groups], float32: the limit as a share of the largest magnitude
     status: Tensor  # [out], int8: values of Status, the worst of the solves with those alphas
-    steps: Tensor  # [out], int32: the most of them
-    error: Tensor  # [out], float32: (v - a)ᵀG(v - a), summed over what has to choose together
+    steps: Tensor  # [out], int32: the most steps of those solves
+    error: Tensor  # [out], float32: (v - a)ᵀG(v - a), summed over the rows of a unit
 
     def rows(self, part: slice) -> Choice:
-        """Those rows of it."""
+        """The choice for some of the rows."""
         return self.mapped(lambda numbers: numbers[part])
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Choice:
-        """With each of its tensors, whose first dimension is the rows, changed."""
+        """This choice with ``change`` applied to each tensor, whose first dimension is the rows."""
         values, parts = self.rounded
         rounded = Rounded(change(values), tuple(map(change, parts)))
         rest = (self.alpha, self.clip, self.status, self.steps, self.error)
@@ -58,7 +58,7 @@ class Choice:
 
 
 def joined(choices: Sequence[Choice]) -> Choice:
-    """Those of several pieces of a weight, one below the other."""
+    """The choice for a weight from those for its pieces, in the order of the rows."""
     if len(choices) == 1:
         return choices[0]
     values, parts = zip(*(choice.rounded for choice in choices), strict=True)
@@ -79,23 +79,24 @@ def choose(
     units: Sequence[int] | None = None,
     all_gather_rows: AllGatherRows | None = None,
 ) -> Choice:
-    """Solve for the config's alpha, or for a path of them, and round; each row keeps its best.
+    """Solve for the config's alpha, or for several alphas, and round; each row keeps its best.
 
     Args:
-        target_weight: a, ``[out, in]`` float32: what the quantized rows v should do the same as.
-        gram: G, ``[in, in]`` float32, regularised.
+        target_weight: a, ``[out, in]`` float32: the rows whose outputs the quantized rows v should
+            reproduce.
+        gram: G, ``[in, in]`` float32, with damping.
         rounding: how rows are rounded.
-        rtn: what the quantizer alone makes of the weight. With ``alpha="auto"`` no row ends
-            with a larger output error (v - a)ᵀG(v - a) than this has, but for float32 rounding.
-            That G is the regularised one: by the gram itself a row may end above, by what
-            regularises it times the squared distance from ``start`` to a at most.
-        config: its alpha, group size and solver.
-        dtype: of the weight that the quantizer is given.
+        rtn: the result of the quantizer alone. With ``alpha="auto"`` no row ends with a larger
+            output error (v - a)ᵀG(v - a) than this has, up to float32 rounding. This G includes
+            the damping. With the gram itself the error of a row can be larger, at most by the
+            damping times the squared distance from ``rtn`` to a.
+        config: its alpha, group size and solver options are used.
+        dtype: the dtype of the weight that the quantizer gets.
         units: as for :class:`Search`.
         all_gather_rows: as for :func:`magr_fx.solve_magr_path`; not with ``units``.
 
     Raises:
-        MagRError: as :func:`magr_fx.solve_magr`.
+        MagRError: as for :func:`magr_fx.solve_magr`.
     """
     group_size = config.group_size or target_weight.shape[1]
     scale = None if config.is_published else row_scale(target_weight, units)
@@ -122,7 +123,7 @@ def choose(
     else:
         search.refine(FINER)
     if rounding.makes_codes:
-        search.try_aim()
+        search.try_target_weight()
     else:
         search.requantize_and_revert_worse(rtn)
     return search.choice()
@@ -148,25 +149,27 @@ def _path(
         precision=options.precision,
         row_scale=scale,
         all_gather_rows=all_gather_rows,
-        exact=False,  # rows are judged by what is left of them after rounding
+        exact=False,  # the rows are compared after rounding anyway
     )
 
 
 class Search:
-    """The best candidate of each row so far, and what else there is to try.
+    """The best candidate of each row so far, and methods that try more candidates.
 
-    A candidate is a row of some alpha, clamped to a share of its largest magnitude; clamping makes
-    the quantizer choose a finer step. It is worth its output error (v - a)ᵀG(v - a) after rounding
-    to v. Rows are independent of each other, so each keeps its own best.
+    A candidate is the solution of a row for some alpha (its source), clamped to a share of its
+    largest magnitude. Clamping makes the quantizer choose a smaller step. Candidates are compared
+    by their output error (v - a)ᵀG(v - a) after rounding to v. Rows are independent, so each keeps
+    its own best.
 
     Args:
-        target_weight: a, ``[out, in]`` float32: what the quantized rows v should do the same as.
-        gram: G, ``[in, in]`` float32, regularised.
+        target_weight: a, ``[out, in]`` float32: the rows whose outputs the quantized rows v should
+            reproduce.
+        gram: G, ``[in, in]`` float32, with damping.
         rounding: how rows are rounded.
-        dtype: of the weight that the quantizer is given.
+        dtype: the dtype of the weight that the quantizer gets.
         group_size: inputs that share a step; ``in`` for whole rows.
-        units: numbers of rows that share a step, such as those of whole tensors, and so have to
-            choose together; None where every row has its own.
+        units: the numbers of consecutive rows that share a step, such as those of whole tensors;
+            these rows get one alpha and one clip. None if every row has its own step.
     """
 
     def __init__(
@@ -184,7 +187,7 @@ class Search:
         rows, groups = len(target_weight), target_weight.shape[1] // group_size
         self.sources: list[_Source] = []
         self.best = torch.full((rows,), torch.inf, dtype=torch.float32, device=target_weight.device)
-        # -1: the weight as it was
+        # The index of the source; -1 is the first candidate, see start
         self.source = torch.full((rows, groups), -1, device=target_weight.device)
         self.clip = torch.ones(rows, groups, dtype=torch.float32, device=target_weight.device)
         self.values = target_weight.new_empty(0)
@@ -192,21 +195,21 @@ class Search:
 
     @full_float32()
     def start(self, rounded: Rounded) -> None:
-        """The first candidate: no row ends above its error."""
+        """Set the first candidate; no row ends with a larger error than this."""
         self.values = rounded.values.clone()
         self.parts = tuple(part.clone() for part in rounded.parts)
         self.best = self._errors(rounded.values)
 
     @full_float32()
     def take_only(self) -> None:
-        """The one source as it is, without a choice."""
+        """Take the only source, without a clip and without a comparison."""
         rows = self.sources[0].rows
         self.values, self.parts = self.rounding(rows, rows.to(self.dtype))
         self.best = self._errors(self.values)
         self.source = torch.zeros_like(self.source)
 
     def add(self, alpha: float, solution: Solution | None = None) -> None:
-        """One more alpha to choose from; without a solution it is the aim itself."""
+        """Add the rows of one alpha as a source; without a solution these are ``target_weight``."""
         if solution is None:
             like = torch.zeros(
                 len(self.target_weight), dtype=torch.int32, device=self.target_weight.device
@@ -220,7 +223,7 @@ class Search:
 
     @full_float32()
     def try_each(self, clips: Sequence[float]) -> None:
-        """Every source with every clip, the same for all rows."""
+        """Try every source with every clip, the same clip for all rows."""
         tried = [(at, clip) for at in range(len(self.sources)) for clip in clips]
         rounded = self.rounding.each(
             (rows, self._clipped(rows, self.clip.new_full((), clip).expand_as(self.clip)))
@@ -231,7 +234,7 @@ class Search:
 
     @full_float32()
     def refine(self, steps: Sequence[float]) -> None:
-        """Clips around each row's best, with the source that the row has chosen."""
+        """Try clips around the best one of each row, with the source of its best candidate."""
         for step in steps:
             source = self.source.clamp(min=0)
             rows = self._of_source(source)
@@ -241,12 +244,13 @@ class Search:
                 self._keep_better(candidate, source, clip)
 
     @full_float32()
-    def try_aim(self) -> None:
-        """The aim itself, rounded to the grid of each row's choice.
+    def try_target_weight(self) -> None:
+        """Try ``target_weight`` itself, rounded to the grid of each row's best candidate.
 
-        A rounding that compensates makes up for the rows that it is given. Mostly it ends closer
-        to the aim from a row that was shrunk, whose large entries all others make up for, than
-        from the aim, whose large entries leave that to the inputs after them; not always.
+        GPTQ compensates errors relative to the rows that it gets. It mostly ends closer to
+        ``target_weight`` if it gets a shrunk row: there all other inputs compensate the change of
+        a large entry. In ``target_weight`` itself only the inputs after a large entry compensate
+        its error. But that is sometimes better.
         """
         source = self.source.clamp(min=0)
         clipped = self._clipped(self._of_source(source), self.clip)
@@ -254,11 +258,11 @@ class Search:
 
     @full_float32()
     def refine_groups(self, steps: Sequence[float]) -> None:
-        """Clips, and then alphas, group by group; only where the parts are one weight.
+        """Try clips, and then alphas, group by group; only if the rounding makes a weight.
 
-        The groups of a row are coupled by the gram: each in turn takes the candidate's numbers
-        where that lowers the error of its whole row, the other groups as they stand (a
-        Gauss-Seidel sweep), so that no sweep raises the error of a row.
+        The gram couples the groups of a row. Each group in turn takes the candidate's numbers if
+        that lowers the error of the whole row, with the other groups fixed (a Gauss-Seidel sweep).
+        So no sweep raises the error of a row.
         """
         slope = (self.values - self.target_weight) @ self.gram
         chosen = self.source.clamp(min=0)
@@ -273,10 +277,11 @@ class Search:
 
     @full_float32()
     def requantize_and_revert_worse(self, rtn: Rounded) -> None:
-        """Round the chosen rows all at once; where that is worse than ``rtn``, go back to it.
+        """Round the chosen rows together; rows that are then worse than ``rtn`` revert to it.
 
-        A quantizer may look at more than a row's own numbers: HQQ stops iterating when the last
-        row has settled. Only where the parts are one weight; ends, since rows only go back.
+        In some quantizers the result of a row depends on the other rows: HQQ stops iterating when
+        the last row has converged. Only for roundings that make a weight. The loop ends, because
+        every pass reverts at least one row.
         """
         limit = self._errors(rtn.values)
         limit += RELATIVE_ROUNDING * limit
@@ -286,12 +291,12 @@ class Search:
             worse, changed = self.best > limit, (self.source >= 0).any(-1)
             if not bool(worse.any() & changed.any()):
                 return
-            if bool((worse & ~changed).any()):  # at the start, and worse: the others disturb it
+            if bool((worse & ~changed).any()):  # other rows disturb it: revert them all
                 worse = changed
             self._take(rtn, worse, -1, 1.0)
 
     def choice(self) -> Choice:
-        """What each row has chosen."""
+        """The best candidate of each row."""
         source, touched = self.source.clamp(min=0), self.source >= 0
         rows = torch.arange(len(source), device=source.device).unsqueeze(-1)
         status = torch.stack([s.status for s in self.sources])[source, rows]
@@ -308,7 +313,7 @@ class Search:
         )
 
     def _keep_better(self, rounded: Rounded, source: Tensor | int, clip: Tensor | float) -> None:
-        """Take the rows of a candidate that are better than the best so far."""
+        """Take the rows of a candidate that have a smaller error than the best so far."""
         errors = self._errors(rounded.values)
         better = errors < self.best
         self.best = torch.where(better, errors, self.best)
@@ -327,9 +332,10 @@ class Search:
         self.clip = torch.where(column, clip, self.clip)
 
     def _sweep(self, rows: Tensor, source: Tensor, clip: Tensor, slope: Tensor) -> None:
-        """Take single groups of these rows, which are of ``source`` ``[out, groups]``.
+        """Take those groups of a candidate that lower the error of their row.
 
-        ``slope`` is (v - a)G, kept up to date.
+        The candidate is ``rows``, from ``source`` ``[out, groups]``, with ``clip``. ``slope`` is
+        (v - a)G, and is updated.
         """
         rounded = self.rounding(rows, self._clipped(rows, clip))
         (weight,) = self.parts
@@ -348,7 +354,7 @@ class Search:
             self.source[:, group] = torch.where(better, source[:, group], self.source[:, group])
 
     def _clipped(self, rows: Tensor, clip: Tensor) -> Tensor:
-        """The rows clamped to shares ``[out, groups]`` of what their step is made from."""
+        """The rows clamped to shares ``[out, groups]`` of the magnitude that sets their step."""
         grouped = rows.view(*self.clip.shape, self.group_size)
         largest = grouped.abs().amax(-1)
         if self.units is not None:
@@ -364,7 +370,7 @@ class Search:
         return torch.cat([e.sum().expand_as(e) for e in torch.split(errors, list(self.units))])
 
     def _of_source(self, source: Tensor) -> Tensor:
-        """Each group of each row from its own source, ``[out, groups]``."""
+        """The rows ``[out, in]`` with each group from its own source ``[out, groups]``."""
         shape = (*source.shape, self.group_size)
         rows = self.sources[0].rows.view(shape)
         for at, candidate in enumerate(self.sources[1:], start=1):
@@ -373,7 +379,7 @@ class Search:
 
 
 def _worst(status: Tensor) -> Tensor:
-    """Of each row's groups ``[out, groups]``, the status that says most of what went wrong."""
+    """The worst status among the groups ``[out, groups]`` of each row."""
     order = (Status.TRIVIAL, Status.CONVERGED, Status.STEP_LIMIT, Status.FAILED)
     rank = torch.full_like(status, 0)
     for at, kind in enumerate(order):
@@ -383,7 +389,7 @@ def _worst(status: Tensor) -> Tensor:
 
 
 class _Source(NamedTuple):
-    """The rows of one alpha, ``[out, in]`` float32, and how their solve ended."""
+    """The solution for one alpha, ``[out, in]`` float32, and how the solve of each row ended."""
 
     alpha: float
     rows: Tensor

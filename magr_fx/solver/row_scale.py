@@ -1,4 +1,4 @@
-"""How large the rows of a weight are: what makes one penalty mean the same for all of them."""
+"""The scale of a weight's rows, relative to which one penalty weight fits all of them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 def row_scale(weight: Tensor, units: Sequence[int] | None = None) -> Tensor:
     """The root mean square of each row, ``[..., out, in]`` to ``[..., out]`` float32.
 
-    ½δᵀGδ scales with the square of a weight, alpha·λmax·‖ŵ‖∞ with the weight. With the penalty
-    alpha·λmax·r·‖ŵ‖∞, r being this, c·w has the solution c·ŵ; for a power of two c it has the same
-    bits. A row of zeros has the scale 1: any penalty leaves it as it is.
+    ½δᵀGδ scales with the square of a weight, but alpha·λmax·‖ŵ‖∞ with the weight itself. With the
+    penalty alpha·λmax·r·‖ŵ‖∞, where r is this root mean square, c·w has the solution c·ŵ; if c is a
+    power of two, bit for bit. A row of zeros has the scale 1, since no penalty changes it.
 
     Args:
-        weight: any floating dtype.
-        units: numbers of rows that share one scale, such as those of whole tensors; None is one
-            for each row.
+        weight: ``[..., out, in]``, any floating dtype; ``[out, in]`` with ``units``.
+        units: the numbers of consecutive rows that share one scale, such as those of whole tensors;
+            None gives each row its own.
 
     Example:
         >>> row_scale(torch.tensor([[3.0, -4.0], [0.0, 0.0]]))
@@ -28,7 +28,7 @@ def row_scale(weight: Tensor, units: Sequence[int] | None = None) -> Tensor:
         parts = torch.split(weight, list(units))
         return torch.cat([row_scale(part.reshape(1, -1)).expand(len(part)) for part in parts])
     rows = weight.to(torch.float32)
-    # By the largest magnitude first: squares of small numbers would vanish.
+    # Divided by the largest magnitude first, because squares of small numbers would underflow.
     largest = rows.abs().amax(-1)
     largest = torch.where(largest > 0, largest, 1)
     scale = largest * (rows / largest.unsqueeze(-1)).square().mean(-1).sqrt()

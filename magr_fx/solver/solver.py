@@ -1,4 +1,4 @@
-"""solve_magr: the rows of one weight, with their largest magnitudes reduced."""
+"""solve_magr: reduce the largest magnitudes of the rows of one weight."""
 
 from __future__ import annotations
 
@@ -44,45 +44,46 @@ def solve_magr(
 
         ½ (ŵ - w)ᵀ G (ŵ - w) + alpha λmax(G) Σ_groups ‖ŵ_group‖∞,      G = XᵀX,
 
-    where the quadratic term is whole-row, so that the groups of a row are coupled. This is the
-    problem of Section 3 of Zhang et al., "MagR: Weight Magnitude Reduction for Enhancing
-    Post-Training Quantization" (NeurIPS 2024, arXiv 2406.00800).
+    where the quadratic term is that of the whole row and couples its groups. This is the problem
+    of section 3 of Zhang et al., "MagR: Weight Magnitude Reduction for Enhancing Post-Training
+    Quantization" (NeurIPS 2024, arXiv 2406.00800).
 
     Args:
-        weight: ``[out, in]``, any floating dtype, any device with float64; never modified. A
-            batch of problems, such as the experts of a layer, is ``[problems, out, in]``.
-        gram: ``[in, in]``, or ``[problems, in, in]``, symmetric positive semidefinite; it is moved
-            to the weight's device. Rank deficiency, dead columns and zero grams are legal.
+        weight: ``[out, in]``, any floating dtype of 16 to 64 bits, any device with float64; never
+            modified. A batch of problems, such as the experts of a layer, is
+            ``[problems, out, in]``.
+        gram: ``[in, in]``, or ``[problems, in, in]``, floating, symmetric positive semidefinite; it
+            is moved to the weight's device. It may be rank-deficient, have columns of zeros, or be
+            zero.
         alpha: penalty weight, relative to λmax(G).
         group_size: inputs per group; None takes whole rows. It must divide ``in``.
-        solver: ``"admm"``, which goes to the optimum, or ``"pgd"``, the authors' iteration, which
-            is meant to stop before it.
-        max_steps: the most steps; None is 100 for admm, and the 200 of the authors' code for pgd.
-        tol: relative dual gap, (objective - lower bound) / objective, at which a row is done, on
-            the iterate before it is cast to the weight's dtype, with the bound verified in float64;
-            None is 1e-3 for admm, and 0, which
-            never looks, for pgd. admm looks after 10 steps and then every 5 (along a path also
-            after 5), pgd every 10.
+        solver: ``"admm"``, which runs to the optimum, or ``"pgd"``, the authors' iteration, which
+            is meant to stop before the optimum.
+        max_steps: the maximum number of steps; None is 100 for admm, and 200 for pgd, as in the
+            authors' code.
+        tol: relative dual gap, (objective - lower bound) / objective, at which a row is finished.
+            It is that of the iterate before it is cast to the weight's dtype, and its bound is
+            verified in float64. None is 1e-3 for admm, and 0, which never checks, for pgd. admm
+            checks after 10 steps and then every 5 (along a path also after 5), pgd every 10.
         precision: ``"float32"`` or ``"float64"``, of the iteration, whatever the weight's dtype.
             Products in float32 follow ``torch.set_float32_matmul_precision``: with TF32 a row
             takes a few more steps. Rounding keeps the relative gap of a float32 row above
             roughly 3e-8·‖w‖₁/alpha.
         row_scale: r, ``[out]`` or ``[problems, out]``, positive: the penalty of a row is then
-            alpha λmax(G) r Σ‖ŵ_group‖∞. With r = :func:`row_scale` of the weight
-            the rows c·w have the solution c·ŵ, which is what magr_transform does. None is 1, as
-            in the paper.
+            alpha λmax(G) r Σ‖ŵ_group‖∞. magr_transform takes the root mean square of each row, so
+            that the rows c·w have the solution c·ŵ. None is 1, as in the paper.
         all_gather_rows: as for :func:`solve_magr_path`.
 
     Returns:
-        A :class:`Solution`. Objectives and gaps are those of the rows as returned, in the weight's
+        A :class:`Solution`. Objectives and gaps are those of the returned rows, in the weight's
         dtype, computed in float64. A row whose objective would rise, or that is not finite, is
-        returned as it came.
+        returned unchanged.
 
     Raises:
         ConfigError: an option is out of range, or ``group_size`` does not divide ``in``.
         ModelError: ``weight`` is not a finite, non-empty 2-D or 3-D floating tensor.
-        CalibrationError: ``gram`` is not a finite floating tensor of the shape that fits, or not
-            positive semidefinite as far as that is noticed.
+        CalibrationError: ``gram`` is not a finite floating tensor of the right shape, or was found
+            not to be positive semidefinite, which is not checked in full.
 
     Example:
         >>> solution = solve_magr(torch.tensor([[4.0, 1.0]]), torch.ones(2, 2), alpha=0.1)
@@ -120,28 +121,29 @@ def solve_magr_path(
     exact: bool = True,
     all_gather_rows: AllGatherRows | None = None,
 ) -> list[Solution]:
-    """:func:`solve_magr` for each of several penalties, each from where its neighbour stopped.
+    """:func:`solve_magr` for each of several alphas; each solve starts where the last one stopped.
 
-    λmax and the first factorisation are shared; with ``solver="admm"`` the solve of each alpha
-    starts where that of its neighbour stopped, from the largest alpha down: the closer they lie,
-    the fewer steps it takes (benchmarks/solver.md).
+    λmax and the first factorisation are shared. With ``solver="admm"`` the alphas are solved from
+    the largest down, each from the solution of the one before. The closer two alphas are, the
+    fewer steps the second takes (benchmarks/solver.md).
 
     Args:
         weight, gram, group_size, solver, max_steps, tol, precision, row_scale: as for
             :func:`solve_magr`.
         alphas: penalty weights, relative to λmax(G), in any order.
-        exact: whether objectives and gaps are computed in float64; False takes ``precision``, a
-            fifth of the time less, for those who judge the rows by something else.
-        all_gather_rows: where the rows of one weight are solved in several processes, each with the
-            same gram, at the same time: gives values ``[rows]`` of those here for those of all. The
-            result is then that of all rows in one process.
+        exact: whether objectives and gaps are computed in float64; False computes them in
+            ``precision``, which takes a fifth of the time less. It suits callers that compare the
+            rows by another measure.
+        all_gather_rows: needed if several processes solve the rows of one weight at the same time,
+            each with the same gram. It takes values ``[rows]`` of this process's rows and returns
+            those of all rows. The result is then that of all rows in one process.
 
     Returns:
         One :class:`Solution` for each alpha, in the order of ``alphas``.
 
     Raises:
-        ConfigError, ModelError, CalibrationError: as for :func:`solve_magr`; also where ``alphas``
-            is empty.
+        ConfigError, ModelError, CalibrationError: as for :func:`solve_magr`; ConfigError also if
+            ``alphas`` is empty or no sequence.
 
     Example:
         >>> path = solve_magr_path(torch.tensor([[4.0, 1.0]]), torch.ones(2, 2), [0.1, 0.5])
@@ -162,14 +164,14 @@ def solve_magr_path(
         row_scale = row_scale.to(weight.device, options.dtype)
     weight = weight.contiguous()
     gram = gram.to(weight.device, options.dtype)
-    # The caller's autocast is for the model; and the device to launch on is the weight's.
+    # Autocast of the caller is meant for the model. Kernels are launched on the weight's device.
     with torch.autocast(weight.device.type, enabled=False), torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
         how = _How(options, exact, all_gather_rows)
         return _solve_each(weight, gram, row_scale, alphas, group_size, how)
 
 
 class _How(NamedTuple):
-    """How to iterate, and to judge what comes of it; with which ranks, if several have rows."""
+    """The options of the iteration and of the evaluation of its result."""
 
     options: SolverOptions
     exact: bool
@@ -184,7 +186,7 @@ def _solve_each(
     group_size: int,
     how: _How,
 ) -> list[Solution]:
-    """Solve a weight, or each problem of a batch that data reached, a tile of them at a time."""
+    """Solve a weight, or each problem of a batch with a non-zero gram, a tile at a time."""
     peak = largest_eigenvalue(gram)
     if weight.dim() == 2:
         return _solve(weight, gram, peak, row_scale, alphas, group_size, how)
@@ -203,7 +205,7 @@ def _solve_each(
 
 
 def problems_at_once(shape: Sequence[int], device: torch.device) -> int:
-    """How many problems of this shape, [out, in], to solve together: as many as fill a tile."""
+    """The number of problems of this shape, [out, in], that fill a tile and are solved together."""
     rows, columns = shape
     return max(1, tile_size(device) // (max(rows, columns) * columns))
 
@@ -217,18 +219,18 @@ def _solve(
     group_size: int,
     how: _How,
 ) -> list[Solution]:
-    """Solve a weight, or a batch that fits one tile, for every alpha; in their order."""
+    """Solve a weight, or a batch that fits one tile, for every alpha, in their order."""
     if weight.dim() == 2 and not bool(peak > 0):
         return [_untouched(weight) for _ in alphas]
-    if len(weight) == 1 and weight.dim() == 3:  # a batch of one: its rows can be told apart
+    if len(weight) == 1 and weight.dim() == 3:  # then its rows finish one by one
         scale = None if row_scale is None else row_scale[0]
         path = _solve(weight[0], gram[0], peak[0], scale, alphas, group_size, how)
         return [Solution(*(getattr(s, f.name)[None] for f in fields(Solution))) for s in path]
     options, found = how.options, dict[int, Solution]()
     warm: Warm | None = None
-    # The penalty of a row of scale r is that of the row w/r, whose solution is ŵ/r.
+    # A row of scale r is solved as w/r with the plain penalty; that solution is ŵ/r.
     rows = weight if row_scale is None else weight.to(options.dtype) / row_scale.unsqueeze(-1)
-    # Downwards: what is clamped at one alpha mostly is so at a smaller one.
+    # From the largest alpha down: entries clamped at one alpha are mostly clamped at the next.
     order = sorted(range(len(alphas)), key=lambda i: -alphas[i])
     for i in order:
         problem = Problem(gram, peak, float(alphas[i]), group_size)
@@ -251,7 +253,7 @@ def _solve(
 
 
 def _pgd(problem: Problem, weight: Tensor, options: SolverOptions) -> Iterate:
-    # Waiting for the host is free on a CPU; elsewhere it would leave the device idle every step.
+    # Checks for convergence are free on a CPU; elsewhere the device would idle in every step.
     passes = None if weight.device.type == "cpu" else FIXED_PASSES
     if weight.dim() == 2:
         return pgd(problem, weight, max_steps=options.max_steps, tol=options.tol, passes=passes)
@@ -269,7 +271,7 @@ def _assess(
     dtype: torch.dtype,
     row_scale: Tensor | None = None,
 ) -> Solution:
-    """Judge the iterate as it will be returned, and put back every row that is no improvement.
+    """Evaluate the iterate in the weight's dtype; rows without an improvement are reverted.
 
     With a ``row_scale`` r the iterate is ŵ/r.
     """
@@ -283,7 +285,7 @@ def _assess(
     found = certify(problem, weight, result, dtype, row_scale)
     known = iterate.bound
     if row_scale is not None:
-        # Of w/r as it is rounded, which changes a dual value by at most that much of the penalty.
+        # The bound is that of the rounded w/r. Rounding changes it by at most this much.
         known = known - torch.finfo(row_scale.dtype).eps * found.before
     worse = found.objective > found.before
     result = torch.where(worse.unsqueeze(-1), weight, result)
@@ -294,7 +296,7 @@ def _assess(
     status.masked_fill_(trivial, Status.TRIVIAL)
     status.masked_fill_(~finite, Status.FAILED)
     objective = torch.where(worse, found.before, found.objective)
-    # An original row has d = 0 and no bound of its own but 0; what the iteration found holds.
+    # A reverted row has d = 0 and so only the bound 0; the bound of the iteration still holds.
     bound = torch.maximum(torch.where(worse, 0, found.bound), known)
     gap = (objective - bound).clamp(min=0)
     unit = problem.peak.unsqueeze(-1).to(torch.float64)
@@ -309,7 +311,7 @@ def _assess(
 
 
 def _untouched(weight: Tensor) -> Solution:
-    """A gram of zeros: the objective is 0 whatever ŵ is, so w stays."""
+    """The solution for a gram of zeros: the objective is 0 for every ŵ, so w is kept."""
     rows = weight.shape[:-1]
     status = torch.full(rows, Status.TRIVIAL, dtype=torch.int8, device=weight.device)
     steps = torch.zeros(rows, dtype=torch.int32, device=weight.device)

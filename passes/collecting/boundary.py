@@ -15,14 +15,14 @@ from torch import fx
 
 from magr_fx.machine.addresses import address
 from magr_fx.passes.collecting.shared_gram import SharedGram
-from magr_fx.passes.collecting.spill import Away, come_back
+from magr_fx.passes.collecting.spill import SpilledTensor, load_spilled
 from magr_fx.passes.graphs.decisions import set_torch_state, torch_state
 from magr_fx.passes.graphs.torch_private import tree_flatten, tree_map
 from magr_fx.passes.graphs.trace import is_mutation
 
 Environment = dict[fx.Node, Any]
-_VIEW, _AWAY = "view of a stored tensor", "tensor of a device"
-_INPUT, _ALIKE = "as the calibration has it", "as the first run has it"
+_VIEW, _SPILLED = "view of a stored tensor", "tensor of a device"
+_INPUT, _SAME_AS_FIRST = "as the calibration has it", "as the first run has it"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes a number
 _COLLECTED = ("gram", "drift", "held", "tokens", "held_tokens", "padding_counted", "note")
 
@@ -47,8 +47,8 @@ def boundary(
     places.pop(None, None)  # of those that are empty, whose memory nothing shares
 
     def kept(value: Any) -> Any:
-        if isinstance(value, Away):
-            return {_AWAY: vars(value)}
+        if isinstance(value, SpilledTensor):
+            return {_SPILLED: vars(value)}
         if isinstance(value, torch.Tensor) and value.layout is torch.strided:
             at = places.get(address(value))
             if at is not None:
@@ -59,8 +59,8 @@ def boundary(
         if node.graph in pure:
             if node.op == "placeholder":
                 return _INPUT
-            if node in first and _alike(first[node], value):
-                return _ALIKE
+            if node in first and _same_value(first[node], value):
+                return _SAME_AS_FIRST
         return tree_map(kept, value)
 
     graphs = {node.graph for envs in streams for env in envs for node in env}
@@ -86,14 +86,14 @@ def boundary(
     }
 
 
-def _alike(first: Any, second: Any) -> bool:
+def _same_value(first: Any, second: Any) -> bool:
     """Whether two values of one node are the same bits, in memory of the same form."""
     (ones, form), (others, other_form) = tree_flatten(first), tree_flatten(second)
     return form == other_form and all(map(_same_bits, ones, others))
 
 
 def _same_bits(one: Any, other: Any) -> bool:
-    if isinstance(one, Away) and isinstance(other, Away):
+    if isinstance(one, SpilledTensor) and isinstance(other, SpilledTensor):
         keys = ("device", "dtype", "size", "stride", "offset")
         same = all(getattr(one, key) == getattr(other, key) for key in keys)
         return same and _same_bits(one.values, other.values)
@@ -118,21 +118,21 @@ def restore(
     buffers: Sequence[torch.Tensor],
     stored: Sequence[torch.Tensor],
     *,
-    away: bool,
+    keep_spilled: bool,
 ) -> None:
     """Put what :func:`boundary` gave in its places; ``graphs`` are those of the batches.
 
-    With ``away`` what was away from its device stays so: not all batches may fit there.
+    With ``keep_spilled`` what was away from its device stays so: not all batches may fit there.
     """
 
     def is_described(value: Any) -> bool:
-        return isinstance(value, dict) and (_VIEW in value or _AWAY in value)
+        return isinstance(value, dict) and (_VIEW in value or _SPILLED in value)
 
     def value_of(kept: Any) -> Any:
         if not is_described(kept):
             return kept
-        if _AWAY in kept:
-            return Away(**kept[_AWAY])
+        if _SPILLED in kept:
+            return SpilledTensor(**kept[_SPILLED])
         at, size, stride, offset = kept[_VIEW]
         return stored[at].detach().as_strided(size, stride, offset)
 
@@ -145,12 +145,12 @@ def restore(
                 node = nodes[name]
                 if isinstance(value, str) and value == _INPUT:
                     env[node] = given[node]
-                elif isinstance(value, str) and value == _ALIKE:
+                elif isinstance(value, str) and value == _SAME_AS_FIRST:
                     env[node] = first[node]
                 else:
                     env[node] = tree_map(value_of, value, is_leaf=is_described)
-            if not away:
-                come_back(env)
+            if not keep_spilled:
+                load_spilled(env)
     for at, shared in enumerate(grams):
         for key, value in saved["grams"].get(at, {}).items():
             setattr(shared, key, value)

@@ -192,7 +192,7 @@ class CalibrationRun:
         with buffers_kept(self._blocks):
             if after is not None:
                 done, state = after
-                streams.restore(state, self.grams, away=self._spill is not None)
+                streams.restore(state, self.grams, keep_spilled=self._spill is not None)
                 after = state = None  # the streams have it now, and let go of it
             bar = tqdm(steps, "magr", unit="block", disable=_disable(progress))
             for number, step in enumerate(bar):
@@ -212,7 +212,7 @@ class CalibrationRun:
                             replaced = self._weights.by_view(replacements)
                         replacements = None  # held no longer than the step
                     for shared in finished:
-                        shared.let_go()
+                        shared.free_matrices()
                     if self.propagate:
                         self._run_quantized(step, streams, decisions, replaced)
                     del replaced  # everything that reads them has run
@@ -340,7 +340,7 @@ class CalibrationRun:
         self._fetch(env)
         weights = self._weights
         for node in [node for node in env if weights.is_made_of(node, replaced)]:
-            env[node] = weights.anew(node, env, runner, replaced)
+            env[node] = weights.recompute(node, env, runner, replaced)
         for node in self._views_read(block):
             env[node] = weights.value(node, runner, replaced)
         runner.env = env
@@ -371,7 +371,7 @@ class CalibrationRun:
             self._spill.fetch(env)
 
     def _keep(self, env: Environment) -> None:
-        for node in [node for node in env if self._weights.is_read_anew(node)]:
+        for node in [node for node in env if self._weights.is_recomputed(node)]:
             del env[node]
         if self._spill is not None:
             self._spill.keep(env)

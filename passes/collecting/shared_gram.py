@@ -21,7 +21,7 @@ class SharedGram:
     Attributes:
         sites: who reads it.
         pending: where activations are still to be taken.
-        gram: G; None before the first activation, and after :meth:`let_go`.
+        gram: G; None before the first activation, and after :meth:`free_matrices`.
         drift: X̂ᵀ(X - X̂), where X̂ are the activations and X those of the original model; None
             where they are the same.
         held: the gram of the tokens that were kept aside; None where there were none.
@@ -92,7 +92,7 @@ class SharedGram:
         notes = (padding if self.padding_counted else "", self.note)
         return "; ".join(note for note in notes if note)
 
-    def let_go(self) -> None:
+    def free_matrices(self) -> None:
         """Free the matrices: the sites are done with."""
         self.gram = self.drift = self.held = None
 

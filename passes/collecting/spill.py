@@ -20,7 +20,7 @@ from torch import fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from magr_fx.errors import CheckpointError, ConfigError
-from magr_fx.machine.disk import folder_named, take_room
+from magr_fx.machine.disk import folder_named, preallocate
 from magr_fx.machine.memory import is_out_of_memory
 from magr_fx.passes.graphs.torch_private import tree_map, version_of
 
@@ -29,7 +29,7 @@ MAPPED = frozenset({"cpu"})  # the devices on which memory can be a file
 
 
 @dataclass(frozen=True, eq=False)
-class Away:
+class SpilledTensor:
     """A tensor of a device that is not there now.
 
     Attributes:
@@ -50,7 +50,7 @@ class Away:
         return memory[:whole].view(self.dtype).as_strided(self.size, self.stride, self.offset)
 
 
-def come_back(values: dict[fx.Node, Any]) -> dict[StorageWeakRef, tuple[torch.Tensor, int]]:
+def load_spilled(values: dict[fx.Node, Any]) -> dict[StorageWeakRef, tuple[torch.Tensor, int]]:
     """Have what is away on its device again; views of one memory remain that.
 
     Returns:
@@ -60,7 +60,7 @@ def come_back(values: dict[fx.Node, Any]) -> dict[StorageWeakRef, tuple[torch.Te
     known: dict[StorageWeakRef, tuple[torch.Tensor, int]] = {}
 
     def here(value: Any) -> Any:
-        if not isinstance(value, Away):
+        if not isinstance(value, SpilledTensor):
             return value
         at = memory_of(value.values)
         if at not in memories:
@@ -104,7 +104,7 @@ class Spill:
 
     def fetch(self, values: dict[fx.Node, Any]) -> None:
         """Have those of these values that are away on their devices, until :meth:`keep`."""
-        self._in_files |= come_back(values)
+        self._in_files |= load_spilled(values)
 
     def keep(self, values: dict[fx.Node, Any]) -> None:
         """Move the memory of these values, of all that is large, to files."""
@@ -127,7 +127,7 @@ class Spill:
                     moved[at], offset, size, stride
                 )
             bytes_ = torch.empty(0, dtype=torch.uint8, device=moved[at].device).set_(moved[at])
-            return Away(bytes_, value.device, value.dtype, size, stride, offset)
+            return SpilledTensor(bytes_, value.device, value.dtype, size, stride, offset)
 
         for node, value in values.items():
             values[node] = tree_map(on_disk, value)
@@ -142,7 +142,7 @@ class Spill:
             try:
                 # A map of a file that has no room would end in a signal when it is written to.
                 with open(descriptor, "r+b", closefd=False) as file:
-                    take_room(file, size)
+                    preallocate(file, size)
                 mapped: Any = torch.UntypedStorage.from_file(name, shared=True, nbytes=size)
             finally:
                 os.close(descriptor)

@@ -55,10 +55,12 @@ class Streams:
         written = [*self._changed, *self._other]
         return partial(boundary, self.runs, grams, written, self._stored, devices)
 
-    def restore(self, saved: Any, grams: Sequence[SharedGram], *, away: bool) -> None:
-        """Go on from what :meth:`state` made; ``away`` is as for :func:`restore`."""
+    def restore(self, saved: Any, grams: Sequence[SharedGram], *, keep_spilled: bool) -> None:
+        """Go on from what :meth:`state` made; ``keep_spilled`` is as for :func:`restore`."""
         written = [*self._changed, *self._other]
-        restore(saved, self.runs, self._graphs, grams, written, self._stored, away=away)
+        restore(
+            saved, self.runs, self._graphs, grams, written, self._stored, keep_spilled=keep_spilled
+        )
 
 
 def _inputs(batch: TracedBatch) -> Environment:

@@ -42,7 +42,7 @@ class WeightNodes:
         """What takes the place of parameters, by what they are whatever memory they are in."""
         return {self._as_stored[p]: value for p, value in replacements.items()}
 
-    def is_read_anew(self, node: fx.Node) -> bool:
+    def is_recomputed(self, node: fx.Node) -> bool:
         """Whether its value is not kept between blocks."""
         return node.op == "get_attr" or node in self._views
 
@@ -67,7 +67,7 @@ class WeightNodes:
         runner.env = {n: self.value(n, runner, replaced) for n in node.all_input_nodes}
         return runner.run_node(node)
 
-    def anew(
+    def recompute(
         self, node: fx.Node, env: Mapping[fx.Node, Any], runner: Runner, replaced: Replaced
     ) -> Any:
         """What was made of weights in an earlier block, a view or a cast, now of the replaced."""
@@ -76,7 +76,7 @@ class WeightNodes:
             return instead
         if node.op != "get_attr" and node not in self._made_of:
             return env[node]  # a size
-        runner.env = {s: self.anew(s, env, runner, replaced) for s in node.all_input_nodes}
+        runner.env = {s: self.recompute(s, env, runner, replaced) for s in node.all_input_nodes}
         return runner.run_node(node)
 
     def _find_views(self, trace: Trace) -> None:

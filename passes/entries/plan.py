@@ -80,7 +80,7 @@ def plan(
     shapes = {id(shared): _shape(shared, routed) for shared in run.grams}
     every = list(shapes.values())
     batches = tokens / math.prod(window)  # of which one was traced
-    boundary = int(max(_alive(steps)) * batches) * method.runs
+    boundary = int(max(_boundary_bytes(steps)) * batches) * method.runs
     bytes_of = {id(p): p.nbytes for p in model.parameters()}
     total = stored or sum(bytes_of.values())
     costs = Costs(
@@ -91,7 +91,7 @@ def plan(
         block=max(sum(bytes_of.get(id(t), 0) for t in read_by(step)) for step in steps),
         grams=max(
             gram_bytes([shapes[id(shared)] for shared in alive], method)
-            for alive in _alive_together(steps, run.grams)
+            for alive in _grams_in_memory(steps, run.grams)
         ),
         solver=max(solver_bytes(shape, method) for shape in every),
         boundary=boundary,
@@ -121,7 +121,7 @@ def _shape(shared: SharedGram, routed: float) -> Shape:
     return Shape(rows, shared.sites[0].shape[1], routed if of_a_stack else 1.0)
 
 
-def _alive_together(
+def _grams_in_memory(
     steps: Sequence[list[Block]], grams: list[SharedGram]
 ) -> list[list[SharedGram]]:
     """Which grams there are in each step: from their first activation to their last."""
@@ -134,7 +134,7 @@ def _alive_together(
     return alive
 
 
-def _alive(steps: Sequence[list[Block]]) -> list[int]:
+def _boundary_bytes(steps: Sequence[list[Block]]) -> list[int]:
     """Bytes of the activations that later blocks read, after each step, for the traced batch."""
     alive: dict[fx.Node, int] = {}
     sizes = []

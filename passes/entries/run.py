@@ -59,7 +59,9 @@ def run(
         with report.timed("trace"):
             traced = trace_or_read(model, batches, request.tracing)
         found = find_linears(dict.fromkeys(b.trace for b in traced), model, request.filter_fn)
-        found, weights = _tried(model, batches, traced, found, request, execution, report)
+        found, weights = _select_quantizable(
+            model, batches, traced, found, request, execution, report
+        )
         ledger.checkpoint = _checkpoint(model, traced, found, request, execution)
         if execution.device is not None:
             traced = on_device(traced, execution.device)
@@ -67,7 +69,7 @@ def run(
     return weights
 
 
-def _tried(
+def _select_quantizable(
     model: nn.Module,
     batches: list[Batch],
     traced: list[TracedBatch],

@@ -28,7 +28,7 @@ from magr_fx.reporting.report import SiteReport
 
 logger = logging.getLogger("magr_fx")
 # Where a prepared linear holds its GramHook: a plain attribute, which no state_dict knows.
-_HELD = "_magr_gram"
+_HOOK_ATTRIBUTE = "_magr_gram"
 
 
 class GramHook:
@@ -137,8 +137,8 @@ def _prepare(linear: nn.Linear) -> None:
             f"the weight of {_name(linear)} {reason}; leave it out with quantize_'s filter_fn"
         )
     check_finite([(_name(linear), linear.weight)])
-    _let_go(linear)
-    setattr(linear, _HELD, GramHook(linear))
+    _remove_hook(linear)
+    setattr(linear, _HOOK_ATTRIBUTE, GramHook(linear))
 
 
 @torch.no_grad()
@@ -148,7 +148,7 @@ def _convert(linear: nn.Linear, config: MagRConfig) -> nn.Module:
     target = target_for_rewriting(solving, base, propagate=False, holdout=0.0)
     if is_quantized(linear.weight):
         return linear
-    hook: GramHook | None = getattr(linear, _HELD, None)
+    hook: GramHook | None = getattr(linear, _HOOK_ATTRIBUTE, None)
     if hook is None:
         raise ConfigError(
             f'{_name(linear)} is not prepared: run quantize_(model, MagRConfig(step="prepare")) '
@@ -173,18 +173,18 @@ def _convert(linear: nn.Linear, config: MagRConfig) -> nn.Module:
         own = nn.Parameter(weight.clone(), requires_grad=False)
         site = Site(_name(linear), own, linear, "", WeightView.of(own))
         shared = SharedGram([site], gram=hook.gram.to(own.device), tokens=hook.tokens)
-        logger.info("%s", _line(rewrite_alone(shared, solving, target)))
+        logger.info("%s", _summary(rewrite_alone(shared, solving, target)))
         linear.weight = own
-    _let_go(linear)
+    _remove_hook(linear)
     return apply_config(linear, base)
 
 
-def _let_go(linear: nn.Linear) -> None:
+def _remove_hook(linear: nn.Linear) -> None:
     """Take the hook off a linear that has one, and its gram with it."""
-    hook: GramHook | None = getattr(linear, _HELD, None)
+    hook: GramHook | None = getattr(linear, _HOOK_ATTRIBUTE, None)
     if hook is not None:
         hook.handle.remove()
-        delattr(linear, _HELD)
+        delattr(linear, _HOOK_ATTRIBUTE)
 
 
 def _name(linear: nn.Linear) -> str:
@@ -192,7 +192,7 @@ def _name(linear: nn.Linear) -> str:
     return f"nn.Linear {(linear.out_features, linear.in_features)}"
 
 
-def _line(site: SiteReport) -> str:
+def _summary(site: SiteReport) -> str:
     if site.outcome != "rewritten":
         return f"{site.name}: quantized by torchao alone"
     line = f"{site.name}: {site.tokens} tokens, output error {site.output_error:.2%}"

@@ -1,4 +1,4 @@
-"""Which weights meet an input in a matmul, and which tokens of that input count.
+"""Find the weights that are multiplied with an input, and the tokens of that input that count.
 
 It may import the ground (errors, config) and the rooms from machine to tracing.
 """

@@ -1,7 +1,7 @@
-"""graph → sites: every matmul with exactly one weight-derived operand, and what was rejected.
+"""Find the sites of traced graphs: matmuls with exactly one operand that derives from a weight.
 
-A weight that more than its own matmuls read is left alone: rewriting it would change what the
-others compute. So is one that shares its memory with such a weight.
+A weight is rejected if anything but its own matmuls reads it, because rewriting it would change
+other results. So is a weight that shares its memory with such a weight.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from magr_fx.passes.graphs.weight_views import WeightView, overlap, unread_parts
 
 FilterFn = Callable[[nn.Module, str], bool]
 UNREACHED = "no calibration input reaches it"
-EMPTY = "has no elements, so that there is nothing to rewrite"
+EMPTY = "has no elements, so there is nothing to rewrite"
 
 
 def check_filter(filter_fn: FilterFn | None) -> None:
-    """Raise :class:`ConfigError` unless ``filter_fn`` is None or can be called as torchao's is."""
+    """Raise :class:`ConfigError` unless ``filter_fn`` is None or takes ``(module, fqn)``."""
     if filter_fn is None:
         return
     try:
@@ -44,7 +44,7 @@ def is_linear_weight(owner: nn.Module, parameter: nn.Parameter) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Rejection:
-    """A parameter, or a part of one, that is no site, and why."""
+    """A parameter, or a part of one, that is not a site, and the reason."""
 
     name: str
     shape: tuple[int, ...]
@@ -52,7 +52,7 @@ class Rejection:
     parameter: nn.Parameter
     owner: nn.Module
     owner_name: str
-    matmul: bool = True  # whether it is multiplied with inputs all the same
+    matmul: bool = True  # whether it is multiplied with inputs nevertheless
 
 
 @dataclass(eq=False)
@@ -86,6 +86,8 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Found:
+    """The sites, in the order in which the model runs them, and the rejected weights."""
+
     sites: list[Site]
     rejections: list[Rejection]
 
@@ -93,21 +95,22 @@ class Found:
 def find_linears(
     traces: Iterable[Trace], model: nn.Module, filter_fn: FilterFn | None = None
 ) -> Found:
-    """Find every weight matmul of the traced graphs.
+    """Find the sites of the traced graphs, and the weights that are no sites.
 
     Args:
         traces: graphs whose parameters are ``model``'s own.
         model: names the parameters and their owners.
-        filter_fn: ``(module, fqn) -> bool`` for the module that owns a parameter; False leaves
-            its sites out, with that as the reported reason.
+        filter_fn: ``(module, fqn) -> bool``, called with the module that owns a parameter. If it
+            returns False, the parameter's sites are rejected for that reason.
 
     Raises:
-        ModelError: no graph has a weight matmul, or one reads a weight that has no values.
-        ConfigError: ``filter_fn`` leaves nothing to work on.
+        ModelError: no graph has a weight matmul that can be rewritten, or a graph reads a weight on
+            the meta device.
+        ConfigError: ``filter_fn`` returns False for every site.
     """
     owners = _owners(model)
     uses: defaultdict[int, Uses] = defaultdict(Uses)
-    traces = list(dict.fromkeys(traces))  # each once, however many batches it has
+    traces = list(dict.fromkeys(traces))  # several batches may share a trace
     order: dict[fx.Node, int] = {}
     for trace in traces:
         Reader(trace, uses).read()
@@ -129,7 +132,7 @@ def find_linears(
             )
         reason = why_unsupported(parameter)
         reason = reason or _why_not(use, [uses[id(other)] for other in sharing])
-        reason = reason or _held_elsewhere(parameter, fixed)
+        reason = reason or _why_memory_is_shared(parameter, fixed)
         if reason is None:
             for view, calls in use.calls.items():
                 site_name = name + (view.name(parameter) if parameter.numel() else "")
@@ -147,14 +150,14 @@ def find_linears(
             matmul |= not use.is_read and is_linear_weight(owner, parameter)
             rejections.append(Rejection(name, shape, reason, parameter, owner, owner_name, matmul))
     sites = _disjoint(candidates, rejections)
-    sites.sort(key=lambda site: order[site.calls[0].node])  # as the model runs, however it is named
+    sites.sort(key=lambda site: order[site.calls[0].node])  # as the model runs
     if not sites:
         raise ModelError(_nothing_found(model, rejections))
     return Found(_filtered(sites, filter_fn, rejections), rejections)
 
 
 def _owners(model: nn.Module) -> dict[nn.Parameter, tuple[nn.Module, str, str]]:
-    """parameter → its module, the module's name and its own name; the first of several names."""
+    """parameter → its module, that module's name, its own name; the first if it has several."""
     owners: dict[nn.Parameter, tuple[nn.Module, str, str]] = {}
     for module_name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
@@ -164,7 +167,7 @@ def _owners(model: nn.Module) -> dict[nn.Parameter, tuple[nn.Module, str, str]]:
 
 
 def _sharing_memory(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, list[nn.Parameter]]:
-    """parameter → all that hold some of its memory, itself included: two objects may be one."""
+    """parameter → all parameters that share some of its memory, itself included."""
     parameters = list(parameters)
     by_storage: dict[int, list[nn.Parameter]] = defaultdict(list)
     for parameter in filter(is_plain, parameters):
@@ -182,7 +185,7 @@ def _sharing_memory(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, li
 
 
 def _share(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two tensors may have an element in common: their memory, from first to last."""
+    """Whether the memory of two tensors, each from its first to its last element, overlaps."""
     if first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
         return False
     one, two = _bytes(first), _bytes(second)
@@ -190,7 +193,7 @@ def _share(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 def _bytes(tensor: torch.Tensor) -> range:
-    """Where in its storage a tensor lies."""
+    """The range of bytes in its storage that a tensor lies in."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     last = int(tensor.storage_offset()) + sum((n - 1) * step for n, step in steps)
     size = tensor.element_size()
@@ -202,7 +205,7 @@ def _fixed_tensors(
 ) -> dict[int, list[tuple[str, torch.Tensor]]]:
     """storage → the buffers and constants in it, which rewriting a weight there would change.
 
-    Whoever reads them, in the graph or outside.
+    Also those that no graph reads: other code may read them.
     """
     tensors = [(f"buffer {name}", buffer) for name, buffer in model.named_buffers()]
     for trace in traces:
@@ -212,24 +215,24 @@ def _fixed_tensors(
                 tensors.append((f"constant {node.target}", tensor))
     by_storage: dict[int, list[tuple[str, torch.Tensor]]] = defaultdict(list)
     for what, tensor in tensors:
-        if is_plain(tensor):  # a sparse tensor, for one, has no such memory to share
+        if is_plain(tensor):  # others, such as sparse tensors, have no such storage
             by_storage[tensor.untyped_storage().data_ptr()].append((what, tensor))
     return by_storage
 
 
-def _held_elsewhere(
+def _why_memory_is_shared(
     parameter: nn.Parameter, fixed: dict[int, list[tuple[str, torch.Tensor]]]
 ) -> str | None:
-    """Why a parameter has no site for what else is in its memory, or None."""
+    """Why a parameter has no site: a buffer or constant is in its memory; None if none is."""
     near = fixed.get(parameter.untyped_storage().data_ptr(), ())
     held = next((what for what, tensor in near if _share(parameter, tensor)), None)
     return None if held is None else f"shares its memory with the {held}, which would change"
 
 
 def _why_not(use: Uses, sharing: list[Uses]) -> str | None:
-    """Why a parameter has no site, or None where it has.
+    """Why a parameter has no site; None if it has one.
 
-    ``sharing`` is how its memory is used, under whatever parameter.
+    ``sharing`` are the uses of all parameters that share its memory, itself included.
     """
     is_table = any(other.embedding for other in sharing)
     if use.calls:
@@ -245,7 +248,7 @@ def _why_not(use: Uses, sharing: list[Uses]) -> str | None:
 
 
 def _disjoint(candidates: list[Site], rejections: list[Rejection]) -> list[Site]:
-    """The sites that share no element with another; the others cannot be solved one by one."""
+    """The sites that share no element with another; the others are added to ``rejections``."""
     by_storage: dict[int, dict[WeightView, Site]] = defaultdict(dict)
     for site in candidates:
         twin = by_storage[site.view.storage].setdefault(site.view, site)

@@ -1,7 +1,8 @@
-"""Which inputs of a trace are masks, whose tokens they are of, and what they say of each batch.
+"""Which inputs of a trace are masks, which tokens they are for, and how they are read.
 
-By name: that of the model's own argument, or that of a module inside which is given the very
-tensor. Of any other input that looks like a mask there is a note: nothing is left out by it.
+A mask is found by its name: that of the model's own argument, or that of an inner module's argument
+if the module is given the same tensor. Any other input that looks like a mask is not used, and a
+note in the report says so.
 """
 
 from __future__ import annotations
@@ -37,15 +38,16 @@ from magr_fx.passes.finding.mask_values import (
 from magr_fx.passes.graphs.torch_private import statically_known_true
 from magr_fx.passes.graphs.trace import Trace, TracedBatch
 
-_BEST = "The mask of padding is best passed as attention_mask, 1 for each token and 0 for padding"
+_BEST = "Pass the padding mask as attention_mask, with 1 for each token and 0 for padding"
 
 
 @dataclass(eq=False)
 class Mask:
     """One mask input of a trace, and how it is read.
 
-    ``tokens_first`` is whether its tokens lie ``[tokens, batch]``, as nn.Transformer takes them;
-    None where the sizes have to tell.
+    ``pairs`` is whether a mask of two dimensions is ``[tokens, tokens]``; None if the values have
+    to tell. ``tokens_first`` is whether its tokens lie ``[tokens, batch]``, as nn.Transformer takes
+    them; None if the sizes have to tell.
     """
 
     place: int
@@ -56,7 +58,7 @@ class Mask:
     _excludes: dict[int, bool] = field(default_factory=dict, repr=False)
 
     def counted(self, batch: TracedBatch, tokens: torch.Tensor) -> torch.Tensor | None:
-        """Which of the tokens ``[batch, tokens, ...]`` count, in their order; None: unknown."""
+        """Which of the tokens ``[batch, tokens, ...]`` count, in their order; None if unknown."""
         mask = batch.values[self.place]
         if tokens.dim() < 2:
             return None
@@ -74,12 +76,12 @@ class Mask:
         return counted.T if turned and counted is not None else counted
 
     def excludes(self, batch: TracedBatch) -> bool:
-        """Whether it excludes anything in the batch; a sync, the first time."""
+        """Whether it excludes any token of the batch; needs a device sync the first time."""
         if batch.index not in self._excludes:
             mask = batch.values[self.place]
             found = excludes(mask, self.how)
             if found and (mask.dim() > 2 or self.pairs) and mask.shape[-1] == mask.shape[-2]:
-                # Causal masks exclude pairs, and no token.
+                # A causal mask excludes pairs, but no token.
                 length = mask.shape[-1]
                 sequences = mask.shape[0] if mask.dim() > 2 else 1
                 read = counted_tokens(mask, sequences, length, self.how, pairs=True)
@@ -88,16 +90,16 @@ class Mask:
         return self._excludes[batch.index]
 
     def sequences(self, batch: TracedBatch) -> int:
-        """How many sequences the batch has."""
+        """The number of sequences in the mask: 1 if they all share it."""
         mask = batch.values[self.place]
         return 1 if self.pairs or mask.dim() < 2 else len(mask)
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Inputs whose tokens have the same masks; ``masks`` is empty where they have none.
+    """Inputs whose tokens have the same masks; ``masks`` is empty if they have none.
 
-    What descends from any of ``others`` as well is not of these tokens.
+    A value that depends on any of ``others`` as well does not belong to these tokens.
     """
 
     tokens: frozenset[int]
@@ -105,7 +107,7 @@ class Stream:
     others: frozenset[int] = frozenset()
 
     def has(self, sources: frozenset[int]) -> bool:
-        """Whether a value that descends from these inputs is of these tokens."""
+        """Whether a value that depends on these inputs belongs to these tokens."""
         return bool(self.tokens & sources) and not sources & self.others
 
 
@@ -116,7 +118,7 @@ class MaskInputs:
         self._batches: dict[Trace, list[TracedBatch]] = {}
         for batch in batches:
             self._batches.setdefault(batch.trace, []).append(batch)
-        # An exported graph takes other values as well, which are no masks, and have no tokens.
+        # An exported graph has other inputs too, which are no masks and have no tokens.
         self._tensors = {
             trace: frozenset(
                 at for at, v in enumerate(own[0].values) if isinstance(v, torch.Tensor)
@@ -130,14 +132,14 @@ class MaskInputs:
         self._streams: dict[Trace, list[Stream]] = {}
 
     def streams(self, trace: Trace) -> list[Stream]:
-        """The streams of tokens of a trace; a value belongs to the first that has it."""
+        """The streams of tokens of a trace; a value belongs to the first stream that has it."""
         if trace not in self._streams:
             self._streams[trace] = self._find(trace)
         return self._streams[trace]
 
     @property
     def notes(self) -> list[str]:
-        """What the report should say of inputs that may mark padding, and may be read otherwise."""
+        """Notes for the report on inputs that may mark padding, but are not used or misread."""
         notes: dict[str, None] = {}
         for trace in self._batches:
             notes |= dict.fromkeys(self._notes_of(trace))
@@ -154,35 +156,35 @@ class MaskInputs:
         made = masks_made(trace)
         if made and not read and not notes:
             notes.append(
-                f"the model makes the mask {made[0]!r} itself: nothing is left out by it, so that "
-                f"padding is counted. {_BEST}"
+                f"the model makes the mask {made[0]!r} itself. It is not used here, so padding is "
+                f"counted. {_BEST}"
             )
         return notes
 
     def _note_of(self, trace: Trace, place: int, mask: Mask | None, *, alone: bool) -> str:
-        """What to say of an input; ``mask`` is how it is read, ``alone`` that no input is."""
+        """The note on an input or "". ``mask``: how it is read; ``alone``: no mask is read."""
         name, values = trace.input_names[place], [b.values[place] for b in self._batches[trace]]
         if mask is not None:
             if mask.pairs is not None or not any(may_be_either(v, mask.how) for v in values):
                 return ""
             return (
                 f"the input {name!r} of shape {tuple(values[0].shape)} is read as a mask for pairs "
-                "of tokens, one for all sequences: if it marks padding, padding is counted. A "
-                "batch of other than as many sequences as tokens tells"
+                "of tokens, shared by all sequences. If it marks padding instead, padding is "
+                "counted. A batch with another number of sequences than of tokens makes this clear"
             )
         shape = next((tuple(v.shape) for v in values if _may_exclude(v)), None)
         if shape is None:
             return ""
         if place in self._roles[trace] or self._may_be_mask(trace, place):
             return (
-                f"the input {name!r} of shape {shape} looks like a mask, but it is not known how "
-                "it is meant, or of which tokens: nothing is left out by it, so that padding is "
+                f"the input {name!r} of shape {shape} looks like a mask, but it is unknown what "
+                "its values mean, or which tokens it is for. It is not used, so padding is "
                 f"counted. {_BEST}"
             )
         if alone and len(shape) == 1 and is_named_as_lengths(name):
             return (
-                f"the input {name!r} may be the lengths of padded sequences: nothing is left out "
-                f"by it, so that padding is counted. {_BEST}"
+                f"the input {name!r} may be the lengths of padded sequences. It is not used, so "
+                f"padding is counted. {_BEST}"
             )
         return ""
 
@@ -211,7 +213,7 @@ class MaskInputs:
     def _tokens_of(
         self, trace: Trace, place: int, role: Role, others: frozenset[int]
     ) -> frozenset[int]:
-        """The inputs whose tokens a mask is of: by name, else those that have as many."""
+        """The inputs whose tokens a mask is for: by name, otherwise by size."""
         name, call = role
         root = calls_of(trace)[0]
         for one in (call, root):
@@ -232,7 +234,7 @@ class MaskInputs:
     def _same_tensors(
         self, trace: Trace, found: set[int], others: frozenset[int]
     ) -> frozenset[int]:
-        """Inputs that are the same tensors: a trace is of batches in which the same ones are."""
+        """Inputs that are the same tensors as these; they are in all batches of a trace."""
         values = self._batches[trace][0].values
         return frozenset(at for at in others if any(values[at] is values[one] for one in found))
 
@@ -249,7 +251,7 @@ class MaskInputs:
     def _mask(self, trace: Trace, place: int, role: Role, tokens: frozenset[int]) -> Mask:
         name, call = role
         kind = _kind(self._batches[trace][0].values[place])
-        alike = [value for value in self._everywhere(name) if _kind(value) == kind]
+        alike = [value for value in self._masks_named(name) if _kind(value) == kind]
         mask = Mask(place, name, convention(alike, MARKS_PADDING[name]))
         if alike[0].dim() != 2 or not tokens:
             return mask
@@ -257,7 +259,7 @@ class MaskInputs:
         if name.endswith("key_padding_mask"):
             mask.pairs = False
             given = tokens & {one for _, one in call.arguments}
-            if given and call.batch_first is not None:  # what it says of its own arguments
+            if given and call.batch_first is not None:  # which is about its own arguments
                 mask.tokens_first = not call.batch_first
             else:
                 mask.tokens_first = self._is_turned(trace, place, at)
@@ -265,15 +267,15 @@ class MaskInputs:
             mask.pairs = self._is_of_pairs(trace, place, at)
         return mask
 
-    def _everywhere(self, name: str) -> Iterator[torch.Tensor]:
-        """The masks of one name in all batches of all traces."""
+    def _masks_named(self, name: str) -> Iterator[torch.Tensor]:
+        """The masks with this name in all batches of all traces."""
         for trace, batches in self._batches.items():
             for place, (found, _) in self._roles[trace].items():
                 if found == name:
                     yield from (batch.values[place] for batch in batches)
 
     def _is_turned(self, trace: Trace, place: int, at: int) -> bool | None:
-        """Whether tokens come first, by the traced symbols, or by batches of other sizes."""
+        """Whether the mask has the first two dimensions of the input ``at`` exchanged, or None."""
         mask, tokens = _traced_shape(trace, place), _traced_shape(trace, at)[:2]
         straight, turned = _same(mask, tokens), _same(mask, tokens[::-1])
         if straight != turned:
@@ -285,9 +287,9 @@ class MaskInputs:
         return None
 
     def _is_of_pairs(self, trace: Trace, place: int, at: int) -> bool | None:
-        """Whether a mask of two dimensions is of pairs, by symbols, or by batches of other sizes.
+        """Whether a mask of two dimensions is ``[tokens, tokens]``, by symbols or sizes.
 
-        None where there are as many sequences as tokens in all of them.
+        None if all batches have as many sequences as tokens.
         """
         mask, tokens = _traced_shape(trace, place), _traced_shape(trace, at)[:2]
         straight, square = _same(mask, tokens), _same(mask, (*tokens[1:], *tokens[1:]))
@@ -303,7 +305,7 @@ class MaskInputs:
         return None
 
     def _contradict(self, trace: Trace, masks: list[Mask]) -> bool:
-        """Whether they are of different tokens, though there is no telling which is of which."""
+        """Whether the masks are for different tokens, but it is unknown which is for which."""
         values = self._batches[trace][0].values
         different = {id(values[mask.place]) for mask in masks}
         roles = [mask.role for mask in masks]
@@ -312,7 +314,7 @@ class MaskInputs:
         )
 
     def _may_be_mask(self, trace: Trace, place: int) -> bool:
-        """By its name, or by its values where that does not tell."""
+        """Whether an input may be a mask, by its name, or by its values if that does not tell."""
         batches, name = self._batches[trace], trace.input_names[place]
         named = is_named_as_mask(name)
         if named is not None:
@@ -334,7 +336,7 @@ def _kind(value: torch.Tensor) -> str:
 
 
 def _is_binary(value: torch.Tensor) -> bool:
-    """0 and 1, or 0 and what excludes."""
+    """Whether the values are 0 and 1, or 0 and -100 or less, which excludes a token."""
     if value.is_complex():
         return False
     if value.dtype is torch.bool:
@@ -344,7 +346,7 @@ def _is_binary(value: torch.Tensor) -> bool:
 
 
 def _may_exclude(value: Any) -> bool:
-    """Whether a tensor may exclude a token: not if all is alike, or if each is seen by some."""
+    """Whether a mask may exclude a token: not if all values are equal, or a query sees each key."""
     if value.is_complex() or not value.numel() or not bool((value != value.flatten()[0]).any()):
         return False
     if value.dim() < 2 or value.shape[-1] != value.shape[-2]:

@@ -1,4 +1,4 @@
-"""Which inputs of a trace are masks, and of whose tokens, by what modules call them."""
+"""Which inputs of a trace are masks, and for which tokens, by the names that modules give them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from magr_fx.passes.graphs.trace import Trace
 
 TEXT = frozenset({"input_ids", "inputs_embeds"})
 DECODER = frozenset({"decoder_input_ids", "decoder_inputs_embeds", "labels"})
-# Whether True is padding; None: modules differ, and the values have to tell.
+# Whether True is padding; None if modules differ, so that the values have to tell.
 MARKS_PADDING: dict[str, bool | None] = {
     "attention_mask": False,
     "decoder_attention_mask": False,
@@ -23,7 +23,7 @@ MARKS_PADDING: dict[str, bool | None] = {
     "attn_mask": None,
     "input_mask": None,
 }
-# Whose tokens a mask is of, by the names of the other arguments.
+# The arguments whose tokens a mask is for; TEXT for any other mask.
 _TOKENS: dict[str, frozenset[str]] = {
     "decoder_attention_mask": DECODER,
     "encoder_attention_mask": frozenset({"encoder_hidden_states"}),
@@ -34,37 +34,37 @@ _TOKENS: dict[str, frozenset[str]] = {
     "tgt_padding_mask": frozenset({"tgt"}),
     "memory_key_padding_mask": frozenset({"memory", "src"}),
 }
-# Tokens that look at others, and have no part in their masks.
+# Arguments whose tokens attend to other tokens, but are not in the masks of these.
 UNMASKED = DECODER | {"tgt", "query"}
 OTHERS = UNMASKED | {"encoder_hidden_states", "memory"}
-_LATER = ("decoder_", "tgt_")  # masks of tokens that descend from all others
-_READ = ("encoder_", "src_", "memory_", "key_padding")  # of tokens that others look at
-# Inputs that are no masks of padding, whatever they hold.
+_LATER = ("decoder_", "tgt_")  # masks for a decoder's tokens, which depend on all other tokens
+_READ = ("encoder_", "src_", "memory_", "key_padding")  # masks for tokens that others attend to
+# Parts of the names of inputs that are no padding masks, whatever they hold.
 _NO_MASKS = (
     *("head_mask", "perm_mask", "causal_mask", "masked_pos", "global_attention_mask"),
     *("token_type", "position", "segment", "label", "target"),
 )
 
-Role = tuple[str, ModuleCall]  # what a mask is called, and by whose call
+Role = tuple[str, ModuleCall]  # the name of a mask, and the call that uses this name
 
 
 def calls_of(trace: Trace) -> list[ModuleCall]:
-    """The call of the model itself, and those of the modules inside."""
+    """The call of the model itself, then those of the modules inside it."""
     root = ModuleCall(tuple((name, at) for at, name in enumerate(trace.input_names)))
     return [root, *trace.calls]
 
 
 def roles_of(trace: Trace) -> dict[int, Role]:
-    """What each mask is, by its position among the inputs.
+    """The role of each mask, by its position among the inputs.
 
-    A module inside knows better how a mask is meant than a wrapper that only hands it on.
+    An inner module's name for a mask tells more than that of a wrapper, which only passes it on.
     """
     roles: dict[int, Role] = {}
     for call in calls_of(trace):
         for name, at in call.arguments:
             if name not in MARKS_PADDING:
                 continue
-            if at not in roles or _tells_more(name, roles[at][0]):
+            if at not in roles or _says_more(name, roles[at][0]):
                 roles[at] = (name, call)
                 continue
             known, by = roles[at]
@@ -76,10 +76,10 @@ def roles_of(trace: Trace) -> dict[int, Role]:
 
 
 def masks_made(trace: Trace) -> list[str]:
-    """The masks of padding that the model made itself, and gave to modules inside.
+    """The padding masks that the model made itself, and passed to modules inside it.
 
-    Where True is padding a mask is for nothing else; any other one is of padding if it is given
-    beside the input's own tokens, as to a model inside a wrapper.
+    A mask in which True is padding is always one. Any other mask is one if it is passed together
+    with the input's own tokens, as to a model inside a wrapper.
     """
     return [
         name
@@ -91,39 +91,39 @@ def masks_made(trace: Trace) -> list[str]:
 
 
 def tokens_of(role: str) -> frozenset[str]:
-    """The names of the arguments whose tokens a mask is of."""
+    """The names of the arguments whose tokens a mask is for."""
     return _TOKENS.get(role, TEXT)
 
 
 def order_of(role: str) -> int:
-    """Which masks come first: a decoder's values descend from the encoder's tokens as well."""
+    """Sort key: a decoder's masks come first, as its values depend on the encoder's tokens too."""
     if role.startswith(_LATER):
         return 0
     return 2 if is_read(role) else 1
 
 
 def is_read(role: str) -> bool:
-    """Whether a mask is of tokens that others look at, so that what mixes both is not theirs."""
+    """Whether a mask is for tokens that others attend to; values that mix both are not theirs."""
     return role.startswith(_READ)
 
 
 def is_named_as_mask(name: str) -> bool | None:
-    """Whether an input is called a mask; None where its name tells nothing."""
+    """Whether an input is named as a mask; None if the name does not tell."""
     if any(part in name for part in _NO_MASKS):
         return False
     return True if "mask" in name or "padding" in name else None
 
 
 def is_named_as_lengths(name: str) -> bool:
-    """Whether an input is called the lengths of sequences that are padded."""
+    """Whether an input is named as the lengths of padded sequences."""
     words = name.lower().split("_")
     return "cu" not in words and any(
         word in ("len", "lens", "seqlen", "seqlens") or "length" in word for word in words
     )
 
 
-def _tells_more(name: str, known: str) -> bool:
-    """Whether a module says otherwise of how a mask is meant than the module around it."""
+def _says_more(name: str, known: str) -> bool:
+    """Whether ``name`` says what True means, and ``known`` does not say the same."""
     marks = MARKS_PADDING[name]
     return marks is not None and marks != MARKS_PADDING[known]
 

@@ -1,9 +1,9 @@
-"""What a mask holds → which tokens count: ``[batch, tokens]`` of whatever form it was given in.
+"""Read from a mask of any form which tokens count, as ``[batch, tokens]``.
 
 A mask multiplies (0 and 1, False and True) or is added to scores (0, and a very negative number
 for padding). It has a value for each token, ``[batch, tokens]``, or for each pair of a query and a
-key, ``[tokens, tokens]``, ``[batch, queries, keys]`` or ``[batch, heads, queries, keys]``. The
-latter may be causal as well: a token is padding where no token that counts looks at it.
+key, ``[tokens, tokens]``, ``[batch, queries, keys]`` or ``[batch, heads, queries, keys]``. A mask
+of pairs may be causal too. In it, a token is padding if no token that counts attends to it.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# What is added to a score of padding, at most: exp(-100) is nothing beside any other token.
+# A mask adds this or less to the scores of padding: exp(-100) is negligible in a softmax.
 EXCLUDED = -100.0
 
 
 @dataclass(frozen=True)
 class Convention:
-    """How the values of a mask are meant, by all batches that have it.
+    """What the values of a mask mean, read from all batches that have it.
 
     Attributes:
-        additive: 0 counts and a very negative number does not; else what is not zero is marked.
-        marks_padding: what is marked is padding; None where only the values can tell.
-        known: whether the values are a mask's at all.
+        additive: whether 0 counts and a very negative number does not. In other masks, a value that
+            is not zero is marked.
+        marks_padding: whether marked values are padding; None if only the values can tell.
+        known: whether the values can be read as a mask at all.
     """
 
     additive: bool = False
@@ -34,21 +35,21 @@ class Convention:
 
 
 def convention(masks: Iterable[Tensor], marks_padding: bool | None) -> Convention:
-    """Read off what one mask holds in all batches.
+    """Determine the convention of one mask from its values in all batches.
 
     Args:
-        masks: its values in each batch, all of them floating, or bool, or whole numbers.
-        marks_padding: what its name says of True; None where names differ.
+        masks: its values in each batch: all floating-point, all boolean or all integers.
+        marks_padding: whether True is padding by its name; None if the name does not tell.
     """
     masks = [mask for mask in masks if mask.numel()]
     numeric = [mask for mask in masks if mask.dtype is not torch.bool]
     floating = any(mask.is_floating_point() for mask in numeric)
     if any(bool((mask < 0).any()) for mask in numeric if mask.dtype.is_signed):
-        # A value for each pair may be a bias as well; one for each token is 0 or excludes it.
+        # A value for a pair may also be a bias; a value for a token is 0 or excludes the token.
         biased = any(bool(((mask < 0) & (mask > EXCLUDED)).any()) for mask in masks if _flat(mask))
         return Convention(additive=True, known=not biased)
     marked = any(bool(mask.any()) for mask in masks)
-    if floating and not marked:  # nothing is excluded: else no token would be left
+    if floating and not marked:  # all zeros: if not additive, no token would count
         return Convention(additive=True)
     if floating and not all(bool((mask == mask.round()).all()) for mask in numeric):
         return Convention(known=False)
@@ -62,13 +63,13 @@ def convention(masks: Iterable[Tensor], marks_padding: bool | None) -> Conventio
 def counted_tokens(
     mask: Tensor, sequences: int, length: int, how: Convention, *, pairs: bool = False
 ) -> Tensor | None:
-    """True for each token that counts, ``[sequences, length]``; None where the mask does not say.
+    """True for each token that counts, ``[sequences, length]``; None if the mask does not tell.
 
     Args:
         mask: in any of the forms above.
-        sequences, length: of the tokens.
+        sequences, length: the number of sequences, and of tokens in each.
         how: see :func:`convention`.
-        pairs: whether a mask of two dimensions is ``[tokens, tokens]``, one for all sequences.
+        pairs: whether a mask of two dimensions is ``[tokens, tokens]``, shared by all sequences.
     """
     if not how.known:
         return None
@@ -81,7 +82,7 @@ def counted_tokens(
         elif allowed.dim() == 3 and sequences and len(allowed) not in (1, sequences):
             if len(allowed) % sequences:
                 return None
-            allowed = allowed.view(sequences, -1, *allowed.shape[1:])  # each head's own
+            allowed = allowed.view(sequences, -1, *allowed.shape[1:])  # one for each head
         if allowed.dim() == 4:
             allowed = allowed.any(1)
         if allowed.dim() != 3 or allowed.shape[-1] != length:
@@ -93,16 +94,16 @@ def counted_tokens(
 
 
 def excludes(mask: Tensor, how: Convention) -> bool:
-    """Whether anything at all is excluded by the mask, whatever its form; a sync."""
+    """Whether a mask of any form excludes anything; needs a device sync."""
     return not bool((_allowed(mask, how) if how.known else mask != 0).all())
 
 
 def is_of_pairs(mask: Tensor, sequences: int, length: int, how: Convention) -> bool:
-    """Whether a mask of two dimensions is ``[tokens, tokens]``, where sizes alone do not tell.
+    """Whether a mask of two dimensions is ``[tokens, tokens]``, by its values if sizes do not tell.
 
-    As many sequences as tokens: each row is a query or a sequence. A sequence is padded at one
-    end; a query sees itself, and those after it see as much or more. Where both may be, it is
-    taken for the former, which loses no token.
+    With as many sequences as tokens, a row may be a query or a sequence. A sequence is padded at
+    one end. A query sees itself, and the queries after it see as many keys or more. If the rows may
+    be either, they are taken for queries, which loses no token.
     """
     if tuple(mask.shape) != (length, length) or sequences != length:
         return tuple(mask.shape) == (length, length)
@@ -113,9 +114,9 @@ def is_of_pairs(mask: Tensor, sequences: int, length: int, how: Convention) -> b
 
 
 def may_be_either(mask: Tensor, how: Convention) -> bool:
-    """Whether a square mask may be of pairs as well as of sequences, of different lengths.
+    """Whether a square mask may be one of pairs as well as one of padded sequences.
 
-    Not where it is causal and no more: so many sequences hardly have all lengths there are.
+    Not if it is just a causal mask: sequences hardly ever have each possible length once.
     """
     if mask.dim() != 2 or mask.shape[0] != mask.shape[1]:
         return False
@@ -126,33 +127,33 @@ def may_be_either(mask: Tensor, how: Convention) -> bool:
 
 
 def seen_keys(allowed: Tensor) -> Tensor:
-    """Which keys count, ``[batch, keys]``, of ``[batch, queries, keys]``: who may look at whom.
+    """Which keys count, ``[batch, keys]``, by which keys each query sees.
 
-    A key counts if a query that counts looks at it. Where queries are the keys' own tokens, one
-    that does not look at itself does not count: padding is hidden from its own queries too. To
-    keep the softmax finite some code lets padding look at everything, or at itself alone; that
-    makes no token of it.
+    ``allowed`` is ``[batch, queries, keys]``. A key counts if a query that counts sees it. If
+    queries and keys are the same tokens, a token that does not see itself does not count: padding
+    is hidden from its own queries too. Some code lets padding see everything, or itself alone, to
+    keep the softmax finite. Such padding does not count either.
     """
     queries, keys = allowed.shape[-2:]
     if queries != keys:
         return allowed.any(1)
     itself = allowed.diagonal(dim1=1, dim2=2)
     lonely = itself & (allowed.sum(1) == 1) & (allowed.sum(2) == 1)
-    lonely = lonely & (itself & ~lonely).any(1, keepdim=True)  # all of them: there is no telling
-    queries_count = itself & ~lonely & ~_opened(allowed)
+    lonely = lonely & (itself & ~lonely).any(1, keepdim=True)  # if all are, it tells nothing
+    queries_count = itself & ~lonely & ~_padding_that_sees_all(allowed)
     return (allowed & queries_count[:, :, None]).any(1)
 
 
-def _opened(allowed: Tensor) -> Tensor:
-    """The queries ``[batch, queries]`` that look at everything only because they are padding.
+def _padding_that_sees_all(allowed: Tensor) -> Tensor:
+    """The queries ``[batch, queries]`` that see every key only because they are padding.
 
-    In a mask that hides anything a query may see all keys by right: the last one of a causal
-    mask, or a block at its end that is not causal. Those come after one that sees all before it.
+    Other queries may see every key too: the last one of a causal mask, or a block at its end that
+    is not causal. These come after a query that sees every key before the block.
     """
     length = allowed.shape[-1]
     everything = allowed.all(2)
-    run = everything.flip(1).long().cumprod(1).flip(1).bool()  # up to the last query
-    start = length - run.sum(1)  # where that run starts
+    run = everything.flip(1).long().cumprod(1).flip(1).bool()  # the run at the end
+    start = length - run.sum(1)  # where it starts
     before = (start - 1).clamp(min=0)
     places = torch.arange(length, device=allowed.device)
     row = allowed[torch.arange(len(allowed), device=allowed.device), before]
@@ -169,15 +170,15 @@ def _allowed(mask: Tensor, how: Convention) -> Tensor:
 
 
 def _flat(mask: Tensor) -> bool:
-    """Whether it has a value for each token."""
+    """Whether the mask surely has a value for each token, not for each pair."""
     return mask.dim() == 2 and mask.shape[0] != mask.shape[1]
 
 
 def _marks_padding(masks: list[Tensor]) -> bool | None:
-    """Whether True is padding, by the values; None where they do not tell.
+    """Whether True is padding, by the values; None if they do not tell.
 
-    Pairs: a token looks at itself. Tokens: the longest sequence has no padding, and all others have
-    theirs at the end, or all at the start.
+    In a mask of pairs, a token sees itself. In a mask of tokens, the longest sequence has no
+    padding, and all others have it at the end, or all have it at the start.
     """
     square = [m != 0 for m in masks if m.dim() > 2 or (m.dim() == 2 and m.shape[0] == m.shape[1])]
     square = [m for m in square if m.shape[-1] == m.shape[-2]]
@@ -194,7 +195,7 @@ def _marks_padding(masks: list[Tensor]) -> bool | None:
     for real in (True, False):
         flags = [m == real for m in rows]
         padded = any(
-            all(bool(_run_at(flag.flip(1) if flipped else flag).all()) for flag in flags)
+            all(bool(_true_then_false(flag.flip(1) if flipped else flag).all()) for flag in flags)
             for flipped in (False, True)
         )
         if padded and all(bool(flag.all(1).any()) for flag in flags):
@@ -203,16 +204,16 @@ def _marks_padding(masks: list[Tensor]) -> bool | None:
 
 
 def _is_ascending(allowed: Tensor) -> bool:
-    """Whether each row allows as many as the one before or more, or each as many or less."""
+    """Whether no row allows fewer than the row before it, or no row allows more."""
     change = allowed.sum(1).diff()
     return bool((change >= 0).all() | (change <= 0).all())
 
 
 def _is_padded(allowed: Tensor) -> bool:
-    """Whether each row is as a sequence is that is padded at one end, or not at all."""
-    return bool((_run_at(allowed) | _run_at(allowed.flip(1))).all())
+    """Whether each row looks like a sequence that is padded at one end, or not at all."""
+    return bool((_true_then_false(allowed) | _true_then_false(allowed.flip(1))).all())
 
 
-def _run_at(mask: Tensor) -> Tensor:
-    """Which rows are True from the first place on up to some place, and then False."""
+def _true_then_false(mask: Tensor) -> Tensor:
+    """Which rows begin with True, and stay False from the first False on."""
     return (mask[:, 1:] <= mask[:, :-1]).all(1) & mask[:, :1].any(1)

@@ -1,4 +1,4 @@
-"""What a weight meets: how the tokens lie in the other operand, and which expert each goes to."""
+"""How the tokens lie in the input of a matmul, and which expert each of them goes to."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from torch import fx
 
 @dataclass(frozen=True)
 class Rows:
-    """How the tokens lie in a matmul's other operand.
+    """How the tokens lie in a matmul's input operand.
 
-    They are its rows ``[..., tokens, in]``, or its columns ``[..., in, tokens]``, or, where
-    ``order`` is given, the rows of its dimensions in that order: those of a stack, those of the
-    tokens, those that are summed over.
+    They are its rows ``[..., tokens, in]``, unless one of these attributes says otherwise.
 
     Attributes:
-        columns: whether the tokens are columns.
-        order: the permutation, for einsum.
-        stacked, summed: how many of the permuted dimensions are the stack's, and are summed over.
+        columns: whether the tokens are the columns, ``[..., in, tokens]``.
+        order: for einsum, the permutation after which the dimensions of the stack come first, then
+            those of the tokens, then those that are summed over.
+        stacked, summed: how many of the permuted dimensions are of the stack, and are summed over.
     """
 
     columns: bool = False
@@ -44,25 +43,25 @@ class Rows:
         return (value[:, None] if value.dim() == 1 else value).mT
 
     def sizes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """A shape in the order of the rows: what is not the tokens' comes first and last."""
+        """The sizes of a shape in the order: stack, tokens, dimensions that are summed over."""
         if self.order is not None:
             return tuple(shape[dim] for dim in self.order)
         return (*shape[:-2], shape[-1], shape[-2]) if self.columns and len(shape) > 1 else shape
 
     def leading(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of an operand's shape, the sizes of everything but what is summed over."""
+        """The sizes of an operand's shape without the dimensions that are summed over."""
         return self.sizes(shape)[: -self.summed]
 
 
 @dataclass(frozen=True)
 class Route:
-    """Which tokens go to which of a stack's matrices, known only when the model runs.
+    """Which tokens go to which matrix of a stack; known only when the model runs.
 
     Attributes:
-        node: its value tells: where the segment of each matrix ends, in rows that are sorted by
-            matrix (``ends``), or the index of each row's matrix.
-        ends: which of the two.
-        count: how many matrices an index picks from, if it may count from the end.
+        node: its value is the end of each matrix's segment in rows that are sorted by matrix, or
+            the index of each row's matrix.
+        ends: whether it is the former.
+        count: the number of matrices, if an index may be negative; 0 if none is.
     """
 
     node: fx.Node
@@ -70,7 +69,7 @@ class Route:
     count: int = 0
 
     def split(self, route: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """Each matrix that any row goes to, with the indices of those rows; one sync for all."""
+        """Each matrix that rows go to, with their indices; one device sync for all."""
         if self.ends:
             ends = route.tolist()
             rows = torch.arange(max(ends, default=0), device=route.device)
@@ -91,21 +90,22 @@ class Equation(NamedTuple):
 
     weight: tuple[int, ...]  # the weight's dimensions in the order [stack, out, in]
     stacked: int
-    out: int  # how many dimensions each is made of
+    out: int  # how many dimensions the stack and ``out`` have
     rows: Rows  # of the input
 
 
 def read_equation(equation: str, side: int, dims: tuple[int, int]) -> Equation | None:
-    """How the einsum of two operands is a matmul with the one at ``side``; None where it is none.
+    """The einsum of two operands as a matmul with the weight at ``side``; None if it is none.
 
-    A dimension that both have is summed over where the result does not have it, and else one of
-    the stack's. A dimension that only one has must be in the result, and none may occur twice.
+    A dimension of both operands is summed over if it is not in the result; otherwise it is one of
+    the stack. A dimension of one operand only must be in the result. In each operand, none may
+    occur twice.
     """
     left, arrow, result = equation.replace(" ", "").partition("->")
     terms = left.split(",")
     if len(terms) != 2:
         return None
-    if not arrow:  # then the result has what occurs once, in the order of the alphabet
+    if not arrow:  # then the result has the labels that occur once, in alphabetical order
         once = sorted(c for c in left if c.isalpha() and left.count(c) == 1)
         result = "".join(["..." if "..." in left else "", *once])
     labels = [_spelled_out(term, n) for term, n in zip(terms, dims, strict=True)]
@@ -134,9 +134,9 @@ def read_equation(equation: str, side: int, dims: tuple[int, int]) -> Equation |
 
 
 def tensordot_equation(dims: tuple[int, int], left: Sequence[int], right: Sequence[int]) -> str:
-    """The einsum that a tensordot of operands with ``dims`` dimensions is.
+    """The einsum equation of a tensordot of operands with ``dims`` dimensions.
 
-    ``left`` and ``right`` are those that are summed over, in pairs.
+    ``left`` and ``right`` are the dimensions that are summed over, in pairs.
     """
     letters = iter(string.ascii_letters)
     one, other = ([next(letters) for _ in range(n)] for n in dims)

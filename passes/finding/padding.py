@@ -1,8 +1,8 @@
-"""Which rows of an activation are tokens: what a mask marks as padding does not count.
+"""Which rows of an activation count: those of tokens, not those that a mask marks as padding.
 
-A mask belongs to the values that descend from the inputs whose tokens it is of: in an
-encoder-decoder model the decoder's tokens have ``decoder_attention_mask`` (or none), and the
-tokens of another modality have none at all, even where the shapes happen to agree.
+A mask applies to the values that depend on the inputs whose tokens it is for. In an encoder-decoder
+model, the decoder's tokens have ``decoder_attention_mask`` (or none). The tokens of another
+modality have no mask, even if the shapes agree by chance.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _ROW_WISE = frozenset(
         aten.view.default,
     }
 )
-# Ops that keep the order of the rows, the first dimension, of all their arguments that have them.
+# Ops that keep the order of the rows, the first dimension, of all their arguments with rows.
 _ALL_ROW_WISE = frozenset({aten.bmm.default, aten.matmul.default})
-# Of these, what may only put dimensions of 1 before the rows, or take them away.
+# Of these, ops that may only add or remove dimensions of 1 before the rows.
 _SHAPES = frozenset(
     {
         aten.flatten.using_ints,
@@ -59,18 +59,18 @@ _PARTS = frozenset(
 )
 
 
-TURN = "turn"  # the tokens' two dimensions, one for the other
+TURN = "turn"  # exchanges the tokens' two dimensions
 Steps = tuple["fx.Node | int | str", ...]
 
 
 @dataclass(eq=False)
 class TokenMask:
-    """Which rows of what some calls read are tokens that count.
+    """Which rows of the input of some calls are tokens that count.
 
-    ``tokens`` is the position of the input whose tokens the calls' rows are made of, or None where
-    there is no telling. The rows are in the tokens' order but for what ``steps`` do to it, one
-    after the other: a node picks rows by its value, indices or truth values, a number repeats each,
-    and ``TURN`` has the rows of all sequences' first tokens first, as in ``[tokens, batch, in]``.
+    ``tokens`` is the position of the input whose tokens the calls' rows come from; None if that is
+    unknown. The rows are in the tokens' order, changed by each of ``steps`` in turn. A node picks
+    rows by its value, indices or booleans. A number repeats each row that often. ``TURN`` exchanges
+    the two dimensions of the tokens, as for ``[tokens, batch, in]``.
     """
 
     masks: tuple[Mask, ...]
@@ -89,7 +89,7 @@ class TokenMask:
         device: torch.device,
         env: Mapping[fx.Node, Any] = MappingProxyType({}),
     ) -> torch.Tensor | None:
-        """True for each row that counts; None where the call's rows do not match the mask."""
+        """True for each row that counts; None if unknown. ``env`` has the values of ``gathers``."""
         if self.tokens is None:
             return None
         tokens: torch.Tensor = batch.values[self.tokens]
@@ -117,12 +117,12 @@ class TokenMask:
         return keep
 
     def rows(self, batch: TracedBatch, keep: torch.Tensor) -> torch.Tensor | None:
-        """The indices of the rows that count, of a view of :meth:`keep`; None where all do.
+        """The indices of the rows that count, of a view of :meth:`keep`; None if all count.
 
-        How many they are is a sync: one for a batch, whatever reads its tokens, but where rows are
-        picked anew in each layer.
+        This needs a device sync. There is one for each batch, for all calls that read its tokens;
+        but where a node picks rows, each call needs its own.
         """
-        # Views of one tensor, so that these tell what they hold.
+        # All are views of one tensor, so that shape, strides and offset identify the values.
         key = (batch.index, keep.device, keep.shape, keep.stride(), keep.storage_offset())
         if self.gathers or key not in self._kept:
             found = rows_that_count(keep)
@@ -132,15 +132,15 @@ class TokenMask:
         return self._kept[key]
 
     def misses_padding(self, batch: TracedBatch, rows: int) -> bool:
-        """Whether there is padding among so many rows, where ``keep`` does not tell.
+        """Whether there may be padding among ``rows`` rows, if :meth:`keep` returned None.
 
-        One row per sequence, such as a pooled one, has no padding left.
+        If there is one row per sequence, such as a pooled one, there is no padding.
         """
         return any(rows > mask.sequences(batch) and mask.excludes(batch) for mask in self.masks)
 
 
 def rows_that_count(keep: torch.Tensor) -> torch.Tensor | None:
-    """The indices of what is True; None where all is."""
+    """The indices of the values that are True; None if all are."""
     found = keep.flatten().nonzero().squeeze(1)
     return None if len(found) == keep.numel() else found
 
@@ -153,7 +153,7 @@ def token_masks(trace: Trace, calls: Iterable[Call], inputs: MaskInputs) -> dict
     placeholders = trace.graph_module.graph.find_nodes(op="placeholder")
     shapes = [_shape(node) for node in placeholders]
     sources = _sources(trace)
-    known: dict[Any, TokenMask] = {}  # one for all calls that it serves: it is read once
+    known: dict[Any, TokenMask] = {}  # calls with the same key share one
     masks = {}
     for call in calls:
         from_inputs = sources[call.input]
@@ -169,7 +169,7 @@ def token_masks(trace: Trace, calls: Iterable[Call], inputs: MaskInputs) -> dict
 
 
 def _sources(trace: Trace) -> dict[fx.Node, frozenset[int]]:
-    """The positions of the inputs that each node's values descend from, a mere size aside."""
+    """The positions of the inputs that each node's values depend on, other than by sizes."""
     places = iter(range(len(trace.input_names)))
     sources: dict[fx.Node, frozenset[int]] = {}
     for node in trace.graph_module.graph.nodes:
@@ -183,12 +183,12 @@ def _sources(trace: Trace) -> dict[fx.Node, frozenset[int]]:
 
 
 def _steps_from(call: Call, shape: tuple[Any, ...]) -> Steps | None:
-    """How the call's rows come from the tokens of an input ``[batch, tokens]``; None: unknown.
+    """The steps from the tokens ``[batch, tokens]`` of an input to the call's rows; None: unknown.
 
-    The symbols of the traced shapes tell, where sizes of one batch may agree by chance.
+    The symbols of the traced shapes tell; the sizes of one batch may agree by chance.
     """
     if _same(shape, shape[::-1]) and _is_turned_around(call.input):
-        return None  # which of the two orders the rows are in is not to be told from sizes
+        return None  # the sizes do not tell which of the two orders the rows have
     leading = call.rows.leading(_shape(call.input))
     order = _order(leading, shape)
     if order is not None:
@@ -197,18 +197,18 @@ def _steps_from(call: Call, shape: tuple[Any, ...]) -> Steps | None:
         order = _order(_squeezed(leading), _squeezed(shape))
         if order is not None:
             return order
-    return _walk(call.input, shape, set()) if len(_squeezed(leading)) <= 1 else None
+    return _steps_to_rows(call.input, shape, set()) if len(_squeezed(leading)) <= 1 else None
 
 
 def _order(leading: tuple[Any, ...], shape: tuple[Any, ...]) -> Steps | None:
-    """Whether sizes are those of the tokens, or those one for the other."""
+    """The steps if sizes are those of the tokens, or these exchanged; None if neither."""
     if _same(leading, shape):
         return ()
     return (TURN,) if len(shape) == 2 and _same(leading, shape[::-1]) else None
 
 
 def _is_turned_around(node: fx.Node) -> bool:
-    """Whether a value descends from one whose first two dimensions were exchanged."""
+    """Whether a value depends on one whose first two dimensions were exchanged."""
     seen: set[fx.Node] = set()
     pending = [node]
     while pending:
@@ -225,8 +225,8 @@ def _is_turned_around(node: fx.Node) -> bool:
     return False
 
 
-def _walk(node: fx.Node, shape: tuple[Any, ...], seen: set[fx.Node]) -> Steps | None:
-    """How a value ``[rows, ...]`` comes from the tokens ``[batch, tokens]``."""
+def _steps_to_rows(node: fx.Node, shape: tuple[Any, ...], seen: set[fx.Node]) -> Steps | None:
+    """The steps from tokens ``[batch, tokens]`` to a value ``[rows, ...]``; None: unknown."""
     if node in seen:
         return None
     seen.add(node)
@@ -234,22 +234,22 @@ def _walk(node: fx.Node, shape: tuple[Any, ...], seen: set[fx.Node]) -> Steps | 
         order = None
         if step is None:
             order = _order_of_flattened(node, source, shape)
-        elif isinstance(step, fx.Node) and len(_shape(step)) > 1:  # picks of [batch, tokens, ...]
+        elif isinstance(step, fx.Node) and len(_shape(step)) > 1:  # picks from [batch, tokens, ...]
             order = _order(_shape(source)[: len(_shape(step))], shape)
         if order is not None:
             return order if step is None else (*order, step)
         if step is not None or _has_rows_of(node, source):
-            found = _walk(source, shape, seen)
+            found = _steps_to_rows(source, shape, seen)
             if found is not None:
                 return found if step is None else (*found, step)
     return None
 
 
 def _order_of_flattened(node: fx.Node, source: fx.Node, shape: tuple[Any, ...]) -> Steps | None:
-    """The order of the rows ``[batch * tokens]`` where the source still has both; None: unknown.
+    """The steps to rows ``[batch * tokens]`` from a source with both dimensions; None: unknown.
 
-    The source may have heads of its own: ``[tokens, batch, heads, in]``, or the first two of its
-    inner dimensions as one, as nn.MultiheadAttention has them.
+    The source may have heads too: ``[tokens, batch, heads, in]``, or, as in nn.MultiheadAttention,
+    ``[tokens, batch * heads, in]``.
     """
     given = _shape(source)
     if len(shape) != 2 or not _same(_shape(node)[:1], (shape[0] * shape[1],)):
@@ -267,10 +267,10 @@ def _order_of_flattened(node: fx.Node, source: fx.Node, shape: tuple[Any, ...]) 
 
 
 def _sources_of_rows(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node | int | None]]:
-    """The values ``[rows, ...]`` that the node's rows may come from, and what their order becomes.
+    """The values ``[rows, ...]`` that the node's rows may come from, each with the step to them.
 
-    That is None where they stay in order, a node where rows are picked by its value, and a number
-    where each row is repeated so often.
+    The step is None if the rows stay in order, a node if its value picks rows, and a number if each
+    row is repeated that often.
     """
     target, args = node.target, node.args
     if target is operator.getitem and isinstance(args[0], fx.Node) and args[0].target in _PARTS:
@@ -293,18 +293,18 @@ def _sources_of_rows(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node | int | N
     elif target is aten.addmm.default:
         if isinstance(args[1], fx.Node):
             yield args[1], None
-    elif target in _ROW_WISE or _groups(node):
+    elif target in _ROW_WISE or _is_grouped_product(node):
         yield args[0], None
 
 
-def _groups(node: fx.Node) -> bool:
-    """Whether it is a product of rows that are sorted by expert."""
+def _is_grouped_product(node: fx.Node) -> bool:
+    """Whether the node is a product of rows that are sorted by expert."""
     product = product_of(node, node.all_input_nodes[1:])
     return product is not None and product.route is not None
 
 
 def _picked_by(source: fx.Node, indices: Sequence[Any]) -> Any:
-    """The one index of ``x[index]``, or of ``x[None, index]``, as traced: of ``[1, rows, ...]``."""
+    """The index of ``x[index]``; or of ``x[:, index]``, if ``x`` is ``[1, rows, ...]``."""
     before = [index for index in indices[:-1] if index is not None]
     ones = _shape(source)[: len(indices) - 1]
     if before or not indices or not all(statically_known_true(size == 1) for size in ones):
@@ -313,7 +313,7 @@ def _picked_by(source: fx.Node, indices: Sequence[Any]) -> Any:
 
 
 def _is_index(node: object) -> bool:
-    """Whether its values pick rows: their places, or True for each, of one dimension or more."""
+    """Whether its values pick rows: integers in one dimension, or booleans in any number."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     if not isinstance(value, torch.Tensor):
         return False
@@ -321,14 +321,14 @@ def _is_index(node: object) -> bool:
 
 
 def _has_rows_of(node: fx.Node, source: fx.Node) -> bool:
-    """Whether both have as many rows, in the first dimension or behind ones."""
+    """Whether both have as many rows, in the first dimension or after dimensions of 1."""
     shapes = _shape(node), _shape(source)
     if _same(*(shape[:1] for shape in shapes)):
         return True
     if node.target not in _SHAPES:
         return False
     one, other = map(_without_ones_before, shapes)
-    # As many numbers in as many columns, whatever is known of the number of rows.
+    # The number of values is the same: with as many columns, there are as many rows.
     return _same(one[:1], other[:1]) or (len(one) == len(other) == 2 and _same(one[1:], other[1:]))
 
 
@@ -339,7 +339,7 @@ def _without_ones_before(shape: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _squeezed(shape: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Without ones, which change no order of rows."""
+    """The shape without ones, which do not change the order of rows."""
     return tuple(size for size in shape if not statically_known_true(size == 1))
 
 

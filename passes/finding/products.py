@@ -1,4 +1,4 @@
-"""graph node → the product of a weight and an input that it computes, if it is one."""
+"""Recognise a node that multiplies a weight with an input, and how both lie in their operands."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ MATMULS: dict[object, tuple[int, int, bool]] = {
     aten.addbmm.default: (1, 2, False),
     aten.baddbmm.default: (1, 2, False),
 }
-# Rows sorted by expert, [tokens, in], a stack [experts, in, out], and where each segment ends.
-# By name: transformers registers its own for dtypes and devices that torch's does not serve.
+# Ops on rows [tokens, in] sorted by expert, a stack [experts, in, out], and the ends of segments.
+# By name: transformers registers its own op for dtypes and devices that torch's does not support.
 GROUPED = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback"})
-# Ops that multiply weights with inputs somewhere inside, where no one takes the inputs.
-_INSIDE = frozenset(
+# Ops that multiply weights with inputs internally, where the inputs cannot be captured.
+_OPAQUE = frozenset(
     {
         "aten::bilinear",
         "aten::chain_matmul",
@@ -50,12 +50,13 @@ _INSIDE = frozenset(
 
 @dataclass(frozen=True)
 class Layout:
-    """How a weight lies in its operand: as ``[..., in, out]`` where ``turned``, or for einsum.
+    """How a weight lies in its operand: as ``[..., out, in]``, unless one of these says otherwise.
 
     Attributes:
-        turned: whether the last two dimensions change places.
-        order: einsum's permutation to those of the stack, of ``out`` and of ``in``.
-        stacked, out: how many of the permuted dimensions are the stack's, and ``out``'s.
+        turned: whether it is ``[..., in, out]``.
+        order: for einsum, the permutation after which the dimensions of the stack come first, then
+            those of ``out``, then those of ``in``.
+        stacked, out: how many of the permuted dimensions belong to the stack, and to ``out``.
     """
 
     turned: bool = False
@@ -64,25 +65,25 @@ class Layout:
     out: int = 1
 
     def summed(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        """Of an einsum operand's sizes, those that are summed over."""
+        """The sizes of an einsum operand that are summed over."""
         return tuple(sizes[dim] for dim in (self.order or ())[self.stacked + self.out :])
 
     def of(self, operand: torch.Tensor) -> torch.Tensor | None:
-        """The operand as ``[..., out, in]``, in the same memory; None where that cannot be."""
+        """The operand as a view ``[..., out, in]``; None if there is no such view."""
         if self.order is not None:
             first = self.stacked + self.out
             ordered = _merged(operand.permute(self.order), first, operand.dim())
             if ordered is None:
                 return None
             whole = _merged(ordered, self.stacked, first)
-            # Rows that do not lie one after the other: a matrix for each of those that do, all of
-            # which meet the same input.
+            # Dimensions of ``out`` that cannot be merged become a stack of matrices, all of which
+            # are multiplied with the same input.
             return ordered if whole is None and not self.stacked else whole
         return operand.mT if self.turned and operand.dim() > 1 else operand
 
 
 def _merged(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor | None:
-    """A view with these dimensions as one; None where they do not lie one after the other."""
+    """A view with dimensions ``start`` to ``stop`` merged; None if their strides forbid it."""
     sizes = tensor.shape
     try:
         return tensor.view(*sizes[:start], sizes[start:stop].numel(), *sizes[stop:])
@@ -91,19 +92,19 @@ def _merged(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor | None:
 
 
 class Product(NamedTuple):
-    """A weight, the input that it is multiplied with, and how both lie in their operands."""
+    """A weight, the input it is multiplied with, and how both lie in their operands."""
 
     weight: fx.Node
     input: fx.Node
     layout: Layout
     rows: Rows
     route: Route | None = None
-    direct: bool = False  # aten.linear: what torchao's tensors can run
+    direct: bool = False  # aten.linear, which torchao's tensors support
 
     def stacks_like(self, dims: int) -> bool:
         """Whether the first ``dims`` dimensions of the weight, in order, are the stack.
 
-        Or the first of ``out``: then every row meets each of the matrices.
+        Also if they are the first of ``out``: every row is then multiplied with each matrix.
         """
         order = self.layout.order
         return order is None or (
@@ -116,12 +117,12 @@ def is_product(node: fx.Node) -> bool:
     return (
         node.target in MATMULS
         or node.target in (aten.einsum.default, aten.tensordot.default)
-        or _schema_name(node) in GROUPED | _INSIDE
+        or _schema_name(node) in GROUPED | _OPAQUE
     )
 
 
 def product_of(node: fx.Node, weights: Container[fx.Node]) -> Product | None:
-    """The product of exactly one of ``weights`` and one other value; None where it is none."""
+    """The product of exactly one of ``weights`` and another value; None if the node is none."""
     if node.target in (aten.einsum.default, aten.tensordot.default):
         return _einsum(*_equation(node), weights)
     if _schema_name(node) in GROUPED:
@@ -130,12 +131,12 @@ def product_of(node: fx.Node, weights: Container[fx.Node]) -> Product | None:
         return None
     left, right, transposed = MATMULS[node.target]
     pair = _pair(node.args[left], node.args[right], weights)
-    # Where the weight is the bias as well, the product is not its only use.
+    # If the weight is the bias too, the product is not its only use.
     if pair is None or node.args.count(pair[0]) != 1:
         return None
     weight, other, side = pair
     if node.target is aten.inner.default and _dims(weight) > 2:
-        return None  # every matrix of the stack meets every row
+        return None  # each matrix of the stack is multiplied with all rows
     # Y = A·B. As B the weight is stored [in, out], or [out, in] where the op transposes it. As A it
     # is [out, in], and the tokens are B's columns, or its rows where the op transposes B.
     return Product(
@@ -150,7 +151,7 @@ def product_of(node: fx.Node, weights: Container[fx.Node]) -> Product | None:
 def _pair(
     left: object, right: object, weights: Container[fx.Node]
 ) -> tuple[fx.Node, fx.Node, int] | None:
-    """(weight, other, the weight's side), where exactly one of the two is a weight."""
+    """(weight, other, side of the weight) if exactly one of the two is a weight, else None."""
     if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
         return None
     if (left in weights) == (right in weights):
@@ -159,7 +160,7 @@ def _pair(
 
 
 def _equation(node: fx.Node) -> tuple[str, object]:
-    """What an einsum or tensordot computes, and the operands."""
+    """The einsum equation of an einsum or tensordot node, and the operands."""
     if node.target is aten.einsum.default:
         return str(node.args[0]), node.args[1]
     left, right, *summed = node.args
@@ -180,7 +181,7 @@ def _einsum(equation: str, operands: object, weights: Container[fx.Node]) -> Pro
         return None
     layout = Layout(order=found.weight, stacked=found.stacked, out=found.out)
     if layout.summed(_sizes(weight)) != found.rows.sizes(_sizes(other))[-found.rows.summed :]:
-        return None  # a dimension of 1 is repeated
+        return None  # a dimension of size 1 is broadcast
     return Product(weight, other, layout, found.rows)
 
 

@@ -1,8 +1,8 @@
-"""graph → every read of every parameter: matmuls that can be rewritten, and everything else.
+"""Find every use of every parameter in a graph: matmuls that can be rewritten, and all others.
 
-From each parameter the reader walks forward through the ops whose tensor inputs are all
-weight-derived. Views, and copies such as casts, keep the way back to the stored weight; any other
-op ends it. A matmul between such a weight and anything else is a call.
+From each parameter the reader goes forward through the ops whose tensor inputs all derive from
+weights. Through views, and through copies such as casts, a value can be traced back to the stored
+weight; through other ops it cannot. A matmul of such a weight and anything else is a call.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ aten = torch.ops.aten
 EMBEDDINGS = frozenset(
     {aten.embedding.default, aten.embedding_bag.default, aten.embedding_bag.padding_idx}
 )
-_STEPS = VIEWS | COPIES  # what a chain from parameter to weight may consist of
-_PICKS = frozenset({aten.select.int, aten.unbind.int})  # one matrix of a stack
-# Ops that look at a tensor's shape or type, never at its values.
+_STEPS = VIEWS | COPIES  # the ops of a chain from parameter to weight
+_PICKS = frozenset({aten.select.int, aten.unbind.int})  # ops that take one matrix of a stack
+# Ops that read a tensor's shape or type, never its values.
 _VALUE_FREE = frozenset({aten.sym_size.int, aten._assert_tensor_metadata.default})
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One matmul of a site: the weight meets the value of ``input`` in ``node``.
+    """One matmul of a site: ``node`` multiplies the weight with the value of ``input``.
 
-    The input's tokens are the rows of ``rows.of(input)``, ``[..., tokens, in]``. ``batch`` picks
-    what meets this matrix of a stack (see ``matrices``); with a ``route`` it is the place of the
-    matrix, and the route tells which rows go there.
+    The input's tokens are the rows of ``rows.of(input)``, ``[..., tokens, in]``. ``batch`` is the
+    index of the input's part that is multiplied with this matrix of a stack (see ``matrices``).
+    With a ``route`` it is the position of the matrix, and the route tells which rows go to it.
     """
 
     trace: Trace
@@ -53,24 +53,24 @@ class Call:
     input: fx.Node
     rows: Rows
     batch: tuple[int, ...]
-    direct: bool  # aten.linear on the parameter itself: what torchao's tensors can run
-    epoch: int  # in-place ops before the call; a value may differ from one epoch to the next
+    direct: bool  # aten.linear on the parameter itself, which torchao supports
+    epoch: int  # number of in-place ops before the call: each may change the input
     route: Route | None = None
     stacked: bool = False  # one of the matrices of a stack, such as an expert
 
     @property
     def activation(self) -> tuple[object, ...]:
-        """Calls with the same one are served by one look at the input's value."""
+        """For calls with the same key, the input's value is read once."""
         return self.input, self.epoch, self.rows, self.route, None if self.route else self.batch
 
     @property
     def input_key(self) -> tuple[object, ...]:
-        """Calls with the same key see the same activations, and so share a gram."""
+        """Calls with the same key have the same activations, and so share a gram."""
         return *self.activation, self.batch
 
     @property
     def reads(self) -> tuple[fx.Node, ...]:
-        """The nodes whose values tell the activations."""
+        """The nodes whose values are needed for the activations."""
         return (self.input,) if self.route is None else (self.input, self.route.node)
 
 
@@ -80,7 +80,7 @@ class Uses:
 
     calls: dict[WeightView, list[Call]] = field(default_factory=lambda: defaultdict(list))
     embedding: bool = False
-    matmul: bool = False  # also where it cannot be rewritten
+    matmul: bool = False  # a matmul reads it, rewritable or not
     others: dict[str, None] = field(default_factory=dict)  # an ordered set of descriptions
 
     @property
@@ -92,8 +92,8 @@ class Uses:
 class _Derived:
     """A value computed from parameters alone: a chain of views of one, or a computation.
 
-    ``index`` is the node whose value picks matrices of a stack; ``chain`` goes on with what was
-    picked, and ``stack`` is the chain up to the stack.
+    ``index`` is the node whose value picks matrices from a stack. Then ``stack`` is the chain from
+    the parameter to the stack, and ``chain`` starts from the picked matrices.
     """
 
     parameters: tuple[nn.Parameter, ...]
@@ -110,9 +110,9 @@ class Reader:
         self._trace = trace
         self._uses = uses  # by the parameter's id
         self._derived: dict[fx.Node, _Derived] = {}
-        self._fixed: set[fx.Node] = set()  # no weight, and no input has a part in it either
-        # What weights and such values together make, or what a weight is after an in-place op: no
-        # weight that can be rewritten, but still one that an input may meet.
+        self._fixed: set[fx.Node] = set()  # depend on neither weights nor inputs
+        # Computed from weights and such values, or a weight after an in-place op. It cannot be
+        # rewritten as a weight, but an input may be multiplied with it.
         self._mixed: dict[fx.Node, _Derived] = {}
         self._objects: set[fx.Node] = (
             set()
@@ -140,7 +140,7 @@ class Reader:
                 self._vmaps += vmap_depth(node)
 
     def _read_mixed(self, node: fx.Node, weights: list[fx.Node]) -> None:
-        """Follow what is made with values that no input has a part in, up to an input."""
+        """Follow values that depend on weights but not on inputs, up to a product with an input."""
         tensors = [n for n in node.all_input_nodes if _is_tensor(n) and n not in self._objects]
         mixed = [n for n in tensors if n in self._mixed]
         inputs = [n for n in tensors if not (n in self._mixed or n in self._fixed or n in weights)]
@@ -161,16 +161,18 @@ class Reader:
             self._fixed.add(node)
 
     def _read_inside(self, node: fx.Node) -> bool:
-        """A sub-graph, of a loop: whatever it reads by itself, it may do anything with.
+        """Record the parameters that a sub-graph, such as that of a loop, reads by itself.
+
+        They are not followed in it, and so cannot be rewritten.
 
         Returns:
-            Whether the node is one.
+            Whether the node is a sub-graph.
         """
         inside = stored(self._trace, node)
         if not isinstance(inside, nn.Module):
             return False
         reader = next(iter(node.users), None)
-        if reader is None:  # nobody runs it
+        if reader is None:  # it is never run
             return True
         for module in inside.modules():
             for tensor in attributes(module) if isinstance(module, fx.GraphModule) else ():
@@ -180,7 +182,7 @@ class Reader:
         return True
 
     def _read(self, node: fx.Node, weights: list[fx.Node]) -> None:
-        """One node that reads weight-derived values: a longer chain, a call, or another use."""
+        """Read a node with weight-derived inputs: it extends a chain, is a call, or another use."""
         if self._only_weights(node) and not self._of_learned_input(node):
             self._derived[node] = self._derive(node, weights)
             return
@@ -199,7 +201,7 @@ class Reader:
                     how = "its input" if other is product.input else "a bias"
                     self._other_use(other, f"{_name(node)} as {how}")
             return
-        # In a region of vmap the input has a dimension that nobody sees.
+        # In a region of vmap the input has a batch dimension that its shape does not show.
         where = " inside torch.vmap" if self._vmaps else ""
         for weight in weights:
             for parameter in self._derived[weight].parameters:
@@ -213,7 +215,7 @@ class Reader:
                 )
 
     def _only_weights(self, node: fx.Node) -> bool:
-        """Whether the node's value is one more that is computed from parameters alone."""
+        """Whether the node's value, too, is computed from parameters alone."""
         return (
             node.op != "output"
             and not is_mutation(node)
@@ -224,9 +226,9 @@ class Reader:
         )
 
     def _of_learned_input(self, node: fx.Node) -> bool:
-        """Whether a linear's weight meets what other parameters alone make: learned queries, say.
+        """Whether a linear's input is made of other parameters alone, such as learned queries.
 
-        Of other matmuls of parameters nothing tells which one would be the input.
+        In other matmuls of two parameters it is unknown which one is the input.
         """
         if node.target is not aten.linear.default:
             return False
@@ -273,17 +275,17 @@ class Reader:
             picked = picked_matrices(parameter, source.stack, source.chain, dims)
             route = Route(source.index, ends=False, count=len(picked))
             if not product.stacks_like(dims):
-                picked = [((), None)]  # the index tells of other rows than the input's
+                picked = [((), None)]  # the index does not pick along the input's rows
         found = []
         for place, value in picked:
             matrix = None if value is None else product.layout.of(value)
-            what = "no view of the stored parameter" if matrix is None else _unfit(matrix)
+            what = "no view of the stored parameter" if matrix is None else _unfit_reason(matrix)
             if matrix is None or what is not None:
                 self._other_use(weight, f"{_name(node)}, whose operand is {what}")
                 return
             several = matrices(matrix)
             if place and len(several) > 1:
-                self._other_use(weight, f"{_name(node)}, which picks stacks of it")
+                self._other_use(weight, f"{_name(node)}, which picks stacks of matrices from it")
                 return
             found += [(place or batch, view) for batch, view in several]
         stacked = len(found) > 1 or any(n.target in _PICKS for n in source.chain)
@@ -308,8 +310,8 @@ class Reader:
             self._uses[id(parameter)].others[what] = None
 
 
-def _unfit(matrix: torch.Tensor) -> str | None:
-    """Why a view of a parameter cannot be rewritten as a matrix, or None where it can."""
+def _unfit_reason(matrix: torch.Tensor) -> str | None:
+    """Why a view of a parameter cannot be rewritten as a matrix; None if it can."""
     if matrix.dim() < 2:
         return "a vector"
     repeated = any(
@@ -320,7 +322,7 @@ def _unfit(matrix: torch.Tensor) -> str | None:
 
 
 def _keeps_picks(node: fx.Node, index: fx.Node) -> bool:
-    """Whether a step leaves the dimensions alone that the index has put first."""
+    """Whether a step leaves unchanged the leading dimensions, which are those of the index."""
     if node.target in COPIES or node.target is aten.mT.default:
         return True
     dims = node.args[1:3] if node.target is aten.transpose.int else node.args[1:2]
@@ -331,7 +333,7 @@ def _keeps_picks(node: fx.Node, index: fx.Node) -> bool:
 
 
 def _index_of(node: fx.Node) -> fx.Node | None:
-    """The node that picks matrices of a stack by their indices, its first dimension's."""
+    """The node whose value, indices along the first dimension, picks matrices of a stack."""
     index: object = None
     if node.target is aten.index.Tensor and isinstance(node.args[1], (list, tuple)):
         index = node.args[1][0] if len(node.args[1]) == 1 else None
@@ -355,7 +357,7 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def _is_region(node: fx.Node) -> bool:
-    """Whether the node has sub-graphs, which may do anything with what it reads."""
+    """Whether the node has sub-graphs, which may use what it reads in any way."""
     return isinstance(node.target, HigherOrderOperator)
 
 

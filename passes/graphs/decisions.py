@@ -1,8 +1,8 @@
-"""What two runs of one graph have to agree on: what was chosen, counted and drawn.
+"""Decisions on which two runs of one graph must agree: indices, masks, counts, random numbers.
 
 The original model and the quantized one run side by side, and their activations are compared token
-by token. Were one to route a token elsewhere, or to draw other noise, there would be nothing to
-compare. So the quantized run takes indices, masks and counts from the original one, and draws the
+by token. If one of them routed a token to another expert, or drew other noise, the two could not be
+compared. So the quantized run takes indices, masks and counts from the original run, and draws the
 same random numbers.
 """
 
@@ -20,31 +20,31 @@ from magr_fx.passes.graphs.torch_private import HigherOrderOperator, schema_of, 
 from magr_fx.passes.graphs.vmap import is_batched
 
 aten = torch.ops.aten
-# What arguments are called that keep an op from drawing: by False, and by a share of 0.
+# Arguments with which an op draws no random numbers: if they are False, and if they are 0.
 _TRAINS, _SHARES = ("train", "training"), ("dropout", "dropout_p")
-# What gives other ops random numbers, whatever share they drop.
+# Ops that make random numbers for other ops, whatever their dropout probability.
 _SEEDS = frozenset(
     {aten._fill_mem_eff_dropout_mask_.default, aten._cudnn_init_dropout_state.default}
 )
-State = dict[str, torch.Tensor]  # of torch's generators, by the names of their devices
+State = dict[str, torch.Tensor]  # states of torch's generators, by device name
 
 
 @dataclass
 class Decisions:
-    """What one run of a block decided."""
+    """The decisions of one run of a block."""
 
     values: dict[fx.Node, Any] = field(default_factory=dict)
     random: dict[fx.Node, State] = field(default_factory=dict)  # before the node ran
 
 
 def is_decision(value: Any) -> bool:
-    """Whether a node's value is, or comes with (as topk's does), an index, a mask or a count."""
+    """Whether a node's value is or contains (as topk's does) an index, a mask or a count."""
     return any(
         isinstance(leaf, int)
         or (
             isinstance(leaf, torch.Tensor)
             and not (leaf.is_floating_point() or leaf.is_complex())
-            and not is_batched(leaf)  # which ends with its torch.vmap
+            and not is_batched(leaf)  # it is of no use outside its torch.vmap
         )
         for leaf in tree_leaves(value)
     )
@@ -53,8 +53,8 @@ def is_decision(value: Any) -> bool:
 def is_random(node: fx.Node) -> bool:
     """Whether the node may draw random numbers.
 
-    Many an op that can does not: dropout when not training, attention without dropout. A loop or
-    another region does where its sub-graphs do.
+    Many ops can but do not: dropout outside of training, or attention without dropout. A loop or
+    another region may if its sub-graphs may.
     """
     op = node.target
     if isinstance(op, HigherOrderOperator):
@@ -85,9 +85,9 @@ def _sub_graphs(node: fx.Node) -> Iterator[fx.Graph]:
 
 
 def torch_state(devices: Iterable[torch.device]) -> State:
-    """Of torch's own generators that a model draws from: the CPU's, and those of its devices.
+    """The states of torch's generators that a model draws from: the CPU's and its devices'.
 
-    No others: to ask another GPU for its state is to set it up, which takes some of its memory.
+    Other GPUs are left out: to read their state initialises them, which takes some of their memory.
     """
     names = sorted({str(device) for device in devices if device.type not in ("cpu", "meta")})
     states = {name: torch.get_device_module(name).get_rng_state(name) for name in names}
@@ -96,7 +96,7 @@ def torch_state(devices: Iterable[torch.device]) -> State:
 
 @contextmanager
 def random_state(state: State | None) -> Iterator[None]:
-    """Draw from ``state``; what was in force is again afterwards. None changes nothing."""
+    """Draw random numbers from ``state``, and restore the old one; None changes nothing."""
     if state is None:
         yield
         return
@@ -109,7 +109,7 @@ def random_state(state: State | None) -> Iterator[None]:
 
 
 def set_torch_state(state: State) -> None:
-    """The inverse of :func:`torch_state`."""
+    """Set torch's generators to what :func:`torch_state` returned."""
     for name, values in state.items():
         if name == "cpu":
             torch.set_rng_state(values)

@@ -1,8 +1,8 @@
-"""Traced graphs → flat ones: what lies in a sub-graph is seen, and run, like everything else.
+"""Inline the sub-graphs of traced graphs, so that their nodes are handled like all others.
 
-The sub-graph of an autocast region, of one with another gradient mode, or of an activation
-checkpoint takes its place; nodes keep their autocast. Of a ``torch.cond`` the branch that a batch
-takes does, so that a batch gets the graph of its own branches. Loops stay as they are.
+An autocast region, a region with another gradient mode, and an activation checkpoint are replaced
+by their sub-graphs; nodes keep their autocast. A ``torch.cond`` is replaced by the branch that the
+batch takes, so batches that take different branches get different graphs. Loops stay as they are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import fx
 from magr_fx.errors import TraceError
 from magr_fx.passes.graphs.trace import Trace, TracedBatch, all_nodes, buffers_kept
 
-AUTOCAST = "magr_autocast"  # in a node's meta: what torch.autocast is to be called with, by device
+AUTOCAST = "magr_autocast"  # key of a node's meta: arguments of torch.autocast, by device
 
 _AUTOCAST_REGION = torch.ops.higher_order.wrap_with_autocast
 _GRAD_REGION = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -37,8 +37,12 @@ Autocast = dict[str, tuple[Any, ...]]
 def inline_regions(batches: list[TracedBatch], *, has_values: bool = True) -> list[TracedBatch]:
     """The batches on graphs without such regions; a graph that has none stays the same object.
 
+    Args:
+        batches: the traced batches.
+        has_values: whether the weights are in memory.
+
     Raises:
-        TraceError: which branch to take depends on weights that are not ``has_values``.
+        TraceError: the model has a ``torch.cond``, and its weights are not in memory.
     """
     flat: dict[tuple[Trace, tuple[bool, ...]], Trace] = {}
     result = []
@@ -52,8 +56,8 @@ def inline_regions(batches: list[TracedBatch], *, has_values: bool = True) -> li
         if _COND in targets:
             if not has_values:
                 raise TraceError(
-                    "the model chooses between branches (torch.cond) by values, which an "
-                    "offloaded model does not have while it is traced; load it as a whole"
+                    "the model chooses between branches (torch.cond) by values, but the weights of "
+                    "an offloaded model have none while it is traced; load the model as a whole"
                 )
             with buffers_kept([trace]):
                 decided = _Predicates(trace.graph_module).of(batch.values)
@@ -67,7 +71,7 @@ def inline_regions(batches: list[TracedBatch], *, has_values: bool = True) -> li
 
 @contextlib.contextmanager
 def autocast_of(node: fx.Node) -> Iterator[None]:
-    """The autocast that the node ran in; without one of its own, whatever is in force."""
+    """Run the context under the node's autocast; without one, autocast is left unchanged."""
     regions: Autocast = node.meta.get(AUTOCAST, {})
     with contextlib.ExitStack() as inside:
         for device, dtype, enabled, cache in regions.values():
@@ -77,11 +81,11 @@ def autocast_of(node: fx.Node) -> Iterator[None]:
 
 
 class _Inliner:
-    """One flat copy of a graph.
+    """Makes one flat copy of a graph.
 
     Args:
-        graph_module: the graph; its parameters become the copy's.
-        decided: for each ``torch.cond``, in running order, whether its first branch is taken.
+        graph_module: the graph; the copy has the same parameters.
+        decided: for each ``torch.cond``, in the order they run, whether its first branch is taken.
     """
 
     def __init__(self, graph_module: fx.GraphModule, decided: Iterator[bool]) -> None:
@@ -93,14 +97,14 @@ class _Inliner:
         values: dict[fx.Node, Any] = {}
         output = self._copy(self.root, "", values, {})
         self.graph.output(output)
-        self.graph.eliminate_dead_code(lambda node: node.op != "get_attr")  # of the sub-graphs
+        self.graph.eliminate_dead_code(lambda node: node.op != "get_attr")  # sub-graphs
         return fx.GraphModule(self.root, self.graph)
 
     def _copy(
         self, module: fx.GraphModule, prefix: str, values: dict[fx.Node, Any], autocast: Autocast
     ) -> Any:
         """Copy the nodes of ``module``; returns what its output node returns, in new nodes."""
-        outer: list[Autocast] = []  # around the regions that are open
+        outer: list[Autocast] = []  # the autocast outside each region that is open
         for node in module.graph.nodes:
             args, kwargs = _mapped((node.args, node.kwargs), values)
             if node.op == "output":
@@ -136,7 +140,7 @@ class _Inliner:
     def _enter(
         self, module: fx.GraphModule, prefix: str, name: Any, operands: Any, autocast: Autocast
     ) -> Any:
-        """Copy a sub-graph, whose arguments are these."""
+        """Copy a sub-graph with ``operands`` as its arguments."""
         inner = getattr(module, str(name.target))
         placeholders = inner.graph.find_nodes(op="placeholder")
         values = dict(zip(placeholders, operands, strict=True))
@@ -147,7 +151,7 @@ _NAMES = ("get_attr", "call_module")
 
 
 class _Predicates(fx.Interpreter):
-    """Which branches a batch takes, by running it."""
+    """Runs a batch to record which branches it takes."""
 
     def of(self, values: tuple[Any, ...]) -> tuple[bool, ...]:
         self.decided: list[bool] = []

@@ -1,7 +1,7 @@
-"""Which of the traced inputs reach the modules inside a model as they are, and by what names.
+"""Record which traced inputs are passed unchanged to the modules inside a model, by what names.
 
-A wrapper may take its inputs as ``*args``, or under names of its own. The modules that it hands
-them to say what they are: ``attention_mask``.
+A wrapper may take its inputs as ``*args``, or under names of its own. The modules that it passes
+them to tell what they are, for example ``attention_mask``.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ from torch import nn
 
 from magr_fx.passes.graphs.torch_private import GetAttrKey, MappingKey, tree_flatten_with_path
 
-CALLS = "module_calls"  # where a traced graph module keeps them, in its ``meta``
+CALLS = "module_calls"  # their key in the ``meta`` of a traced graph module
 
 
 class ModuleCall(NamedTuple):
-    """One call: its arguments that are inputs of the trace, by their positions among those.
+    """One call of a module inside the model.
 
-    ``batch_first`` is what the module says of the order of its dimensions; None: it does not.
-    ``masks`` are its arguments of that name, ``[batch, tokens]``, which the model made itself.
+    Attributes:
+        arguments: the arguments that are inputs of the trace: their names, and their positions
+            among these inputs.
+        batch_first: the module's own ``batch_first``; None if it has none.
+        masks: the names of its arguments ``[batch, tokens]`` that are called a mask and were made
+            by the model itself.
     """
 
     arguments: tuple[tuple[str, int], ...]
@@ -34,7 +38,7 @@ class ModuleCall(NamedTuple):
 class CallLog:
     """The calls of the modules inside a model that are given inputs or masks, outer first.
 
-    An object of its own, since torch.export puts back what forward does to a module's attributes.
+    It is no attribute of a module, because torch.export undoes changes of these.
     """
 
     def __init__(self) -> None:
@@ -42,15 +46,15 @@ class CallLog:
 
     @contextlib.contextmanager
     def noting(self, model: nn.Module, inputs: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Note the calls inside of the context; the hooks that this takes are only there."""
+        """Record the calls in this context, by hooks that are removed at its end."""
         places: dict[int, int] = {}
         for place, tensor in enumerate(inputs):
             places.setdefault(id(tensor), place)
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if torch.compiler.is_dynamo_compiling():  # a branch of torch.cond, which is only traced
+            if torch.compiler.is_dynamo_compiling():  # traces a branch of torch.cond
                 return
-            with contextlib.suppress(TypeError, ValueError):  # no signature, or another one
+            with contextlib.suppress(TypeError, ValueError):  # without a fitting signature
                 bound = inspect.signature(module.forward).bind(*args, **kwargs)
                 leaves = named_leaves(dict(bound.arguments))
                 found = ((name, places[id(leaf)]) for name, leaf in leaves if id(leaf) in places)
@@ -77,8 +81,8 @@ def _is_mask(name: str, leaf: Any) -> bool:
 def named_leaves(arguments: dict[str, Any]) -> list[tuple[str, Any]]:
     """The leaves of bound arguments, in order, each with its name.
 
-    What lies in a mapping, that of ``**kwargs`` included, goes by its own key there, and what lies
-    in a named tuple by its field; anything else by its argument.
+    A value in a mapping (also that of ``**kwargs``) is named by its key, a value in a named tuple
+    by its field, and any other value by its argument.
     """
     named: list[tuple[str, Any]] = []
     for argument, value in arguments.items():

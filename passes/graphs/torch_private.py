@@ -1,7 +1,7 @@
-"""Names of torch without a promise that they stay, which several files use: all from here.
+"""Private names of torch that several files use; all of them import these names from here.
 
-A private name that one file alone uses is in that file. tests/test_private_api.py lists each of
-them, says what is relied on, and fails where that changes.
+A private name that is used in one file only is in that file. tests/test_private_api.py lists each
+of them with what is relied on, and fails if that changes.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ __all__ = [
 
 
 def expression_of(size: torch.SymInt) -> Any:
-    """What an open size is in sympy: a symbol, or a formula with ``free_symbols``."""
+    """A dynamic size as a sympy expression: a symbol, or a formula with ``free_symbols``."""
     return size.node.expr
 
 
 def schema_of(op: Any) -> Any:
-    """The op's schema, with its ``name`` and ``is_mutable``; None for what is no op of torch."""
+    """The op's schema, with its ``name`` and ``is_mutable``; None for anything but an op."""
     return op._schema if isinstance(op, OpOverload) else None
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
-    """Whether it has no values, and is of a tracer: torch.export's, for one."""
+    """Whether it is a tracer's tensor without values, for example that of torch.export."""
     return isinstance(tensor, FakeTensor)
 
 
 def version_of(tensor: torch.Tensor) -> int:
-    """A number that grows with every write to the tensor, or to another that shares its memory."""
+    """A counter of the in-place writes to the tensor, and to all views of the same memory."""
     version: int = tensor._version
     return version

@@ -1,7 +1,7 @@
-"""Names of torchao without a promise that they stay, which several files use: all from here.
+"""Private names of torchao that several files use; all of them import these names from here.
 
-A private name that one file alone uses is in that file. tests/test_private_api.py lists each of
-them, says what is relied on, and fails where that changes.
+A private name that is used in one file only is in that file. tests/test_private_api.py lists each
+of them with what is relied on, and fails if that changes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torchao.utils import TorchAOBaseTensor
 
 
 def apply_config(module: nn.Module, config: AOBaseConfig) -> nn.Module:
-    """What ``quantize_`` puts in the place of a module that its filter lets through."""
+    """The module that ``quantize_`` replaces ``module`` with."""
     made: nn.Module = _QUANTIZE_CONFIG_HANDLER[type(config)](module, config)
     return made
 

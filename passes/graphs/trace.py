@@ -1,4 +1,4 @@
-"""Traced graphs and what they read and write; the state that a model is in while it is traced."""
+"""Traced graphs, what they read and write, and the mode of a model while it is traced."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ from magr_fx.passes.graphs.module_calls import ModuleCall
 from magr_fx.passes.graphs.torch_private import schema_of
 from magr_fx.passes.graphs.weight_views import VIEWS
 
-GUARDS = "_guards_fn"  # where torch.export keeps its input check in a graph module
+GUARDS = "_guards_fn"  # the attribute of a graph module with torch.export's input check
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
     """A traced graph whose parameters are the model's own objects.
 
-    ``input_names`` are the forward arguments that the placeholders come from, in order;
-    ``tracer`` is what made the graph, and ``refusal`` why torch.export did not. ``calls`` are the
-    calls of modules that were given inputs as they are, or masks.
+    Attributes:
+        graph_module: the graph.
+        input_names: the ``forward`` arguments that the placeholders come from, in order.
+        tracer: which tracer made the graph: "export", "make_fx", or "" if it was given.
+        refusal: why torch.export did not make it; empty if it did, or was not asked.
+        calls: calls of inner modules that were given unchanged inputs, or masks.
     """
 
     graph_module: fx.GraphModule
@@ -40,7 +43,7 @@ class Trace:
 
 @dataclass(frozen=True, eq=False)
 class TracedBatch:
-    """One calibration batch as the placeholder values of the trace that it fits."""
+    """One calibration batch: the trace that it fits, and its values of the placeholders."""
 
     index: int
     trace: Trace
@@ -54,7 +57,7 @@ def attribute(trace: Trace, node: Any) -> torch.Tensor | None:
 
 
 def stored(trace: Trace, node: Any) -> Any:
-    """What a ``get_attr`` node reads: a tensor, a sub-graph, any other object; None for others."""
+    """What a ``get_attr`` node reads, such as a tensor or a sub-graph; None for other nodes."""
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None
     return reduce(getattr, str(node.target).split("."), trace.graph_module)
@@ -89,11 +92,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def calibration_mode(model: nn.Module, device: torch.device | None = None) -> Iterator[None]:
-    """Inference as calibration needs it; every state is restored, also after an error.
+    """Set the model up for calibration; all state is restored at the end, also after an error.
 
-    Evaluation mode, no gradients, no key-value caches, no random numbers drawn from the caller's
-    generators (torch's, NumPy's and Python's), and MultiheadAttention's fast path off (it hides its
-    linears). ``device`` is where the model will run, if not where its parameters are.
+    It is in evaluation mode, without gradients and key-value caches. The random generators of
+    torch, NumPy and Python are restored at the end. MultiheadAttention's fast path is off, because
+    it hides its linears. ``device`` is where the model will run, if not where its parameters are.
     """
     with contextlib.ExitStack() as restored:
         for module in model.modules():
@@ -102,7 +105,7 @@ def calibration_mode(model: nn.Module, device: torch.device | None = None) -> It
             if getattr(config, "use_cache", False) is True:
                 restored.callback(setattr, config, "use_cache", True)
                 config.use_cache = False
-        with contextlib.suppress(NotImplementedError):  # an exported graph: its mode is baked in
+        with contextlib.suppress(NotImplementedError):  # an exported graph, whose mode is fixed
             model.eval()
         mha = torch.backends.mha
         restored.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
@@ -118,12 +121,12 @@ def calibration_mode(model: nn.Module, device: torch.device | None = None) -> It
 
 @contextlib.contextmanager
 def buffers_kept(traces: Iterable[Trace]) -> Iterator[None]:
-    """Restore, at the end, what running the traces changes in place: counters, running means."""
+    """Restore, at the end, what the traces change in place, such as counters and running means."""
     kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for trace in traces:
         for node in trace.graph_module.graph.nodes:
-            # Every buffer, as not every op that writes to one says so (batch_norm does not). A
-            # parameter, which is large, only where an op that writes reads it.
+            # Every buffer is saved: the schema of an op that writes to one may not say so (that of
+            # batch_norm does not). Parameters are large: saved only if an in-place op reads them.
             buffer = attribute(trace, node)
             tensors = [] if isinstance(buffer, nn.Parameter) else [buffer]
             if is_mutation(node):
@@ -136,19 +139,19 @@ def buffers_kept(traces: Iterable[Trace]) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for tensor, saved in kept.values():
-                if not _equal(tensor, saved):  # also: some that never change cannot be written
+                if not _equal(tensor, saved):  # unchanged ones may be read-only
                     tensor.copy_(saved)
 
 
 def written_in_place(traces: Iterable[Trace]) -> list[torch.Tensor]:
-    """The parameters and buffers that an op of the traces reads and writes in place."""
+    """The parameters and buffers that an in-place op of the traces reads or writes."""
     nodes = [(trace, node) for trace in traces for node in trace.graph_module.graph.nodes]
     found = [_stored(t, s) for t, node in nodes if is_mutation(node) for s in node.all_input_nodes]
     return list({id(tensor): tensor for tensor in found if tensor is not None}.values())
 
 
 def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two tensors of one shape hold the same values, NaN being one."""
+    """Whether two tensors of one shape hold the same values; NaN equals NaN."""
     return torch.equal(first, second) or bool(
         ((first == second) | (first.isnan() & second.isnan())).all()
     )

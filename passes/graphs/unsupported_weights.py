@@ -1,6 +1,6 @@
-"""Weights that MagR leaves alone for what they are: of other dtypes or layouts, or subclasses.
+"""Weights that MagR cannot rewrite: other dtypes or layouts, or tensor subclasses.
 
-A model may hold them all the same, and run. They are skipped, each with its reason.
+A model with such weights may run nevertheless. They are skipped, each with its reason.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ _SHOWN = 3  # names in a message
 
 
 def why_unsupported(tensor: torch.Tensor) -> str | None:
-    """Why MagR cannot work on a weight, as what follows its name; None where it can."""
+    """Why MagR cannot work on a weight, as text to follow its name; None if it can."""
     kind, reason = type(tensor.data), None
     if is_quantized(tensor):
         reason = f"is already quantized by torchao ({kind.__name__})"
     elif tensor.is_nested:
-        reason = "is a nested tensor, which is no matrix"
+        reason = "is a nested tensor, which is not a matrix"
     elif tensor.is_meta:
         reason = "is on the meta device, without values"
     elif tensor.layout is not torch.strided:
-        reason = f"is stored as {tensor.layout}, and MagR works on dense matrices"
+        reason = f"is stored as {tensor.layout}, but MagR needs a dense matrix"
     elif kind is not torch.Tensor:
         reason = f"is a {kind.__name__}, which cannot be rewritten in place"
     elif tensor.dtype not in SUPPORTED:
-        reason = f"is stored as {tensor.dtype}, and MagR works on floating numbers of 16 to 64 bits"
+        reason = f"is stored as {tensor.dtype}, but MagR needs floating numbers of 16 to 64 bits"
     return reason
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether it is numbers in memory of its own, at strides: what has an address."""
+    """Whether it is an ordinary strided tensor, whose elements have memory addresses."""
     return (
         tensor.layout is torch.strided
         and type(tensor.data) is torch.Tensor
@@ -47,20 +47,20 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 def has_strides(tensor: torch.Tensor) -> bool:
-    """Whether it has a shape and strides, or those of a dense one: not nested, nor compressed."""
+    """Whether it is a tensor with strides, neither nested nor in a compressed sparse layout."""
     return not tensor.is_nested and tensor.layout not in _COMPRESSED
 
 
 def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Its shape; of a nested tensor, which has none, how many tensors it holds."""
+    """Its shape; for a nested tensor, which has none, the number of tensors in it."""
     return (tensor.size(0),) if tensor.is_nested else tuple(tensor.shape)
 
 
 def values_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The plain tensors that hold a tensor's numbers, whatever it is; none on the meta device."""
+    """The plain tensors that hold the values of any tensor; none for the meta device."""
     if is_plain(tensor):
         yield tensor
-    elif hasattr(tensor.data, "__tensor_flatten__"):  # a subclass that is made of other tensors
+    elif hasattr(tensor.data, "__tensor_flatten__"):  # a subclass that wraps other tensors
         for name in tensor.data.__tensor_flatten__()[0]:
             yield from values_of(getattr(tensor.data, name))
     elif tensor.is_nested:
@@ -71,7 +71,7 @@ def values_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 @contextlib.contextmanager
 def unsupported_named(model: nn.Module) -> Iterator[None]:
-    """Have the error of a model that cannot be traced name the weights that may be why."""
+    """Add the names of unsupported weights, which may be the cause, to a TraceError."""
     try:
         yield
     except TraceError as error:
@@ -82,14 +82,14 @@ def unsupported_named(model: nn.Module) -> Iterator[None]:
 
 
 def blame(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """That what does not run may do so for these weights; empty if all of them are supported."""
+    """The sentences that name unsupported weights as a possible cause; empty without any."""
     reasons = ((name, weight, why_unsupported(weight)) for name, weight in weights)
     odd = [f"{name} {shape_of(weight)} {reason}" for name, weight, reason in reasons if reason]
     if not odd:
         return ""
-    more = f" (and {len(odd) - _SHOWN} more are)" if len(odd) > _SHOWN else ""
+    more = f" (and {len(odd) - _SHOWN} more)" if len(odd) > _SHOWN else ""
     return (
-        f"It may be for its weights: {'; '.join(odd[:_SHOWN])}{more}. Start from the "
-        "full-precision, dense model, or convert them: parameter.data.to_dense(), for one, or "
-        "parameter.data.to(torch.bfloat16) where it has no scales of its own"
+        f"The cause may be these weights: {'; '.join(odd[:_SHOWN])}{more}. Start from the "
+        "full-precision, dense model, or convert them, for example by parameter.data.to_dense(), "
+        "or by parameter.data.to(torch.bfloat16) if the weight has no separate scales"
     )

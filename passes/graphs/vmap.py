@@ -1,8 +1,8 @@
-"""torch.vmap in traced graphs; everything of torch's private interface to it that is relied on.
+"""torch.vmap in traced graphs. All uses of torch's private interface to vmap are in this file.
 
 torch.export leaves a region of vmap in the graph: calls that start and end it, and between them ops
-on batched tensors, whose shapes lack a dimension. make_fx loses track of such tensors: what comes
-out of the region is a constant to it.
+on batched tensors, whose shapes lack a dimension. make_fx cannot follow such tensors: the result of
+the region is a constant of its graph.
 """
 
 from __future__ import annotations
@@ -17,21 +17,24 @@ _DEPTHS = {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}
 
 
 def vmap_depth(node: fx.Node) -> int:
-    """1 where a region starts, -1 where one ends, else 0: no op reads these, but order matters."""
+    """The node's change of the vmap nesting: 1 if it starts a region, -1 if it ends one, else 0.
+
+    No node uses the values of these calls, but their places in the order of nodes matter.
+    """
     name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
     return _DEPTHS.get(name, 0)
 
 
 def in_transform() -> bool:
-    """Whether the code that runs now is inside torch.vmap, or another transform of torch.func."""
+    """Whether the running code is inside torch.vmap, or another transform of torch.func."""
     return _functorch.peek_interpreter_stack() is not None
 
 
 def run_inside(func: Any, args: Any) -> Any:
-    """What ``func`` returns in such code, for an autograd.Function; NotImplemented for any other.
+    """Run an autograd.Function inside a transform; NotImplemented for any other ``func``.
 
-    torch has no rule for these under a tracer. Calibration needs no gradient, and a Function that
-    has its rule of torch.vmap generated is what its forward computes.
+    torch cannot run these under a tracer. Calibration needs no gradients. If the Function has
+    ``generate_vmap_rule``, then running its forward alone gives the same result.
     """
     if getattr(func, "__name__", "") != "custom_function_call" or not args:
         return NotImplemented
@@ -41,12 +44,12 @@ def run_inside(func: Any, args: Any) -> Any:
 
 
 def is_batched(value: object) -> bool:
-    """Whether this is a tensor of such code, of no use outside of it."""
+    """Whether it is a tensor of a transform of torch.func, of no use outside it."""
     return isinstance(value, torch.Tensor) and bool(_functorch.is_functorch_wrapped_tensor(value))
 
 
 def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
-    """The ordinary tensor that it is made of."""
+    """The ordinary tensor that a batched tensor wraps."""
     while is_batched(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor

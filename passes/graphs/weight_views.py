@@ -1,8 +1,8 @@
-"""Where a weight lies in memory: follow views from a parameter, write back through them.
+"""Where a weight lies in memory: replay the views of a parameter, and write through the result.
 
-A weight meets its matmul as the parameter itself or as some view of it (transposed, sliced,
-chunked, expanded). Replaying those views on the parameter gives its strides and offset; a strided
-view made from them later reads and writes exactly those elements, however they are stored.
+The operand of a weight matmul is the parameter itself or a view of it (transposed, sliced, chunked,
+expanded). Replaying these views on the parameter gives the strides and the offset of the weight. A
+strided view with these reads and writes exactly its elements, however they are stored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from magr_fx.passes.graphs.torch_private import expression_of, tree_leaves, tree
 
 aten = torch.ops.aten
 
-# Ops that return a view of their first argument, and so keep the way back to the parameter.
+# Ops that return a view of their first argument, so that the parameter can be written through it.
 VIEWS = frozenset(
     {
         aten.adjoint.default,
@@ -73,7 +73,7 @@ COPIES = frozenset(
 )
 
 
-# Views whose sizes may be those of the input: a batch that the weight is repeated over.
+# Views whose sizes may come from the input, such as the batch that a weight is expanded over.
 _RESIZES = frozenset(
     {aten.expand.default, aten.reshape.default, aten.view.default, aten._unsafe_view.default}
 )
@@ -81,9 +81,10 @@ _RESIZES = frozenset(
 
 @dataclass(frozen=True)
 class WeightView:
-    """``out`` × ``in`` elements of a parameter's storage, as strides and an offset.
+    """A weight ``[out, in]`` as a shape, strides and an offset in a parameter's storage.
 
-    Two weights are the same weight when their views are equal, whatever their names are.
+    Two weights are the same if their views are equal, whatever their names are. Offset and strides
+    count elements. ``storage`` is the address of the storage.
     """
 
     storage: int
@@ -110,11 +111,11 @@ class WeightView:
         return parameter.detach().as_strided(self.shape, self.stride, self.offset)
 
     def covers(self, parameter: torch.Tensor) -> bool:
-        """Whether this is the parameter itself, as it is stored."""
+        """Whether this is the whole parameter, as it is stored."""
         return parameter.dim() == 2 and WeightView.of(parameter) == self
 
     def name(self, parameter: torch.Tensor) -> str:
-        """Which part of the parameter this is, as an index: ``""`` for all of it, ``[64:128]``."""
+        """The part of the parameter that this is, an index like ``[64:128]``; ``""``: all."""
         if parameter.numel() == self.shape[0] * self.shape[1]:
             return ""
         start = int(parameter.storage_offset())
@@ -131,9 +132,9 @@ class WeightView:
 def unread_parts(
     parameter: torch.Tensor, views: Collection[WeightView]
 ) -> list[tuple[str, tuple[int, ...]]]:
-    """The parts of a parameter, along its first dimension, that no view reads: index and shape.
+    """The parts of a parameter along its first dimension that no view reads: index and shape.
 
-    An expert that no token was sent to, for one.
+    Such a part is, for example, an expert that no token was sent to.
     """
     if sum(view.shape[0] * view.shape[1] for view in views) >= parameter.numel():
         return []
@@ -145,7 +146,7 @@ def unread_parts(
     if parameter.dim() > 2:
         unread = (~rows).nonzero().flatten().tolist()
         return [(f"[{row}]", tuple(parameter.shape[1:])) for row in unread]
-    # Matrices one below the other: each as high as those that were read, if these are alike.
+    # Matrices stacked along the rows: of the height of those that are read, if it is one height.
     heights = {_rows_of(view, parameter) for view in views}
     each = heights.pop() if len(heights) == 1 else 0
     runs: list[tuple[int, int]] = []
@@ -156,7 +157,7 @@ def unread_parts(
 
 
 def _rows_of(view: WeightView, parameter: torch.Tensor) -> int:
-    """How many rows of a parameter ``[rows, columns]`` a view reaches over."""
+    """How many rows of a parameter ``[rows, columns]`` a view spans."""
     start = int(parameter.storage_offset())
     first, last = (_index(at - start, parameter)[0] for at in (view.offset, view.last))
     return last - first + 1
@@ -187,15 +188,15 @@ def overlap(first: WeightView, second: WeightView) -> bool:
 def replay(
     parameter: torch.Tensor, chain: tuple[fx.Node, ...], *, picked: bool = False
 ) -> torch.Tensor | None:
-    """The chain's result as a view of the parameter, or None where it is no view of it.
+    """The result of a chain of nodes as a view of the parameter; None if it is no view of it.
 
-    Copies are left out. The open sizes that the weight is expanded over are taken as 1.
+    Copies are left out. Dynamic sizes that the weight is expanded over are replaced by 1.
 
     Args:
-        parameter: what the chain starts from.
+        parameter: the tensor that the chain starts from.
         chain: the nodes.
-        picked: whether the parameter stands for one of the matrices that are picked of a stack,
-            so that in the graph the leading dimensions have other sizes.
+        picked: whether the parameter is one of the matrices that an index picks from a stack. Then
+            the leading dimensions have other sizes in the graph.
     """
     value: Any = parameter.detach()
     for node in chain:
@@ -203,7 +204,7 @@ def replay(
             continue
         inputs = (node.args[1:], node.kwargs)
         if node.target not in _RESIZES and any(isinstance(a, fx.Node) for a in tree_leaves(inputs)):
-            return None  # which elements it reads depends on the input's shape
+            return None  # the elements that it reads depend on the input's shape
         args, kwargs = tree_map_only(fx.Node, _smallest, inputs)
         try:
             value = node.target(value, *args, **kwargs)  # type: ignore[operator]
@@ -216,27 +217,29 @@ def replay(
 
 
 def _smallest(size: fx.Node) -> int:
-    """What a size of the graph is where every open size is 1."""
+    """The value of a size of the graph if every dynamic size is 1."""
     value = size.meta.get("val")
     if not isinstance(value, torch.SymInt):
         return 1
     expression = expression_of(value)
     try:
         return max(1, int(expression.subs(dict.fromkeys(expression.free_symbols, 1))))
-    except (TypeError, ZeroDivisionError):  # of no meaning for 1; the result's sizes are checked
+    except (TypeError, ZeroDivisionError):  # undefined at 1; the result's sizes are checked
         return 1
 
 
 def picked_matrices(
     parameter: torch.Tensor, stack: tuple[fx.Node, ...], chain: tuple[fx.Node, ...], dims: int
 ) -> list[tuple[tuple[int, ...], torch.Tensor | None]]:
-    """Each matrix of a stack that an index picks from: its place, and the operand it would be.
+    """Each matrix of a stack that an index picks from: its position, and its operand or None.
+
+    The operand is the view of the matrix that enters the matmul; None if it is no view.
 
     Args:
-        parameter: what holds the stack.
-        stack: from the parameter to the stack, ``[matrices, ...]``.
-        chain: from what was picked, ``[*index, ...]``, to the operand.
-        dims: of the index.
+        parameter: the parameter that holds the stack.
+        stack: the nodes from the parameter to the stack, ``[matrices, ...]``.
+        chain: the nodes from the picked matrices, ``[*index, ...]``, to the operand.
+        dims: the number of dimensions of the index.
     """
     matrices = replay(parameter, stack)
     if matrices is None:
@@ -246,10 +249,10 @@ def picked_matrices(
 
 
 def _has_traced_shape(value: torch.Tensor, chain: tuple[fx.Node, ...], *, picked: bool) -> bool:
-    """Whether only open sizes were taken as 1: the matrix itself is as large as in the graph.
+    """Whether the matrix has the traced sizes: only dynamic leading sizes were replaced by 1.
 
-    An open size may have a fixed one as a factor, if the weight is merely expanded over both: they
-    meet one matrix then.
+    A dynamic size may have a fixed size as a factor, if the weight is only expanded over both: all
+    of their input meets one matrix then.
     """
     traced = chain[-1].meta.get("val") if chain else None
     if not isinstance(traced, torch.Tensor):
@@ -264,7 +267,7 @@ def _has_traced_shape(value: torch.Tensor, chain: tuple[fx.Node, ...], *, picked
 
 
 def _equal(traced: Sequence[int | torch.SymInt], sizes: Sequence[int]) -> bool:
-    """Whether the traced sizes are these, and none of them is an input's."""
+    """Whether the traced sizes are these, and none of them is dynamic."""
     return all(
         isinstance(one, int) and one == other for one, other in zip(traced, sizes, strict=True)
     )
@@ -273,8 +276,8 @@ def _equal(traced: Sequence[int | torch.SymInt], sizes: Sequence[int]) -> bool:
 def matrices(weight: torch.Tensor) -> list[tuple[tuple[int, ...], WeightView]]:
     """The distinct matrices of a stack ``[..., out, in]``, each with its batch index.
 
-    A batch dimension that the weight is merely expanded over has index -1: all of the input's
-    batch meets one matrix.
+    A batch dimension that the weight is only expanded over has the index -1: the whole batch of
+    the input is multiplied with one matrix.
     """
     ranges = [
         [-1] if size == 1 or stride == 0 else list(range(size))

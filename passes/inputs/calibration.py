@@ -82,7 +82,7 @@ def read_calib(calib: Any, model: nn.Module, device: torch.device | None = None)
             _check_values((args, kwargs), index)
             if lasting:
                 memory.see(args, kwargs, index)
-            args, kwargs = _held(
+            args, kwargs = _on_device(
                 (args, kwargs), device, index, copied=not (lasting and _is_built_in(item))
             )
             if not lasting:
@@ -186,7 +186,7 @@ def _is_built_in(item: Any) -> bool:
     return not isinstance(item, (Mapping, list, tuple))
 
 
-def _held(value: Any, device: torch.device, index: int, *, copied: bool) -> Any:
+def _on_device(value: Any, device: torch.device, index: int, *, copied: bool) -> Any:
     """The inputs as they are held, in one memory layout, which a trace depends on.
 
     What is one and the same tensor stays so: self-attention, for one, asks that.
@@ -197,13 +197,13 @@ def _held(value: Any, device: torch.device, index: int, *, copied: bool) -> Any:
         if isinstance(leaf, PLAIN):
             return leaf
         if id(leaf) not in known:
-            known[id(leaf)] = _taken(leaf, device, index, copied=copied)
+            known[id(leaf)] = _leaf_on_device(leaf, device, index, copied=copied)
         return known[id(leaf)]
 
     return tree_map(hold, value)
 
 
-def _taken(leaf: Any, device: torch.device, index: int, *, copied: bool) -> Any:
+def _leaf_on_device(leaf: Any, device: torch.device, index: int, *, copied: bool) -> Any:
     if not _is_tensor(leaf):
         try:
             return copy.deepcopy(leaf) if copied else leaf

@@ -42,7 +42,7 @@ class Execution:
         return "; ".join(names if len(set(names)) > 1 else names[:1])
 
 
-def is_elsewhere(model: object) -> bool:
+def is_offloaded_or_sharded(model: object) -> bool:
     """Whether weights of the model are offloaded, or sharded over ranks."""
     return is_offloaded(model) or is_sharded(model)
 

@@ -123,7 +123,7 @@ class _Weight:
                 raise
             stored.append((values, key))
 
-    def announce(self) -> None:
+    def prefetch(self) -> None:
         if self.ahead is not None:
             self.ahead.begin(self, self._read)
             return

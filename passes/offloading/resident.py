@@ -106,7 +106,7 @@ class NotStoredError(CheckpointError):
 class OffloadedWeight(Protocol):
     """A weight that is kept elsewhere: an outline stands for it.
 
-    ``load`` gives its values, ``store`` keeps new ones, ``announce`` says that they will be loaded.
+    ``load`` gives its values, ``store`` keeps new ones, ``prefetch`` says that they will be loaded.
     """
 
     @property
@@ -119,7 +119,7 @@ class OffloadedWeight(Protocol):
 
     def store(self, weight: torch.Tensor) -> None: ...
 
-    def announce(self) -> None: ...
+    def prefetch(self) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +140,7 @@ class InMemory:
         if weight.data_ptr() != self.own.data_ptr():
             self.own.detach().copy_(weight)
 
-    def announce(self) -> None:
+    def prefetch(self) -> None:
         """Nothing: it is there."""
 
 
@@ -190,7 +190,7 @@ class Weights:
                 as its cause.
         """
         # In the order they were asked for, which is the same on all ranks.
-        weights = [weight for weight in self._behind(tensors) if weight not in self._versions]
+        weights = [weight for weight in self._weights_of(tensors) if weight not in self._versions]
         self._before()
         try:
             with torch.no_grad():
@@ -198,9 +198,9 @@ class Weights:
                     weight.placeholder.fill(weight.load(), self._device)
                     self._versions[weight] = version_of(weight.placeholder.parameter)
             trim()  # of what was read
-            for weight in self._behind(ahead):
+            for weight in self._weights_of(ahead):
                 if weight not in weights:
-                    weight.announce()
+                    weight.prefetch()
             yield
         finally:
             failed: dict[str, BaseException] = {}
@@ -220,7 +220,7 @@ class Weights:
                         raise reason from lost
                 raise lost
 
-    def _behind(self, tensors: Iterable[torch.Tensor]) -> list[OffloadedWeight]:
+    def _weights_of(self, tensors: Iterable[torch.Tensor]) -> list[OffloadedWeight]:
         found = (
             self._by_parameter.get(tensor)  # type: ignore[call-overload]
             or self._by_address.get(tensor.untyped_storage().data_ptr())

@@ -129,7 +129,7 @@ class _Weight:
             new = distribute_tensor(weight, mesh, placements, src_data_rank=None)
             self.shard.to_local().copy_(new.to_local())
 
-    def announce(self) -> None:
+    def prefetch(self) -> None:
         """Nothing: it is in the ranks' memory."""
 
 

@@ -1,4 +1,4 @@
-"""From a model and its batches to graphs, by torch.export or make_fx.
+"""Trace a model for its calibration batches, by torch.export or make_fx.
 
 It may import the ground (errors, config) and the rooms from machine to inputs.
 """

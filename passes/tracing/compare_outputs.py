@@ -1,4 +1,4 @@
-"""In which way one list of tensors is another one, up to rounding, without a copy of either."""
+"""Compare two lists of tensors up to rounding, without a copy of either."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ PART = 2**20  # numbers that are compared at a time, in float64
 
 
 def difference(ones: list[torch.Tensor], others: list[torch.Tensor], tolerance: float) -> str:
-    """What tells the first tensors from the second ones; empty where that is rounding at most.
+    """How the first tensors differ from the second; empty if they differ by rounding at most.
 
-    Floating-point and complex values may differ by ``tolerance`` in ‖one - other‖ / ‖other‖. Where
-    one is finite and the other is not, that is a difference, unless the one is all but the largest
-    number of its dtype. Integers and truth values, such as an argmax, may differ in this share of
-    their places: rounding turns an argmax over only where two values are all but the same.
+    Floating-point and complex values may differ by ``tolerance`` in ‖one - other‖ / ‖other‖. A
+    value that is finite in one of the two only is a difference, unless it is nearly the largest
+    number of its dtype. Of integers and booleans, such as an argmax, a share of ``tolerance`` may
+    differ: rounding changes an argmax only where two values are nearly equal.
 
     Args:
         ones: the outputs of one run.
-        others: those of the other run, which may be on other devices.
-        tolerance: how much is rounding.
+        others: the outputs of the other run, which may be on other devices.
+        tolerance: the largest difference that is taken for rounding.
 
     Returns:
         The end of a sentence that begins with "its outputs".
@@ -39,7 +39,7 @@ def difference(ones: list[torch.Tensor], others: list[torch.Tensor], tolerance: 
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as an array of real numbers."""
+    """The tensor as a dense one of real numbers."""
     if tensor.is_quantized:
         return tensor.dequantize()
     if tensor.layout is not torch.strided:
@@ -53,7 +53,7 @@ def _floating(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> str:
     most = min(torch.finfo(t.dtype).max for t in (one, other))
     for first, second in _parts(one, other, torch.float64):
         known = first.isfinite() & second.isfinite()
-        # What is infinite may have been the largest number of its dtype but for the last bit.
+        # Rounding by one last bit may turn the largest number of the dtype into infinity.
         bounded = [t.nan_to_num(torch.nan, most, -most) for t in (first, second)]
         far = (bounded[0] - bounded[1]).abs() > tolerance * most
         lost = (first.isnan() & second.isfinite()) | (second.isnan() & first.isfinite())
@@ -61,7 +61,7 @@ def _floating(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> str:
         error = error + (first - second).where(known, 0).square().sum()
         norm = norm + second.where(known, 0).square().sum()
     if elsewhere.item():
-        return f"are finite in other places, {int(elsewhere)} of {other.numel()}"
+        return f"differ in infinite or NaN values ({int(elsewhere)} of {other.numel()})"
     error, norm = error.sqrt(), norm.sqrt()
     if error.item() > tolerance * norm.item():
         share = f"{float(error / norm):.2g} of" if norm.item() else f"{float(error):.2g} from"
@@ -81,7 +81,7 @@ def _whole(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> str:
 def _parts(
     one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Both in parts that belong together, in one dtype and on the second one's device."""
+    """Corresponding parts of both, in ``dtype`` and on the second one's device."""
     if other.numel() > PART:  # halves are views, whatever the strides
         dim = max(range(other.dim()), key=other.shape.__getitem__)
         for first, second in zip(one.chunk(2, dim), other.chunk(2, dim), strict=True):

@@ -1,4 +1,4 @@
-"""One call of a model → its aten graph, by torch.export with dynamic shapes."""
+"""Trace one call of a model to its aten graph, by torch.export with dynamic shapes."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from magr_fx.passes.tracing.module_state import attributes_kept
 def export(
     model: nn.Module, index: int, leaves: list[Any], spec: TreeSpec, dynamic: Sequence[Set[int]]
 ) -> fx.GraphModule:
-    """The graph of ``model`` as a function of the tensors among ``leaves``, all else frozen.
+    """Trace ``model`` as a function of the tensors in ``leaves``; other leaves are constants.
 
     Args:
-        model: its Parameter objects become the graph's own.
-        index: the place of the batch in the calibration, for the error message.
+        model: the graph uses its Parameter objects, not copies of them.
+        index: the position of the batch in the calibration, for the error message.
         leaves, spec: the bound arguments of ``forward``, flattened.
-        dynamic: for each leaf, the dimensions whose sizes the graph is to leave open. Each costs
-            time: a graph with all of them open can take a hundred times as long to trace.
+        dynamic: for each leaf, the dimensions that are to be dynamic in the graph. Each costs
+            time: with all of them dynamic, tracing can take a hundred times as long.
 
     Raises:
-        TraceError: torch.export refused the model.
+        TraceError: torch.export cannot trace the model, or the model itself does not run.
     """
     tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-    # A dimension of 1 (or 0) is always specialised by export: asking for it only logs a warning.
+    # torch.export always specialises a size of 1 or 0: to ask for it would only log a warning.
     shapes = tuple(
         {dim: torch.export.Dim.AUTO for dim in dims if leaf.shape[dim] > 1}
         for leaf, dims in zip(leaves, dynamic, strict=True)
@@ -46,13 +46,13 @@ def export(
             torch_silenced(),
         ):
             wrapper = TensorsOnly(model, leaves, spec)
-            wrapper.training = False  # as the model is already
+            wrapper.training = False  # the model is in evaluation mode already
             exported = torch.export.export(
                 wrapper, tensors, strict=False, dynamic_shapes=(shapes,) if tensors else None
             )
         graph_module = exported.module()
         graph_module.meta[CALLS] = tuple(wrapper.log.calls)
-    except Exception as error:  # export lets through whatever the model's own code raises
+    except Exception as error:  # also anything that the model's own code raises
         if is_out_of_memory(error):
             raise
         remedy = "check that the model itself runs on this batch"
@@ -67,7 +67,7 @@ def export(
 
 
 def _strip_wrapper(graph_module: fx.GraphModule) -> None:
-    """Take the wrapper's own name off the module paths that name the blocks."""
+    """Remove the wrapper's own name from the module paths, by which blocks are named."""
     for node in all_nodes(graph_module):
         stack = node.meta.get("nn_module_stack")
         if stack:

@@ -1,8 +1,9 @@
-"""What functions keep between calls, beside the model: a tracer's tensors must not stay there.
+"""Caches that functions keep outside the model: no tracer's tensor may stay in them.
 
-A function of the model's code may keep what it has computed, a table of positions for one, in
-functools' caches, in a global, in what it closes over, in a default, or as an attribute of its own.
-While torch.export runs the model, tensors have no values; kept, they come out of the model later.
+Functions of the model's code may store what they compute, such as a table of positions: in
+functools caches, globals, closures, default arguments, or function attributes. While torch.export
+runs the model, its tensors are fake: they have no values. A fake tensor that stays in such a cache
+would be used in later calls of the model.
 """
 
 from __future__ import annotations
@@ -19,21 +20,22 @@ from torch import nn
 
 from magr_fx.passes.graphs.torch_private import is_fake
 
-# Whose functions are not looked into: they keep nothing of a model's, or know of tracing.
+# Packages whose functions are not searched: they store nothing of a model, or handle tracing.
 _FOREIGN = frozenset(
     {"torch", "torchao", "accelerate", "numpy", "logging", "builtins", "functools", "typing"}
 )
-_MOST_FUNCTIONS = 20_000
-_DEEP = 5  # containers in containers
+_MAX_FUNCTIONS = 20_000
+_MAX_DEPTH = 5  # levels of nested containers that are searched
 _MEMOISED = type(functools.lru_cache(len))
 _UNSET = object()
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType)
 
 
 class _Place:
-    """The globals of one file, or what belongs to one function: what of it the code may write to.
+    """What the model's code may write to in the globals of one file, or in one function.
 
-    It is taken back as a whole, or not at all: a flag that says that a table is made goes with it.
+    It is restored as a whole or not at all. So a flag that says that a table is built is restored
+    together with the table.
     """
 
     def __init__(self) -> None:
@@ -42,8 +44,8 @@ class _Place:
         self.containers: dict[int, tuple[Any, Any]] = {}
 
     def keep(self, value: Any, deep: int = 0) -> None:
-        """Keep what is in a container, and in those in it."""
-        if deep > _DEEP or id(value) in self.containers:
+        """Save the contents of a container, and of the containers in it."""
+        if deep > _MAX_DEPTH or id(value) in self.containers:
             return
         inside = _inside(value)
         if inside is None:
@@ -80,21 +82,21 @@ class _Place:
 
 
 class _Caches:
-    """What the functions of a model's code keep: of its classes, and all that these name."""
+    """What functions store: those of the model's classes, and every function that these name."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.memoised: list[tuple[Any, int]] = []  # functools' caches, and how often they missed
+        self.memoised: list[tuple[Any, int]] = []  # functools caches, with their misses so far
         self.places: dict[int, _Place] = {}
         self._known: set[int] = set()
-        self._alive: list[Any] = []  # what is made only to be looked at, whose id is known
+        self._alive: list[Any] = []  # so that no other object gets a known id
         self._pending: list[Any] = []
         for module in model.modules():
             self._pending.append(type(module))
             self._pending += [f for value in vars(module).values() for f in _with_methods(value)]
-        while self._pending and len(self._known) < _MOST_FUNCTIONS:
-            self._look_at(self._pending.pop())
+        while self._pending and len(self._known) < _MAX_FUNCTIONS:
+            self._visit(self._pending.pop())
 
-    def _look_at(self, value: Any) -> None:
+    def _visit(self, value: Any) -> None:
         if id(value) in self._known or isinstance(value, (torch.Tensor, nn.Module)):
             return
         if isinstance(value, _MEMOISED):
@@ -113,17 +115,17 @@ class _Caches:
             self._add(value, value.func)
         elif isinstance(value, types.FunctionType) and not _is_foreign(value):
             self._add(value)
-            self._look_into(value)
+            self._visit_function(value)
 
     def _add(self, value: Any, *inside: Any) -> None:
         self._known.add(id(value))
         self._alive.append(value)
         self._pending += inside
 
-    def _look_into(self, function: types.FunctionType) -> None:
+    def _visit_function(self, function: types.FunctionType) -> None:
         names = names_of(function.__code__)
         file, own = self._place(function.__globals__), self._place(function)
-        for name in names:  # those of attributes too, and of globals that are set later
+        for name in names:  # also names of attributes, and of globals without a value yet
             value = self._keep_variable(name, function.__globals__, file)
             if isinstance(value, types.ModuleType) and not _is_foreign(value):
                 for attribute in names & vars(value).keys():
@@ -151,7 +153,7 @@ class _Caches:
         return self.places.setdefault(id(owner), _Place())
 
     def restore(self) -> None:
-        """Empty functools' caches that have grown, and take back where a tracer's tensors are."""
+        """Clear functools caches that have grown; restore places that hold a tracer's tensors."""
         for cache, misses in self.memoised:
             if cache.cache_info().misses != misses:
                 cache.cache_clear()
@@ -162,10 +164,11 @@ class _Caches:
 
 @contextlib.contextmanager
 def function_caches_kept(model: nn.Module) -> Iterator[None]:
-    """Leave no tensor of a tracer in what the functions of the model's code keep.
+    """Leave no tracer's tensor in what the functions of the model's code store.
 
-    functools' caches cannot be put back: one that grew is emptied, so that what was in it is
-    computed once more. Globals and the like are as they were if such a tensor is in them.
+    The entries of a functools cache cannot be restored. A cache that grew is cleared, and its
+    values are computed again. Globals, closures and the like are restored if they hold such a
+    tensor.
     """
     caches = _Caches(model)
     try:
@@ -174,15 +177,15 @@ def function_caches_kept(model: nn.Module) -> Iterator[None]:
         caches.restore()
 
 
-# Whose own methods are called, not those of classes derived from them, which may refuse or do more.
+# The methods of these classes are called: a derived class may refuse a call, or do more.
 CONTAINERS: tuple[Any, ...] = (OrderedDict, dict, list, set, deque)
 
 
 def contents(container: Any) -> Any:
     """What a container really holds, as a dict or a list.
 
-    A derived class may give something else when it is asked: transformers' ACT2FN, for one, makes a
-    new module of the class that it holds.
+    The methods of a derived class may return something else. transformers' ACT2FN, for example,
+    creates a new module of the class that it holds.
     """
     kind = _kind_of(container)
     if issubclass(kind, dict):
@@ -191,7 +194,7 @@ def contents(container: Any) -> Any:
 
 
 def refill(container: Any, kept: Any) -> None:
-    """Have the same objects in a container in the same order, if they are not."""
+    """Put the saved objects back into a container, in their order, unless they are there."""
     kind, now = _kind_of(container), contents(container)
     if issubclass(kind, dict):
         if not (_same(now, kept) and _same(now.values(), kept.values())):
@@ -212,13 +215,13 @@ def _same(now: Iterable[Any], kept: Iterable[Any]) -> bool:
 
 
 def _with_methods(value: Any) -> list[Any]:
-    """A value that may be a function, and the class of an object, whose methods are functions."""
+    """The value, which may be a function; for an object also its class, which has methods."""
     is_object = _inside(value) is not None and not isinstance(value, (*CONTAINERS, tuple))
     return [value, type(value)] if is_object else [value]
 
 
 def _inside(value: Any) -> list[Any] | None:
-    """What a container or an object holds; None for what is no state of its own."""
+    """What a container or an object holds; None for a value without state of its own."""
     if isinstance(value, CONTAINERS):
         held = contents(value)
         return list(held.values()) if isinstance(held, dict) else held
@@ -234,7 +237,7 @@ def _inside(value: Any) -> list[Any] | None:
 def _has_fakes(value: Any, known: set[int], deep: int = 0) -> bool:
     if isinstance(value, torch.Tensor):
         return is_fake(value)
-    if deep > _DEEP or id(value) in known:
+    if deep > _MAX_DEPTH or id(value) in known:
         return False
     inside = _inside(value)
     if inside is None:
@@ -244,7 +247,7 @@ def _has_fakes(value: Any, known: set[int], deep: int = 0) -> bool:
 
 
 def names_of(code: types.CodeType) -> set[str]:
-    """The names of globals and attributes in a function's code, and in that of functions in it."""
+    """The names of globals and attributes in a function's code, and in its inner functions."""
     inner = (names_of(const) for const in code.co_consts if isinstance(const, types.CodeType))
     return set(code.co_names).union(*inner)
 
@@ -257,7 +260,7 @@ def _is_set(cell: types.CellType) -> bool:
 
 
 def _is_foreign(value: Any) -> bool:
-    """Whether it is a library's that is not looked into; of transformers, all but its models."""
+    """Whether it belongs to a library that is not searched: of transformers, all but models."""
     module = getattr(value, "__name__" if isinstance(value, types.ModuleType) else "__module__", "")
     package = str(module).partition(".")[0]
     return package in _FOREIGN or (

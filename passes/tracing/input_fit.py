@@ -1,4 +1,4 @@
-"""Whether a graph of torch.export is right for an input, by what export says of it."""
+"""Check whether an exported graph is valid for an input, by its traced shapes and its guards."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from magr_fx.passes.graphs.trace import GUARDS
 
 
 def fits(graph_module: fx.GraphModule, values: tuple[Any, ...]) -> bool:
-    """Whether the graph is right for these placeholder values, by its shapes and its guards."""
+    """Whether the graph is valid for these placeholder values, by its shapes and its guards."""
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     if len(placeholders) != len(values):
         return False
-    sizes: dict[Any, int] = {}  # what each symbol stands for
+    sizes: dict[Any, int] = {}  # the size that each symbol has in these values
     pairs = zip(placeholders, values, strict=True)
     if not all(_fits(node.meta.get("val"), value, sizes) for node, value in pairs):
         return False
@@ -30,7 +30,7 @@ def fits(graph_module: fx.GraphModule, values: tuple[Any, ...]) -> bool:
 
 
 def _fits(traced: Any, value: Any, sizes: dict[Any, int]) -> bool:
-    """Whether a value has the traced tensor's dtype and its sizes, or sizes for its symbols."""
+    """Whether a value has the traced dtype and sizes; ``sizes`` is what symbols stand for."""
     if not isinstance(traced, torch.Tensor):
         return True
     if not isinstance(value, torch.Tensor):
@@ -41,7 +41,7 @@ def _fits(traced: Any, value: Any, sizes: dict[Any, int]) -> bool:
         expected: int = size
         if isinstance(size, torch.SymInt):
             expected = sizes.setdefault(expression_of(size), given)
-            # It was traced as "2 or more": a 1 would broadcast or squeeze another way.
+            # It was traced as "2 or more": a size of 1 would broadcast or squeeze differently.
             if given < 2 and statically_known_true(size >= 2):
                 return False
         if expected != given:

@@ -1,8 +1,9 @@
-"""One call of a model → its aten graph, by make_fx: what was run is what was traced.
+"""Trace one call of a model to its aten graph, by make_fx: it records the ops that run.
 
-Nothing in the model's Python code has to be understood, so that every model that runs is traced;
-but what the code decided from the values of tensors is baked in. A graph is therefore right for the
-very inputs it was made with, and for others only where it provably looked at no value.
+make_fx does not analyse the model's Python code, so that it traces almost every model that runs.
+But whatever the code decided from the values of tensors is fixed in the graph. A graph is therefore
+right for the inputs that it was made with. It is right for others only if the model provably read
+no tensor's values.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from magr_fx.passes.graphs.vmap import in_transform, is_batched, run_inside, unw
 from magr_fx.passes.inputs.tensors_only import TensorsOnly
 from magr_fx.passes.tracing.module_state import attributes_kept
 
-# What reads values without an op that says so.
+# Functions that read a tensor's values without an op that is tagged so.
 _READERS = frozenset(
     {
         "__array__",
@@ -51,34 +52,34 @@ _READERS = frozenset(
         "untyped_storage",
     }
 )
-_MAKERS = frozenset({"as_tensor", "asarray", "tensor"})  # which read what they are given
+_MAKERS = frozenset({"as_tensor", "asarray", "tensor"})  # which read the values of their arguments
 _READING_TAGS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
 def run_and_trace(
     model: nn.Module, index: int, leaves: list[Any], spec: TreeSpec
 ) -> tuple[fx.GraphModule, bool]:
-    """The graph of ``model`` as a function of the tensors among ``leaves``, all else frozen.
+    """Trace ``model`` as a function of the tensors in ``leaves``; other leaves are constants.
 
     Args:
-        model: its Parameter objects become the graph's own.
-        index: the place of the batch in the calibration, for the error message.
+        model: the graph uses its Parameter objects, not copies of them.
+        index: the position of the batch in the calibration, for the error message.
         leaves, spec: the bound arguments of ``forward``, flattened.
 
     Returns:
-        The graph, and whether it holds for any inputs of the same shapes and dtypes: whether the
-        model looked at no tensor's values on its way.
+        The graph, and whether it is right for all inputs of the same shapes and dtypes. It is if
+        the model read no tensor's values.
 
     Raises:
-        TraceError: the model itself does not run, or works in a way that make_fx does not follow.
+        TraceError: the model itself does not run, or make_fx cannot trace it.
     """
     stored = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    # What has no strides cannot be an argument: the graph has it as a constant.
+    # A tensor without strides cannot be an argument of the graph: it becomes a constant.
     traced = {name: tensor for name, tensor in stored.items() if has_strides(tensor)}
     function = TensorsOnly(model, leaves, spec)
-    function.training = False  # as the model is already
-    # Copies: the model may work in place on its inputs, which are the caller's tensors.
-    # One copy of each, since self-attention, for one, asks which are the same.
+    function.training = False  # the model is in evaluation mode already
+    # The inputs are the caller's tensors, and the model may write to them: it gets copies.
+    # One copy of each object: self-attention, for example, checks which inputs are the same.
     copies = {id(leaf): leaf.clone() for leaf in leaves if isinstance(leaf, torch.Tensor)}
     inputs = [copies[id(leaf)] for leaf in leaves if isinstance(leaf, torch.Tensor)]
     try:
@@ -94,12 +95,12 @@ def run_and_trace(
             seen,
         ):
             graph_module = _make_fx(function, list(traced.values()), inputs)
-    except Exception as error:  # whatever the model's own code raises
+    except Exception as error:  # the model's own code may raise anything
         if is_out_of_memory(error):
             raise
         remedy = "check that the model itself runs on this batch"
         if "flex_attention" in str(error):
-            remedy = 'take another attention: attn_implementation="sdpa" or "eager"'
+            remedy = 'use another attention: attn_implementation="sdpa" or "eager"'
         raise TraceError(
             f"{type(model).__name__} cannot be run and traced with calibration batch {index}: "
             f"{type(error).__name__}: {first_line(error)} — {remedy}"
@@ -110,10 +111,11 @@ def run_and_trace(
 
 
 @contextlib.contextmanager
-def nothing_kept(model: nn.Module) -> Iterator[OpsSeen]:
-    """Run the model without a trace: its attributes and its tensors' values are as they were.
+def side_effects_undone(model: nn.Module) -> Iterator[OpsSeen]:
+    """Run the model without tracing it, and restore its attributes and its tensors' values.
 
-    What it yields sees the ops that read values; with :class:`ReadersSeen`, all that reads them.
+    The mode that it yields notices ops that read values. Together with :class:`ReadersSeen` it
+    notices every read of values.
     """
     with attributes_kept(model) as held:
         seen = OpsSeen([*model.parameters(), *model.buffers(), *held])
@@ -122,7 +124,7 @@ def nothing_kept(model: nn.Module) -> Iterator[OpsSeen]:
 
 
 def compiled_parts_run() -> contextlib.AbstractContextManager[Any]:
-    """Let what is compiled inside a model run as it was written, where torch would refuse it."""
+    """Let compiled functions in a model run uncompiled under make_fx; torch would refuse them."""
     from torch._dynamo import config
 
     patched: contextlib.AbstractContextManager[Any] = config.patch(error_on_nested_fx_trace=False)
@@ -132,11 +134,11 @@ def compiled_parts_run() -> contextlib.AbstractContextManager[Any]:
 def _make_fx(
     function: Callable[..., Any], own: list[torch.Tensor], inputs: list[torch.Tensor]
 ) -> fx.GraphModule:
-    """Everything private that this relies on: make_fx's arguments.
+    """Call make_fx with its private arguments.
 
-    Before dispatch, ops are those of torch.export (linear, not mm); what depends on data is
-    baked in instead of refused. ``own`` are the tensors that the function reads by itself: as
-    arguments they become placeholders, each once.
+    With ``pre_dispatch`` the ops are those of torch.export (linear, not mm). Results that depend on
+    data become constants instead of errors. ``own`` are the tensors that the function reads without
+    being given them. They are passed as arguments, so that each becomes one placeholder.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -156,7 +158,7 @@ def _make_fx(
 def _with_attributes(
     graph_module: fx.GraphModule, stored: dict[str, torch.Tensor]
 ) -> fx.GraphModule:
-    """The graph with the model's tensors as attributes, where the trace has them as arguments."""
+    """The graph with the model's tensors as attributes; in the trace they are arguments."""
     graph = graph_module.graph
     _erase_vmapped(graph_module)
     attributes: dict[str, Any] = {
@@ -178,7 +180,7 @@ def _with_attributes(
 
 
 def _erase_vmapped(graph_module: fx.GraphModule) -> None:
-    """Erase what ran inside torch.vmap: its tensors are gone, and its result is a constant."""
+    """Erase nodes that ran inside torch.vmap: their result is a constant of the graph."""
     inside: dict[fx.Node, None] = {}
     for node in graph_module.graph.nodes:
         value = getattr(graph_module, str(node.target)) if node.op == "get_attr" else None
@@ -190,7 +192,7 @@ def _erase_vmapped(graph_module: fx.GraphModule) -> None:
 
 @contextlib.contextmanager
 def _module_paths(model: nn.Module) -> Iterator[None]:
-    """Note on each node the path of the module that it comes from, as torch.export does."""
+    """Record on each node the path of the module that it comes from, as torch.export does."""
     with contextlib.ExitStack() as hooks:
         for name, module in model.named_modules():
             enclosing: list[Any] = []
@@ -223,7 +225,7 @@ def _module_paths(model: nn.Module) -> Iterator[None]:
 
 
 class OpsSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every op: whether it reads values, and which stored tensor it writes to."""
+    """Notices for every op whether it reads values, and which stored tensor it writes to."""
 
     supports_higher_order_operators = True
 
@@ -241,7 +243,7 @@ class OpsSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
-        if func is torch.ops.aten.index.Tensor:  # tagged for what only a mask does
+        if func is torch.ops.aten.index.Tensor:  # its tag holds for masks only
             masks = (torch.bool, torch.uint8)
             self.reads_values |= any(i is not None and i.dtype in masks for i in args[1])
         else:
@@ -255,7 +257,7 @@ class OpsSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def values_kept(self) -> Iterator[None]:
-        """Restore, at the end, what was written to."""
+        """Restore, at the end, the stored tensors that an op wrote to."""
         try:
             yield
         finally:
@@ -269,7 +271,7 @@ class OpsSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class ReadersSeen(TorchFunctionMode):
-    """Sees what reads values without an op."""
+    """Notices functions that read values without an op."""
 
     def __init__(self, seen: OpsSeen) -> None:
         super().__init__()
@@ -284,11 +286,11 @@ class ReadersSeen(TorchFunctionMode):
 
 
 class _FunctionsSeen(ReadersSeen):
-    """Also takes care of what runs inside a transform of torch.func."""
+    """Also handles functions that run inside a transform of torch.func."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if in_transform():
-            self.seen.reads_values = True  # what comes out of it is a constant of the graph
+            self.seen.reads_values = True  # its result becomes a constant of the graph
             self._refuse_weights((args, kwargs))
             result = run_inside(func, args)
             if result is not NotImplemented:
@@ -301,12 +303,12 @@ class _FunctionsSeen(ReadersSeen):
                 continue
             if address(unwrapped(leaf)) in self.seen.parameters:
                 raise TraceError(
-                    "it reads a weight inside torch.vmap (or another transform of torch.func), "
-                    "which make_fx does not follow"
+                    "the model reads a weight inside torch.vmap (or another transform of "
+                    "torch.func), which make_fx cannot trace"
                 )
 
 
 def _may_write(func: Any) -> bool:
-    """Whether the op may write to an argument; batch_norm, which may, does not say so."""
+    """Whether the op may write to an argument; batch_norm may, but not by its schema."""
     schema = schema_of(func)
     return schema is not None and (schema.is_mutable or "batch_norm" in schema.name)

@@ -1,4 +1,4 @@
-"""What forward assigns while a model is traced or tried is taken back afterwards."""
+"""Undo what ``forward`` assigns while a model is traced or run on trial."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from magr_fx.passes.tracing.function_caches import (
     refill,
 )
 
-# Whose objects are left alone: they are no state of a model, or keep it in places of their own.
+# Packages whose objects are not saved: they are no state of a model, or manage it themselves.
 _FOREIGN = frozenset({"torch", "torchao", "accelerate", "numpy", "logging", "builtins"})
 _NO_STATE = (
     types.BuiltinFunctionType, types.ModuleType, str, bytes, int, float, complex, bool, type(None),
@@ -38,20 +38,20 @@ _ABSENT = object()
 
 
 class _State:
-    """Everything that can be reached from a model's modules and holds something, and what it holds.
+    """All state that can be reached from a model's modules, saved so that it can be restored.
 
-    Such are the attributes of modules, of other objects, and of the classes of both; dicts, lists,
-    sets, deques and arrays; and what the functions among them hold: what they enclose, their
-    defaults, and the globals that they name. So hooks are followed to where they write. Of
-    installed packages only those files' globals count that define the model's modules.
+    It consists of the attributes of modules, of other objects, and of the classes of both; of
+    dicts, lists, sets, deques and arrays; and of what functions hold: closures, default arguments,
+    and the globals that they name. So the objects that hooks write to are saved too. In installed
+    packages, globals are saved only in the files that define the model's modules.
 
     Attributes:
-        tensors: those that are found on the way: also what is no parameter and no buffer.
+        tensors: all tensors that were found, also those that are no parameters and no buffers.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.tensors: list[torch.Tensor] = []
-        self._known: dict[int, Any] = {}  # by id: which is kept, so that no other gets its id
+        self._known: dict[int, Any] = {}  # by id; held so that no other object gets the id
         self._undo: list[Callable[[], Any]] = []
         self._sources = {type(module).__module__ for module in model.modules()}
         pending: list[Any] = list(model.modules())
@@ -62,7 +62,7 @@ class _State:
         self._values = [(tensor, version_of(tensor), tensor.detach().clone()) for tensor in others]
 
     def restore(self) -> None:
-        """Have the same objects in the same places again."""
+        """Put the saved objects back in their places."""
         for undo in self._undo:
             undo()
         self._restore_values()
@@ -74,7 +74,7 @@ class _State:
                 tensor.copy_(before)
 
     def _keep(self, value: Any) -> list[Any]:
-        """Keep what is in a value; returns that, to go on with."""
+        """Save what a value holds; returns the objects in it, which are to be saved next."""
         if id(value) in self._known:
             return []
         self._known[id(value)] = value
@@ -88,13 +88,13 @@ class _State:
             generates = isinstance(value, _GENERATORS)
             self._undo.append(_generator_undo(value) if generates else _array_undo(value))
         elif not isinstance(value, _NO_STATE):
-            inside = [*self._held(value), *_joined(value)]
+            inside = [*self._held(value), *_fixed_parts(value)]
             if inside or isinstance(value, nn.Module) or _package(type(value)) not in _FOREIGN:
                 return inside + self._keep_attributes(value)
         return []
 
     def _held(self, value: Any) -> list[Any]:
-        """What is in a container, which is kept."""
+        """Save the contents of a container; returns them."""
         if not isinstance(value, CONTAINERS):
             return []
         kept = contents(value)
@@ -138,16 +138,16 @@ class _State:
 
 @contextlib.contextmanager
 def attributes_kept(model: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Take back what forward assigns anywhere in the model, also after an error.
+    """Undo what ``forward`` assigns anywhere in the model, also after an error.
 
     Attributes of modules, of their classes, and of the objects that they hold are the same objects
-    again, and so is what is in their dicts, lists, sets and deques; tensors in there have their
-    values. What functions of its code keep has none of a tracer's tensors, see
-    :mod:`function_caches`. Parameters and buffers are not copied: it yields all
-    tensors that the model holds, for those who watch what is written to them.
+    again. So are the contents of their dicts, lists, sets and deques. Tensors in these have their
+    old values. No tracer's tensor stays in what functions store, see :mod:`function_caches`.
+    The values of parameters and buffers are not restored. The context yields all tensors that the
+    model holds, so that the caller can watch writes to them.
 
     Raises:
-        RuntimeError: forward made parameters, which a trace would then have instead of them.
+        RuntimeError: forward created parameters; the trace would have these, not the model's own.
     """
     state = _State(model)
     parameters = [id(parameter) for parameter in model.parameters()]
@@ -162,7 +162,7 @@ def attributes_kept(model: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 @contextlib.contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
-    """The same, and the values of the model's buffers, whoever writes to them."""
+    """As :func:`attributes_kept`; the values of the model's buffers are restored too."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         with attributes_kept(model):
@@ -174,8 +174,8 @@ def state_kept(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
 
 
-def _joined(value: Any) -> list[Any]:
-    """What is in a value that is made of others for good."""
+def _fixed_parts(value: Any) -> list[Any]:
+    """The parts of a value whose parts cannot be exchanged, such as a tuple or a method."""
     if isinstance(value, (tuple, frozenset)):
         return list(value)
     if isinstance(value, types.MethodType):
@@ -203,12 +203,12 @@ def _reset_class(kind: type, own: dict[str, Any]) -> None:
             setattr(kind, name, value)
 
 
-def _reset_globals(all_of_them: dict[str, Any], named: dict[str, Any]) -> None:
+def _reset_globals(namespace: dict[str, Any], named: dict[str, Any]) -> None:
     for name, value in named.items():
         if value is _ABSENT:
-            all_of_them.pop(name, None)
-        elif all_of_them.get(name, _ABSENT) is not value:
-            all_of_them[name] = value
+            namespace.pop(name, None)
+        elif namespace.get(name, _ABSENT) is not value:
+            namespace[name] = value
 
 
 def _reset_cell(cell: types.CellType, content: Any) -> None:
@@ -226,7 +226,7 @@ def _content(cell: types.CellType) -> Any:
 
 
 def _generator_undo(generator: Any) -> Callable[[], Any]:
-    """Have a generator draw the same numbers again."""
+    """A function that makes a generator draw the same numbers again."""
     if isinstance(generator, torch.Generator):
         return functools.partial(generator.set_state, generator.get_state())
     if isinstance(generator, random.Random):
@@ -238,7 +238,7 @@ def _generator_undo(generator: Any) -> Callable[[], Any]:
 
 
 def _array_undo(values: Any) -> Callable[[], Any]:
-    """Have an array hold the same values again; one that is on a disk, or locked, is left alone."""
+    """A function that restores an array's values, but none of a memmap or a read-only array."""
     if isinstance(values, np.ndarray):
         if isinstance(values, np.memmap) or not values.flags.writeable:
             return lambda: None
@@ -247,12 +247,12 @@ def _array_undo(values: Any) -> Callable[[], Any]:
 
 
 def _is_installed(code: types.CodeType) -> bool:
-    """Whether it is code of a package that was installed, and not the caller's own."""
+    """Whether the code belongs to an installed package, not to the caller."""
     return code.co_filename.startswith(_INSTALLED)
 
 
 def _has_values(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a plain one; parameters of other models are not written to."""
+    """Whether it is a plain tensor with values; parameters of other models are not saved."""
     plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided
     return plain and not (tensor.is_meta or tensor.is_inference())
 
@@ -262,13 +262,13 @@ def _package(kind: type) -> str:
 
 
 def _is_foreign(module: str | None) -> bool:
-    """Whether what is defined there holds no state of a model."""
+    """Whether what this module defines holds no state of a model."""
     package = str(module).partition(".")[0]
     return package in _FOREIGN or package == "magr_fx" or package in _STANDARD
 
 
 def _slots(kind: type) -> list[str]:
-    """The names of the attributes that an object of this class has outside of its ``__dict__``."""
+    """The names in the ``__slots__`` of this class and its bases, as an object has them."""
     if _package(kind) in _FOREIGN:
         return []
     found: list[str] = []

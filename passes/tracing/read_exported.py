@@ -1,4 +1,4 @@
-"""A graph that torch.export has made already: read and run as it stands, not traced again."""
+"""Use a graph that torch.export has made already, without tracing it again."""
 
 from __future__ import annotations
 
@@ -30,17 +30,18 @@ _CONSTANTS = (type(None), bool, int, float, str)
 def trace_or_read(
     model: nn.Module, batches: list[Batch], tracing: Tracing = AUTO
 ) -> list[TracedBatch]:
-    """The batches as placeholder values: of an exported graph, or of the traces of a model.
+    """The batches as placeholder values: of an exported graph, or of new traces of the model.
 
     Raises:
-        CalibrationError: a batch does not fit the exported graph.
+        CalibrationError: a batch does not fit the exported graph, or the model's ``forward``.
+        ConfigError: all experts are asked for, and the model is an exported graph or has none.
         TraceError: the model cannot be traced.
     """
     if isinstance(model, fx.GraphModule) and _is_exported(model):
         if tracing.all_experts:
             raise ConfigError(
-                "calibrate_all_experts=True, but in this graph each token is where it was sent; "
-                "give the model itself to magr_transform"
+                "calibrate_all_experts=True is not possible for an exported graph, whose routing "
+                "of tokens to experts cannot be changed; pass the model itself to magr_transform"
             )
         return inline_regions(_read(model, batches))
     with unsupported_named(model):
@@ -49,7 +50,7 @@ def trace_or_read(
 
 
 def _is_exported(graph_module: fx.GraphModule) -> bool:
-    """Whether tensors meet in aten ops only: what torch.export makes and the finder reads."""
+    """Whether it calls aten ops only, which torch.export makes and ``find_linears`` reads."""
     return all(
         _is_aten(node) if node.op == "call_function" else node.target == GUARDS
         for node in graph_module.graph.nodes
@@ -67,7 +68,7 @@ def _is_aten(node: fx.Node) -> bool:
 
 
 def _read(graph_module: fx.GraphModule, batches: list[Batch]) -> list[TracedBatch]:
-    """The batches as placeholder values of the one graph there is."""
+    """The batches as placeholder values of the exported graph."""
     trace = None
     traced = []
     for batch in batches:
@@ -85,9 +86,9 @@ def _read(graph_module: fx.GraphModule, batches: list[Batch]) -> list[TracedBatc
 
 
 def _flatten(graph_module: fx.GraphModule, arguments: dict[str, Any]) -> tuple[Any, ...]:
-    """The arguments as placeholder values; none where they are nested in another way.
+    """The arguments as placeholder values; empty if they are nested in another way.
 
-    Their order is that of the graph, whose mappings can have their keys in another order.
+    They are in the order of the graph, whose mappings may have their keys in another order.
     """
     inputs: tuple[Any, ...] = tuple(arguments.values())
     codegen = graph_module.graph._codegen
@@ -105,7 +106,7 @@ def _flatten(graph_module: fx.GraphModule, arguments: dict[str, Any]) -> tuple[A
 
 
 def _same_constants(graph_module: fx.GraphModule, values: tuple[Any, ...]) -> bool:
-    """Whether what is no tensor has the value that the graph was made with."""
+    """Whether each value that is no tensor is the one that the graph was made with."""
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     return all(
         type(value) is type(node.meta["val"]) and value == node.meta["val"]

@@ -1,6 +1,6 @@
-"""Whether an exported graph computes what its model does, on one and the same input.
+"""Check that an exported graph computes what its model computes, on the same input.
 
-Code that asks whether it is being exported may do something else then.
+Model code that checks whether it is being exported may compute something else during the export.
 """
 
 from __future__ import annotations
@@ -20,53 +20,54 @@ from magr_fx.passes.graphs.torch_private import TreeSpec
 from magr_fx.passes.graphs.trace import Trace, all_nodes, attributes, buffers_kept
 from magr_fx.passes.inputs.tensors_only import TensorsOnly
 from magr_fx.passes.tracing.compare_outputs import difference
-from magr_fx.passes.tracing.make_fx import ReadersSeen, nothing_kept
+from magr_fx.passes.tracing.make_fx import ReadersSeen, side_effects_undone
 from magr_fx.passes.tracing.two_rows import TwoRows, two_rows
 
 logger = logging.getLogger("magr_fx")
 
 # Of ‖graph - model‖ / ‖model‖. On a CPU the graph of nearly every model gives the same bits, in
-# half precision as well. What this refuses for its rounding is traced by make_fx, which is right.
+# half precision as well. A graph that is refused for its rounding alone does no harm: the model is
+# then traced by make_fx, whose graph is right.
 TOLERANCE = 1e-4
-COARSE = 0.03  # where something is computed in half precision
+COARSE = 0.03  # if anything is computed in half precision
 
 
 def check_same_output(
     graph_module: fx.GraphModule, model: nn.Module, index: int, leaves: list[Any], spec: TreeSpec
 ) -> None:
-    """Run both once on the input that the graph was traced with, and compare what they return.
+    """Run the graph and the model on the input of the trace, and compare their outputs.
 
-    On two rows of it where these tell as much (:mod:`~magr_fx.passes.tracing.two_rows`), else
-    on all. Both draw the same random numbers, and nothing keeps what the two runs write. The
-    model's own hooks run, as they are a part of what it computes.
+    They run on two rows of the input if these suffice (:mod:`~magr_fx.passes.tracing.two_rows`),
+    otherwise on all rows. Both runs draw the same random numbers, and what they write is restored.
+    The model's own hooks run, because they are a part of what it computes.
 
-    What cannot be compared is told by a warning: a model that does not run, two outputs that do
-    not fit into memory, and a model that draws random numbers and does not repeat itself from the
-    same state of torch's generators. One that does repeat itself, and whose graph does not say the
-    same, is refused: ``make_fx`` takes it as it runs.
+    If the two cannot be compared, a warning is logged. This is so if the model does not run, if the
+    two outputs do not fit into memory, or if the model draws random numbers and its outputs differ
+    from run to run with the same state of torch's generators. If the model's outputs are the same
+    in each run, and the graph's are others, the graph is refused. make_fx can trace such a model.
 
     Args:
-        graph_module: by torch.export.
+        graph_module: made by torch.export.
         model: in evaluation mode, its weights in memory.
-        index: the place of the batch in the calibration, for the error message.
+        index: the position of the batch in the calibration, for the error message.
         leaves, spec: the bound arguments of ``forward``, flattened.
 
     Raises:
-        TraceError: the graph returns something else, or fails where the model runs.
+        TraceError: the outputs differ, or the graph fails where the model runs.
     """
     try:
         found = _compare(graph_module, model, leaves, spec)
-    except Exception as error:  # whatever the model raises on real values
+    except Exception as error:  # the model may raise anything on real values
         logger.warning(
             "the exported graph of %s could not be compared with the model itself (calibration "
-            "batch %d): %s: %s",
+            "batch %d), and is used without this check: %s: %s",
             *(type(model).__name__, index, type(error).__name__, first_line(error)),
         )
         return
     if found:
         raise TraceError(
             f"the exported graph of {type(model).__name__} computes something else than the model "
-            f"itself with calibration batch {index}: {found} — code that asks whether it is "
+            f"itself with calibration batch {index}: {found} — code that checks whether it is "
             'being exported, or counts its calls, needs trace="make_fx"'
         )
 
@@ -74,10 +75,10 @@ def check_same_output(
 def _compare(
     graph_module: fx.GraphModule, model: nn.Module, leaves: list[Any], spec: TreeSpec
 ) -> str:
-    """What tells the graph from the model; empty where nothing does.
+    """How the graph's outputs differ from the model's; empty if they do not.
 
     Raises:
-        Exception: the model does not run, or draws other random numbers each time.
+        Exception: the model does not run, or draws different random numbers each time.
     """
     state = torch_state({t.device for t in (*attributes(graph_module), *_tensors(leaves))})
     rows = two_rows(graph_module, leaves, spec)
@@ -86,7 +87,7 @@ def _compare(
     failure, graphs = "", list[torch.Tensor]()
     try:
         graphs = _run_graph(graph_module, leaves, state)
-    except Exception as error:  # whatever an op raises on real values
+    except Exception as error:  # an op may raise anything on real values
         if is_out_of_memory(error):
             raise
         failure = f"it fails with {type(error).__name__}: {first_line(error)}"
@@ -101,30 +102,30 @@ def _compare(
     if any(is_random(node) for node in all_nodes(graph_module)):
         again = difference(_run(model, leaves, spec, state)[0], models, tolerance)
         if again:
-            raise RuntimeError("it draws random numbers from elsewhere than torch's generators")
+            raise RuntimeError("the model draws random numbers outside torch's generators")
     return f"its outputs {found}"
 
 
 def _agree_on(
     rows: TwoRows, graph_module: fx.GraphModule, model: nn.Module, spec: TreeSpec, state: State
 ) -> bool:
-    """Whether both return the same for the row that they share, and the model looks at no value.
+    """Whether both return the same for the row that they share, and the model reads no value.
 
-    False decides nothing: then all rows have to be compared.
+    If not, nothing is decided: all rows have to be compared.
     """
     try:
         graphs = rows.shared(_run_graph(graph_module, rows.of_graph, state))
         models, reads_values = _run(model, rows.of_model, spec, state, watched=True)
         models = rows.shared(models)
         return not reads_values and not difference(graphs, models, _tolerance(model, models))
-    except Exception:  # whatever either raises: all rows will tell what it is
+    except Exception:  # anything: the run on all rows then reports it
         return False
 
 
 def _run_graph(
     graph_module: fx.GraphModule, leaves: list[Any], state: State | None
 ) -> list[torch.Tensor]:
-    """What the graph returns when it draws from ``state``; no buffer keeps what it writes."""
+    """The outputs of the graph with the random ``state``; its buffers are restored."""
     with buffers_kept([Trace(graph_module, ())]), random_state(state), torch_silenced():
         return list(graph_module(*_copies(leaves)))
 
@@ -137,18 +138,18 @@ def _run(
     *,
     watched: bool = False,
 ) -> tuple[list[torch.Tensor], bool]:
-    """What the model returns when it draws from ``state``; nothing keeps what it writes.
+    """The outputs of the model with the random ``state``, and whether it read any tensor's values.
 
-    If it is ``watched``, also whether it looked at the values of any tensor on its way.
+    The latter is reliable only if ``watched``. All that the model writes is restored.
     """
     with (
         torch.compiler.set_stance("force_eager"),
         random_state(state),
-        nothing_kept(model) as seen,
+        side_effects_undone(model) as seen,
         ReadersSeen(seen) if watched else contextlib.nullcontext(),
     ):
         wrapper = TensorsOnly(model, leaves, spec)
-        wrapper.training = False  # as the model is already
+        wrapper.training = False  # the model is in evaluation mode already
         outputs: list[torch.Tensor] = wrapper(*_copies(leaves))
         return outputs, seen.reads_values
 
@@ -163,7 +164,7 @@ def _tolerance(model: nn.Module, outputs: list[torch.Tensor]) -> float:
 
 
 def _copies(leaves: list[Any]) -> list[torch.Tensor]:
-    """The tensors, which are the caller's and may be written to; one copy of each."""
+    """Copies of the caller's tensors, which may be written to; one copy of each object."""
     copies = {id(tensor): tensor.clone() for tensor in _tensors(leaves)}
     return [copies[id(tensor)] for tensor in _tensors(leaves)]
 

@@ -1,4 +1,4 @@
-"""model, batches → traced batches: by torch.export where it can, else by make_fx."""
+"""Trace a model for every calibration batch: by torch.export where it can, else by make_fx."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Tracing:
     """How to trace.
 
     Attributes:
-        tracer: "export", "make_fx", or "auto": the first, and the second for all batches where
-            that refuses the model.
-        all_experts: whether every token meets every expert.
-        has_values: whether the weights have their values while the model is traced.
+        tracer: "export", "make_fx", or "auto": torch.export, and make_fx for all batches if
+            torch.export cannot trace the model for one of them.
+        all_experts: whether every token is sent to every expert.
+        has_values: whether the weights are in memory while the model is traced.
 
     Raises:
-        ConfigError: no such tracer.
+        ConfigError: ``tracer`` is none of these.
     """
 
     tracer: str = "auto"
@@ -53,11 +53,15 @@ class Tracing:
             raise ConfigError(f"trace must be one of {', '.join(TRACERS)}, got {self.tracer!r}")
 
     def without_values(self) -> Tracing:
-        """The same for a model whose weights are elsewhere, which therefore cannot be run."""
+        """The same options for an offloaded or sharded model, which cannot be run as a whole.
+
+        Raises:
+            ConfigError: ``tracer`` is "make_fx", which runs the model.
+        """
         if self.tracer == "make_fx":
             raise ConfigError(
-                'trace="make_fx" runs the model, which an offloaded or sharded one cannot be as a '
-                'whole; trace by "export", or load the model as a whole'
+                'trace="make_fx" runs the model, but an offloaded or sharded model cannot be run '
+                'as a whole; use trace="export", or load the whole model into memory'
             )
         return replace(self, tracer="export", has_values=False)
 
@@ -68,24 +72,24 @@ AUTO = Tracing()
 def trace_batches(
     model: nn.Module, batches: list[Batch], tracing: Tracing = AUTO
 ) -> list[TracedBatch]:
-    """Trace ``model`` for every batch, and again only for a batch that no earlier trace fits.
+    """Trace ``model`` for the batches; a new trace is made only if no earlier one fits a batch.
 
-    By torch.export dimensions are dynamic where the batches differ in them, and it can make them
-    so. What it specialises (a batch of 1, a length that the code computes with) is in the trace's
-    guards and placeholder shapes, which every batch is checked against: an input is never run on
-    a graph made for another.
+    With torch.export, dimensions in which the batches differ are dynamic where torch.export can
+    make them so. What it specialises (a batch of 1, a length that the code computes with) is in the
+    trace's guards and placeholder shapes. Every batch is checked against these: no input is run on
+    a graph that was made for another.
 
-    By make_fx shapes are fixed, and the graph is the batch's own, unless the model provably looked
-    at no value on its way: then batches of the same shapes share it.
+    With make_fx, shapes are fixed, and each batch has its own graph. Batches of the same shapes
+    share one only if the model provably read no tensor's values.
 
     Args:
         model: in evaluation mode.
         batches: the calibration.
-        tracing: how.
+        tracing: the options.
 
     Raises:
         CalibrationError: a batch's arguments do not fit ``forward``.
-        ConfigError: there are no experts to send all tokens to.
+        ConfigError: ``all_experts`` is set, but the model has no experts that support it.
         TraceError: the model cannot be traced.
     """
     if tracing.all_experts:
@@ -122,8 +126,8 @@ def _exported(
         graph_module = export(model, index, leaves, spec, dynamic)
         if not fits(graph_module, _tensors(leaves)):
             raise TraceError(
-                f"torch.export's graph of {type(model).__name__} refuses the very input that "
-                f"it was traced with (calibration batch {index})"
+                f"the graph that torch.export made of {type(model).__name__} rejects the input "
+                f'that it was traced with (calibration batch {index}) — it needs trace="make_fx"'
             )
         if compare:
             check_same_output(graph_module, model, index, leaves, spec)
@@ -148,9 +152,10 @@ def _traced(
     *,
     explain: bool,
 ) -> list[TracedBatch]:
-    """The batches, each with a trace that fits it; ``make`` says whether others may share it.
+    """Give each batch a trace that fits it.
 
-    ``explain``: what it raises says what may be wrong with the form of the batch.
+    ``make`` returns a graph, and whether other batches may share it. With ``explain``, a
+    :class:`TraceError` also says what may be wrong with the form of the batch.
     """
     known: dict[Hashable, list[Trace]] = {}
     traced = []
@@ -168,7 +173,7 @@ def _traced(
                 remedy = describe_failure(model, batch.args, batch.kwargs) if explain else ""
                 if not remedy:
                     raise
-                raise TraceError(f"{error}. If its form is wrong: {remedy}") from error
+                raise TraceError(f"{error}. If the form of the batch is wrong: {remedy}") from error
             names = zip(input_names(arguments), leaves, strict=True)
             tensors = tuple(name for name, x in names if isinstance(x, torch.Tensor))
             calls = graph_module.meta.pop(CALLS)
@@ -180,11 +185,11 @@ def _traced(
 
 
 def _open_sizes(model: nn.Module, batches: list[Batch]) -> dict[Hashable, list[set[int]]]:
-    """For each form of input, and each of its leaves, the dimensions that a graph is to leave open.
+    """For each signature, and each of its leaves, the dimensions that are to be dynamic.
 
-    The first one and those in which the batches differ, as each costs time. Where a mask leaves
-    anything out, its sequences and tokens as well: by their symbols a graph tells its tokens from
-    what is as long by chance.
+    These are the first dimension, and those in which the batches differ; each costs time. If a mask
+    leaves anything out, those of its sequences and tokens are dynamic too: by their symbols tokens
+    are told from dimensions that have the same size by chance.
     """
     first: dict[Hashable, list[Any]] = {}
     dynamic: dict[Hashable, list[set[int]]] = {}
@@ -209,9 +214,10 @@ def _open_sizes(model: nn.Module, batches: list[Batch]) -> dict[Hashable, list[s
 
 
 def _of_masked_tokens(names: tuple[str, ...], leaves: list[Any]) -> list[set[int]]:
-    """The dimensions of each leaf that are as large as the last ones of a mask, or its first.
+    """The dimensions of each leaf that have the size of a mask's first or last two dimensions.
 
-    A mask that is the same everywhere leaves nothing out, whose tokens it may be of.
+    Of a leaf that is no mask, only the first two dimensions are considered. A mask with the same
+    value everywhere is ignored, because it leaves no token out.
     """
     masks = [
         leaf
@@ -237,7 +243,11 @@ def _tensors(leaves: list[Any]) -> tuple[torch.Tensor, ...]:
 
 
 def bind(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """The batch by argument name, as ``forward`` would receive it."""
+    """The arguments that ``forward`` receives for the batch, by name.
+
+    Raises:
+        CalibrationError: ``forward`` does not take these arguments.
+    """
     signature = inspect.signature(model.forward)
     try:
         return dict(signature.bind(*batch.args, **batch.kwargs).arguments)
@@ -251,18 +261,19 @@ def bind(model: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 def input_names(arguments: dict[str, Any]) -> tuple[str, ...]:
-    """The forward argument that each leaf of the bound arguments belongs to, in order.
+    """The name of each leaf of the bound arguments, in order: the ``forward`` argument it is in.
 
-    What lies in a mapping, that of ``**kwargs`` included, goes by its own key there, and what lies
-    in a named tuple by its field.
+    A value in a mapping (also that of ``**kwargs``) is named by its key, a value in a named tuple
+    by its field.
     """
     return tuple(name for name, _ in named_leaves(arguments))
 
 
 def _signature(leaves: list[Any], spec: TreeSpec) -> Any:
-    """What one trace freezes: structure, dtypes, ranks, and the value of whatever is no tensor.
+    """What one trace fixes: structure, and each tensor's dtype, number of dimensions and device.
 
-    Also which arguments are one and the same tensor: self-attention, for one, asks that.
+    Also the value of each argument that is no tensor, and which arguments are the same tensor:
+    self-attention, for example, checks that.
     """
     first: dict[int, int] = {}
     signature: list[Any] = [repr(spec)]
@@ -271,6 +282,6 @@ def _signature(leaves: list[Any], spec: TreeSpec) -> Any:
             same = first.setdefault(id(leaf), at)
             signature.append((leaf.dtype, leaf.dim(), str(leaf.device), same))
         else:
-            # By what it prints if that is all of it, else, safely, by which object it is.
+            # A plain value is compared by its repr; any other object, to be safe, by its identity.
             signature.append(repr(leaf) if isinstance(leaf, PLAIN) else id(leaf))
     return tuple(signature)

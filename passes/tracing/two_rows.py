@@ -1,9 +1,9 @@
-"""Two rows of a large batch, where a graph and its model agree on these only if they do on all.
+"""Choose two rows of a large batch that are enough to compare an exported graph with its model.
 
-A graph with an open number of rows is one function, whatever that number is. So is a model whose
-code looks at no tensor's values: it takes the same way for other rows. What is left to chance is
-which values a row happens to have. So there have to be many, and of a kind that each row has:
-pixels, not tokens, padding or masks, of which the first rows may have none.
+A graph with a dynamic number of rows is one function for every number of rows. So is a model whose
+code reads no tensor's values: it takes the same branches for other rows. Only the values of the
+chosen rows are left to chance. So a row must have many values, of a kind that every row has: pixels
+are, but not tokens, padding or masks, which may first occur in later rows.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from magr_fx.passes.graphs.torch_private import TreeSpec, expression_of, tree_le
 from magr_fx.passes.graphs.trace import all_nodes
 from magr_fx.passes.tracing.input_fit import fits
 
-MANY = 2**14  # values in a row; of fewer, all rows are quickly computed
+MIN_VALUES = 2**14  # values in a row; with fewer, all rows are computed quickly
 
 
 @dataclass(frozen=True)
 class TwoRows:
-    """Inputs of two rows for a graph and for its model, of which only the first is the same.
+    """Two rows of input for a graph, and two for its model; only the first row is the same.
 
-    So what the rows of a batch have of one another is a difference between the two as well.
+    So the outputs also differ if the output of one row depends on the other row.
 
     Attributes:
         of_graph, of_model: the bound arguments of ``forward``, flattened.
-        dims: for each output the dimension that its rows are in; None: it has none.
+        dims: for each output, the dimension of its rows; None if it has no rows.
     """
 
     of_graph: list[Any]
@@ -39,10 +39,10 @@ class TwoRows:
     dims: list[int | None]
 
     def shared(self, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Of the outputs for either, what is of the row that both have.
+        """The part of the outputs, of the graph or the model, that belongs to the shared row.
 
         Raises:
-            ValueError: there are not as many as the graph has.
+            ValueError: the number of outputs is not that of the graph.
         """
         return [
             output if dim is None else output.chunk(2, dim)[0]
@@ -51,21 +51,21 @@ class TwoRows:
 
 
 def two_rows(graph_module: fx.GraphModule, leaves: list[Any], spec: TreeSpec) -> TwoRows | None:
-    """Two rows of the input for each, or None where all of it has to be compared.
+    """Two rows of the input for each, or None if all rows have to be compared.
 
     Args:
-        graph_module: by torch.export.
+        graph_module: made by torch.export.
         leaves, spec: the bound arguments of ``forward``, flattened.
     """
     tensors = _tensors(leaves)
-    if not _are_large(tensors) or not all(map(_is_measured, tensors)):
+    if not _have_many_values(tensors) or not all(map(_has_fractions, tensors)):
         return None
     names = {name for name, _ in named_leaves(tree_unflatten(leaves, spec))}
     names |= {name for call in graph_module.meta.get(CALLS, ()) for name, _ in call.arguments}
     if any("mask" in name or "padding" in name for name in names):
         return None
     if any(is_random(node) for node in all_nodes(graph_module)):
-        return None  # which numbers a row gets depends on how many rows there are
+        return None  # a row's random numbers depend on the number of rows
     dims = _dims_of_rows(graph_module)
     few = [_rows_of(leaves, rows) for rows in ([0, 1], [0, 2])]
     if dims is None or not all(fits(graph_module, tuple(_tensors(chosen))) for chosen in few):
@@ -73,24 +73,24 @@ def two_rows(graph_module: fx.GraphModule, leaves: list[Any], spec: TreeSpec) ->
     return TwoRows(few[0], few[1], dims)
 
 
-def _are_large(tensors: list[torch.Tensor]) -> bool:
-    """Whether all have the same number of rows, more than two, and these many values."""
+def _have_many_values(tensors: list[torch.Tensor]) -> bool:
+    """Whether all have the same number of rows, over two, and ``MIN_VALUES`` values in a row."""
     rows = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
     if len(rows) != 1 or min(rows) < 3:
         return False
-    return sum(tensor[0].numel() for tensor in tensors) >= MANY
+    return sum(tensor[0].numel() for tensor in tensors) >= MIN_VALUES
 
 
-def _is_measured(tensor: torch.Tensor) -> bool:
-    """Whether the values are no indices, no flags and no mask, which are whole numbers or inf."""
+def _has_fractions(tensor: torch.Tensor) -> bool:
+    """Whether it has fractions: indices, flags and masks hold whole numbers and inf only."""
     return tensor.is_floating_point() and bool((tensor != tensor.round()).any())
 
 
 def _dims_of_rows(graph_module: fx.GraphModule) -> list[int | None] | None:
-    """Where each output of the graph has its rows; None for an output that has none.
+    """The dimension of the rows in each output of the graph; None for an output without rows.
 
-    None for all of them, unless each input has an open number of rows in its first dimension only,
-    and each output in one at most.
+    None instead of the list unless the number of rows is dynamic, is the first size of every input
+    and no other size of it, and is at most one size of each output.
     """
     inputs = [_shape(node) for node in graph_module.graph.find_nodes(op="placeholder")]
     outputs = [_shape(node) for node in tree_leaves(graph_module.graph.output_node().args)]
@@ -120,7 +120,7 @@ def _shape(node: Any) -> tuple[Any, ...]:
 
 
 def _rows_of(leaves: list[Any], rows: list[int]) -> list[Any]:
-    """The leaves with these rows only; what is one tensor stays one."""
+    """The leaves with these rows only; a tensor that occurs twice stays one tensor."""
     chosen = {id(tensor): tensor[rows] for tensor in _tensors(leaves)}
     return [chosen.get(id(leaf), leaf) for leaf in leaves]
 

@@ -76,6 +76,7 @@ def test_a_block_is_a_layer(name: str, layers: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.slow_unless("bert", "vit")
 def test_every_call_is_visited_once_and_in_order(name: str) -> None:
     analysis = architecture(name)
     blocks = cut(analysis)

@@ -149,6 +149,7 @@ def whole(trace: Trace, calls: list[Call], **options: Any) -> list[Block]:
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.slow_unless("vit")
 def test_blocks_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     analysis = architecture(name)
     in_blocks = collect(analysis)

@@ -546,7 +546,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> dict[str, SharedGram]:
 
     def solve_and_keep(shared: SharedGram, *args: Any) -> Any:
         for site in shared.sites:
-            found[site.name] = copy.copy(shared)  # its matrices outlive let_go
+            found[site.name] = copy.copy(shared)  # its matrices outlive free_matrices
         return solve(shared, *args)
 
     monkeypatch.setattr(solve_sites, "quantized_weights", solve_and_keep)

@@ -19,7 +19,7 @@ from torch import fx, nn
 from magr_fx import CheckpointError, ConfigError, magr_transform
 from magr_fx.machine.memory import trim
 from magr_fx.passes.collecting import spill
-from magr_fx.passes.collecting.spill import Away, Spill, memory_of
+from magr_fx.passes.collecting.spill import Spill, SpilledTensor, memory_of
 from magr_fx.passes.rewriting.checkpoint import Checkpoint
 
 INT3 = intx(3, ASYMMETRIC, None)
@@ -78,8 +78,8 @@ def test_values_of_a_device_go_and_come_back(
     with torch.no_grad():
         keeper.keep(values)
         assert memory.expired()  # the device has it back
-        assert isinstance(values[one], Away)
-        assert isinstance(values[two][0], Away)
+        assert isinstance(values[one], SpilledTensor)
+        assert isinstance(values[two][0], SpilledTensor)
         assert values[two][1] == 7
         assert values[three] is small
         assert values[four].data_ptr() == weight.data_ptr()

@@ -93,6 +93,7 @@ def test_a_plan_downloads_no_weights_and_is_that_of_the_directory(origin: Path, 
     assert asked == []
 
 
+@pytest.mark.slow
 def test_a_run_by_name_is_that_of_the_directory(origin: Path, hub: Hub, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = done(*transform(origin, out))

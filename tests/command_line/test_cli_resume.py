@@ -110,6 +110,7 @@ def test_a_block_that_was_logged_and_not_saved_is_logged_once(
     assert logged(log) == wanted
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_anything_is_done_leaves_nothing(
     reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

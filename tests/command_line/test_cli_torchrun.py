@@ -161,6 +161,7 @@ def test_quantize_with_gptq(reference: Path, tmp_path: Path) -> None:
         (("--log-json", "/proc/none/log"), "name another file"),  # which only the first opens
     ],
 )
+@pytest.mark.slow_if("options0-windows of 4,096 tokens are longer")
 def test_bad_input_is_told_once(
     options: tuple[str, ...], message: str, reference: Path, tmp_path: Path
 ) -> None:

@@ -367,6 +367,7 @@ def test_batches_without_a_token(verb: Verb) -> None:
 
 @both
 @pytest.mark.parametrize("zero", [torch.zeros(2, 5).long(), torch.full((2, 5), -torch.inf)])
+@pytest.mark.slow_unless("zero0-transform")
 def test_masks_that_leave_no_token(verb: Verb, zero: Tensor) -> None:
     calib = [{"input_ids": token_ids(2, 5, seed), "attention_mask": zero} for seed in range(2)]
     model = tiny_llama(num_hidden_layers=1)
@@ -446,6 +447,10 @@ IMAGES = torch.ones(2, 3, 8, 8)
         ),
         (Convolution, [(IMAGES.numpy(), IDS)], CalibrationError, "too many positional"),
     ],
+)
+@pytest.mark.slow_if(
+    "<lambda>-calib4-TraceError-row[None]-transform",
+    "<lambda>-calib4-TraceError-row[None]-quantize",
 )
 def test_forms_that_the_model_does_not_take(
     verb: Verb, make: Any, calib: Any, kind: type[MagRError], remedy: str

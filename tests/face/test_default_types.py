@@ -50,6 +50,7 @@ def weights(way: str, around: Any = None) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.slow_if("make_fx-dtype1")
 def test_the_default_dtype_changes_nothing(way: str, dtype: torch.dtype) -> None:
     wanted, found = weights(way), weights(way, default_dtype(dtype))
     assert [w.dtype for w in found] == [torch.float32] * 2

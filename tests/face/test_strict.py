@@ -212,6 +212,7 @@ def test_magr_pass_refuses_and_names_what_it_would_skip(name: str) -> None:
 
 
 @pytest.mark.parametrize("make", [JETMOE, MODELS["dbrx"], MODELS["gpt_oss"]])
+@pytest.mark.slow_unless("make1")
 def test_experts_without_tokens_are_refused_however_they_are_stored(make: Any) -> None:
     assert_refused(transform, make(), ONE_TOKEN, ("experts", "no c"))
 
@@ -267,6 +268,7 @@ def test_without_strict_it_is_reported_and_the_others_are_rewritten(name: str) -
 
 @uncovered
 @pytest.mark.parametrize("run", [transform, quantize])
+@pytest.mark.slow_if("transform-tied", "quantize-experts")
 def test_what_filter_fn_leaves_out_needs_no_rewriting(
     run: Callable[..., nn.Module], name: str
 ) -> None:
@@ -321,6 +323,7 @@ def test_embeddings_norms_and_convolutions_are_no_weights_to_rewrite() -> None:
     ("run", "make"),
     [(run_pass, mlp), (transform, mlp), (quantize, mlp), (transform, tiny_llama)],
 )
+@pytest.mark.slow_if("transform-tiny_llama")
 def test_where_all_are_rewritten_strict_changes_nothing(
     run: Callable[..., nn.Module], make: Callable[[], nn.Module]
 ) -> None:
@@ -337,6 +340,7 @@ def test_where_all_are_rewritten_strict_changes_nothing(
 
 
 @pytest.mark.parametrize("name", sorted(set(MODELS) - {"gpt_oss"}))
+@pytest.mark.slow_if("qwen3_moe")
 def test_experts_and_conv1d_are_covered(name: str) -> None:
     model = transform(MODELS[name](), [token_ids(4, 16)], strict=True)
     meets = [s for s in report_of(model).skipped if "embedding table" not in s.reason]

@@ -496,6 +496,7 @@ LEFT_ALONE: dict[str, tuple[Callable[..., Any], dict[str, Any], list[Any], dict[
 
 
 @pytest.mark.parametrize("name", sorted(LEFT_ALONE))
+@pytest.mark.slow_if("recurrence", "returned")
 def test_a_weight_is_left_alone_with_its_reason(name: str) -> None:
     function, parts, calib, reasons = LEFT_ALONE[name]
 

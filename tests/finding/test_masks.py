@@ -208,6 +208,7 @@ def test_two_texts_have_their_own_masks() -> None:
 @pytest.mark.parametrize("tracer", ["export", "make_fx"])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("form", ["bool", "added"])
+@pytest.mark.slow_if("bool-True-export", "bool-False-export", "added-True-export")
 def test_the_encoder_of_nn_transformer(batch_first: bool, tracer: str, form: str) -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=batch_first)
@@ -369,6 +370,12 @@ UNREAD: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
 
 @pytest.mark.parametrize("name", sorted(UNREAD))
 @pytest.mark.parametrize("tracer", ["export", "make_fx"])
+@pytest.mark.slow_if(
+    "export-as many sequences as tokens",
+    "export-of a model inside",
+    "export-of ids",
+    "export-of lengths",
+)
 def test_padding_that_cannot_be_told_is_noted(name: str, tracer: str) -> None:
     make, item, words = UNREAD[name]
     notes = analyse(make(), [item], tracer=tracer).run().notes

@@ -60,6 +60,7 @@ def test_the_helper_pads() -> None:
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_bert])
+@pytest.mark.slow_unless("tiny_bert")
 def test_only_tokens_count(make: Callable[[], nn.Module]) -> None:
     model, calib = make(), masked_text()
     analysis = analyse(model, calib)
@@ -331,6 +332,9 @@ NOT_TOLD_APART: dict[
 
 @pytest.mark.parametrize("name", sorted(NOT_TOLD_APART))
 @pytest.mark.parametrize("square", [False, True])
+@pytest.mark.slow_if(
+    "False-every second token", "False-heads", "True-every second token", "True-heads"
+)
 def test_rows_that_are_no_tokens_of_the_mask_all_count(name: str, square: bool) -> None:
     """And it is reported, where there may be padding among them."""
     function, size, reaches, may_be_padding = NOT_TOLD_APART[name]

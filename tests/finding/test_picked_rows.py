@@ -66,6 +66,7 @@ def test_forms(form: str, tracer: str, batch: int) -> None:
     assert_gram(shared.gram, gram_of(rows[rows[:, -1] != 0]))
 
 
+@pytest.mark.slow
 def test_latent_attention() -> None:
     """DeepSeek's keys and values are of ``[batch, 1, tokens, latent]``."""
     torch.manual_seed(0)
@@ -97,6 +98,7 @@ def test_latent_attention() -> None:
     )
 
 
+@pytest.mark.slow
 def test_experts_of_their_own_modules() -> None:
     """NLLB's are given ``hidden_states[None, rows].reshape(-1, in)``, in a loop."""
     torch.manual_seed(0)

@@ -204,6 +204,7 @@ def test_the_innermost_autocast_counts(tracer: str) -> None:
 
 
 @tracers
+@pytest.mark.slow_unless("make_fx")
 def test_nothing_is_left_of_the_regions(tracer: str) -> None:
     for function, _ in REGIONS.values():
         for batch in flat(tracer, made(function), CALIB):

@@ -60,6 +60,7 @@ def test_one_trace_for_uneven_batches_and_lengths(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.slow_unless("bert", "vit")
 def test_the_graphs_parameters_are_the_models_own(name: str) -> None:
     analysis = architecture(name)
     own = set(analysis.model.parameters())
@@ -159,6 +160,7 @@ SPECIALISING: dict[str, tuple[Callable[..., Any], list[Any], int]] = {
 
 
 @pytest.mark.parametrize("name", sorted(SPECIALISING))
+@pytest.mark.slow_if("divisible length")
 def test_a_batch_that_no_trace_fits_is_traced_again(name: str) -> None:
     function, calib, number = SPECIALISING[name]
     model = Formula(function, a=linear(), b=linear(1))

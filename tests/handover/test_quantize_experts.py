@@ -133,6 +133,7 @@ def test_every_weight_is_a_torchao_tensor_of_the_rewritten_one(name: str) -> Non
 
 
 @by_target
+@pytest.mark.slow_unless("gpt_oss")
 def test_other_weights_than_torchao_alone_would_take(name: str) -> None:
     alone = tensors(torchao_alone(name, TARGETS[name]))
     ours = tensors(nearest(name))
@@ -158,6 +159,7 @@ def test_what_four_and_eight_bits_compute_is_near_the_original(name: str, most: 
 
 
 @pytest.mark.parametrize("name", sorted(set(WEIGHTS) - set(TARGETS)))
+@pytest.mark.slow_unless("falcon")
 def test_all_of_them_by_gptq_with_propagation(name: str) -> None:
     model = quantize(MODELS[name](), INT4, rounding="gptq", propagate=True)
     assert_all_is_quantized(name, model)
@@ -228,6 +230,7 @@ def test_without_propagation_the_reported_error_is_that_of_the_tensor() -> None:
 
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
 @pytest.mark.parametrize(("name", "skipped"), [("mixtral", 4), ("dbrx", 6)])
+@pytest.mark.slow_unless("mixtral-4-nearest")
 def test_experts_without_a_token_are_left_to_torchao(
     name: str, skipped: int, rounding: str
 ) -> None:
@@ -249,6 +252,7 @@ def test_experts_without_a_token_are_left_to_torchao(
 
 
 @pytest.mark.parametrize("name", ["mixtral", "llama4", "dbrx"])
+@pytest.mark.slow_unless("mixtral")
 def test_experts_that_filter_fn_leaves_out_stay_fused_and_unquantized(name: str) -> None:
     model = MODELS[name]()
     before, stacks = state(model), fused(model)
@@ -405,6 +409,7 @@ def test_a_conv1d_whose_weight_is_read_elsewhere_stays_one() -> None:
     assert list(tensors(model)) == ["linear.weight"]
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_quantized_inside() -> None:
     torch.compiler.reset()
     model = MODELS["gpt2"]()

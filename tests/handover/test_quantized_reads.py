@@ -135,6 +135,7 @@ def reader(read: Callable[[Any, Tensor], Any]) -> Formula:
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: type(t).__name__)
 @pytest.mark.parametrize("name", READS)
+@pytest.mark.slow_if("F.linear, by keyword-Int8DynamicActivationInt8WeightConfig")
 def test_the_quantized_model_runs_and_is_right(name: str, target: Any) -> None:
     read, expected = READS[name]
     model, x = reader(read), activations(1, 6, WIDTH)
@@ -320,6 +321,7 @@ def test_a_result_that_is_not_what_the_weights_are_worth() -> None:
         assert "off by 33% of its result" in reads.refused.get("a", "off by 33% of its result")
 
 
+@pytest.mark.slow
 def test_an_offloaded_model(tmp_path: Path) -> None:
     model: Any = tiny_llama()
     attention = model.model.layers[0].self_attn

@@ -275,6 +275,7 @@ CODE = {
 
 @pytest.mark.parametrize("shapes", [[(2, 6)], [(1, 6)], [(1, 6), (4, 6)]], ids=str)
 @pytest.mark.parametrize("name", CODE)
+@pytest.mark.slow_if("broadcast-[(1, 6), (4, 6)]", "flat-[(2, 6)]", "flat-[(1, 6), (4, 6)]")
 def test_every_size_is_right_or_refused(name: str, shapes: list[tuple[int, int]]) -> None:
     model = Formula(CODE[name], a=nn.Linear(32, 8)).eval()
     try:

@@ -166,6 +166,7 @@ def intx(bits: int, mapping: MappingType, group_size: int | None = None) -> Intx
     ],
     ids=describe,
 )
+@pytest.mark.slow_if
 def test_bit_equal_to_both_steps_one_by_one(target: Any) -> None:
     calib = vectors()
     two_steps = magr_transform(mlp(), calib, target=target)
@@ -337,6 +338,7 @@ def test_multihead_attention_cannot_run_quantized_and_is_left_alone(
         assert model(x).isfinite().all()
 
 
+@pytest.mark.slow
 def test_transformer_encoder_quantizes_its_feed_forward_and_runs() -> None:
     layer = nn.TransformerEncoderLayer(WIDTH, 4, 64, batch_first=True)
     model, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), activations(2, 5, WIDTH)

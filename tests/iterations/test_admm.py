@@ -16,7 +16,7 @@ from solver_helpers import batch, check_promises, objectives, penalty, problem, 
 from torch import Tensor
 
 from magr_fx.iterations import admm_tile, relaxed_step
-from magr_fx.iterations.admm import LEAST_FACTOR, MOST_FACTOR, WORTH_IT, _Run, admm
+from magr_fx.iterations.admm import LEAST_CHANGE, LEAST_FACTOR, MOST_FACTOR, _Run, admm
 from magr_fx.iterations.prox import threshold
 from magr_fx.iterations.solution import Iterate, Status
 from magr_fx.solver.solver import solve_magr
@@ -229,9 +229,9 @@ def test_fixed_passes_are_enough(group_size: int | None, monkeypatch: pytest.Mon
     exact = solved(weight, gram, group_size=group_size, max_steps=100)
     budgets: list[int] = []
 
-    def fixed(magnitude: Tensor, alpha: float, *, prices: Tensor, start: Tensor) -> Tensor:
+    def fixed(magnitude: Tensor, alpha: float, *, rho: Tensor, start: Tensor) -> Tensor:
         budgets.append(relaxed_step.FIXED_PASSES)
-        return threshold(magnitude, alpha, prices=prices, start=start, passes=budgets[-1])
+        return threshold(magnitude, alpha, metric=rho, start=start, passes=budgets[-1])
 
     monkeypatch.setattr(relaxed_step, "prox_level", fixed)
     monkeypatch.setattr(admm_tile, "prox_level", fixed)
@@ -270,11 +270,11 @@ def test_a_warm_start_keeps_the_dual_of_the_neighbour() -> None:
     weight, gram = torch.tensor([[2.0], [-3.0]]), torch.tensor([[5.0]])
     _, warm = admm(setting(gram, 0.2), weight, max_steps=60, tol=0, resumable=True)
     assert warm is not None
-    dual = (warm.shifted - warm.shifted.clamp(-warm.level, warm.level)) * warm.splitting.prices
+    dual = (warm.shifted - warm.shifted.clamp(-warm.level, warm.level)) * warm.splitting.rho
     assert torch.allclose(dual.abs(), torch.full_like(dual, 0.2), rtol=1e-5)
     _, after = admm(setting(gram, 0.1), weight, max_steps=60, tol=0, warm=warm, resumable=True)
     assert after is not None
-    dual = (after.shifted - after.shifted.clamp(-after.level, after.level)) * after.splitting.prices
+    dual = (after.shifted - after.shifted.clamp(-after.level, after.level)) * after.splitting.rho
     assert torch.allclose(dual.abs(), torch.full_like(dual, 0.1), rtol=1e-5)
     assert torch.allclose(after.level, weight.abs() - 0.1, rtol=1e-5)
 
@@ -289,7 +289,7 @@ def run_with(imbalance: Tensor, problems: int | None = None) -> _Run:
     return run
 
 
-AIM = math.sqrt(3)
+BALANCE = math.sqrt(3)
 
 
 @pytest.mark.parametrize(
@@ -308,8 +308,8 @@ AIM = math.sqrt(3)
     ],
 )
 def test_balance_moves_rho_by_the_square_within_limits(ratio: float, factor: float | None) -> None:
-    assert WORTH_IT > 1.4**2
-    run = run_with(torch.full((5,), ratio * AIM))
+    assert LEAST_CHANGE > 1.4**2
+    run = run_with(torch.full((5,), ratio * BALANCE))
     before = run.splitting
     run.balance()
     if factor is None:
@@ -318,13 +318,13 @@ def test_balance_moves_rho_by_the_square_within_limits(ratio: float, factor: flo
         return
     want = before.strength * factor
     assert torch.allclose(run.splitting.strength, want, rtol=1e-5)
-    assert torch.allclose(run.splitting.prices, before.prices * factor, rtol=1e-5)
+    assert torch.allclose(run.splitting.rho, before.rho * factor, rtol=1e-5)
     assert run.rescale is not None
     assert torch.allclose(run.rescale, torch.tensor(1 / factor), rtol=1e-5)
 
 
 def test_balance_goes_by_the_median_of_the_open_rows() -> None:
-    run = run_with(torch.tensor([100.0, 100.0, 0.5 * AIM, 1e-9, math.nan]))
+    run = run_with(torch.tensor([100.0, 100.0, 0.5 * BALANCE, 1e-9, math.nan]))
     run.open = torch.tensor([1, 2, 3, 4])
     before = run.splitting.strength
     run.balance()
@@ -332,13 +332,13 @@ def test_balance_goes_by_the_median_of_the_open_rows() -> None:
 
 
 def test_balance_changes_only_the_problems_that_need_it() -> None:
-    run = run_with(torch.tensor([[0.5], [1.0], [1.0], [2.0]]).expand(4, 5) * AIM, problems=4)
+    run = run_with(torch.tensor([[0.5], [1.0], [1.0], [2.0]]).expand(4, 5) * BALANCE, problems=4)
     run.open = torch.tensor([0, 1, 3])
     before = run.splitting
     run.balance()
     factors = torch.tensor([0.25, 1.0, 1.0, MOST_FACTOR])
     assert torch.allclose(run.splitting.strength, before.strength * factors, rtol=1e-5)
-    assert torch.equal(run.splitting.prices[1], before.prices[1])
+    assert torch.equal(run.splitting.rho[1], before.rho[1])
     assert run.rescale is not None
     assert torch.allclose(run.rescale, 1 / factors, rtol=1e-5)
 
@@ -347,11 +347,11 @@ def test_balance_keeps_the_dual() -> None:
     """ρu is the dual; a change of ρ must not change it."""
     weight, gram = problem(rows=5)
     run = _Run(setting(gram, 0.05), weight, None, resumable=False, exact=True)
-    run.step_and_look(10)
+    run.step_and_evaluate(10)
 
     def dual() -> Tensor:
         bound = run.level
-        return (run.shifted - run.shifted.clamp(-bound, bound)) * run.splitting.prices
+        return (run.shifted - run.shifted.clamp(-bound, bound)) * run.splitting.rho
 
     before = dual()
     run.imbalance = torch.full((5,), 1e-9)

@@ -83,6 +83,7 @@ def test_moreau_identity(batch: tuple[Tensor, Tensor]) -> None:
 
 @repeatable
 @given(batch=batches())
+@pytest.mark.slow
 def test_projection_is_feasible_and_nearest(batch: tuple[Tensor, Tensor]) -> None:
     x, radius = batch
     point = project_l1_ball(x, radius)
@@ -144,8 +145,8 @@ def test_fixed_passes_climb_to_the_level(batch: tuple[Tensor, Tensor]) -> None:
 
 
 @st.composite
-def priced_batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch, and a price for each entry of a row: all the same, near 1, or decades apart."""
+def metric_batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch, and a metric: all the same, near 1, or decades apart."""
     x, amount = draw(batches())
     decades = draw(st.sampled_from([0.0, 1.0, 6.0]))
     exponents = draw(
@@ -154,51 +155,56 @@ def priced_batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
     return x, amount, 10 ** torch.tensor(exponents, dtype=torch.float64)
 
 
-def priced_levels(x: Tensor, amount: Tensor, prices: Tensor) -> Tensor:
+def metric_levels(x: Tensor, amount: Tensor, metric: Tensor) -> Tensor:
     levels = [
-        oracles.weighted_level(row, prices.numpy(), float(t))
+        oracles.weighted_level(row, metric.numpy(), float(t))
         for row, t in zip(x.abs().numpy(), amount, strict=True)
     ]
     return torch.tensor(levels, dtype=torch.float64)
 
 
 @repeatable
-@given(batch=priced_batches())
-def test_level_with_prices_equals_the_sorting_oracle(batch: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, amount, prices = batch
-    want = priced_levels(x, amount, prices).unsqueeze(-1)
+@given(batch=metric_batches())
+def test_level_in_a_metric_equals_the_oracle(
+    batch: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    x, amount, metric = batch
+    want = metric_levels(x, amount, metric).unsqueeze(-1)
     # Rounding of Σp|v| moves the level by as much as the cheapest entry makes it.
-    spread = float(prices.max() / prices.min())
-    got = threshold(x.abs(), amount, prices=prices).unsqueeze(-1)
+    spread = float(metric.max() / metric.min())
+    got = threshold(x.abs(), amount, metric=metric).unsqueeze(-1)
     assert error(got, want, x) < 1e-14 * (1 + spread)
     if spread == 1:
-        got = threshold(x.abs().float(), amount.float(), prices=prices.float()).unsqueeze(-1)
+        got = threshold(x.abs().float(), amount.float(), metric=metric.float()).unsqueeze(-1)
         assert error(got, want, x) < 1e-6
 
 
 @repeatable
-@given(batch=priced_batches(), factor=st.sampled_from([0.0, 0.3, 0.999, 1.0, 1.001, 3.0]))
-def test_any_start_gives_the_level_with_prices(
+@given(batch=metric_batches(), factor=st.sampled_from([0.0, 0.3, 0.999, 1.0, 1.001, 3.0]))
+@pytest.mark.slow
+def test_any_start_gives_the_level_with_a_metric(
     batch: tuple[Tensor, Tensor, Tensor], factor: float
 ) -> None:
-    x, amount, prices = batch
-    want = priced_levels(x, amount, prices)
-    spread = float(prices.max() / prices.min())
+    x, amount, metric = batch
+    want = metric_levels(x, amount, metric)
+    spread = float(metric.max() / metric.min())
     for start in (x.abs().amax(-1) * factor, want * factor):
-        warm = threshold(x.abs(), amount, prices=prices, start=start)
+        warm = threshold(x.abs(), amount, metric=metric, start=start)
         assert error(warm.unsqueeze(-1), want.unsqueeze(-1), x) < 1e-14 * (1 + spread)
 
 
 @repeatable
-@given(batch=priced_batches())
-def test_fixed_passes_climb_to_the_level_with_prices(batch: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, amount, prices = batch
-    want = priced_levels(x, amount, prices)
-    close = 1e-14 * (1 + float(prices.max() / prices.min()))
+@given(batch=metric_batches())
+def test_fixed_passes_climb_to_the_level_in_a_metric(
+    batch: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    x, amount, metric = batch
+    want = metric_levels(x, amount, metric)
+    close = 1e-14 * (1 + float(metric.max() / metric.min()))
     size = x.abs().amax(-1)
     below = torch.zeros_like(want)
     for passes in range(x.shape[-1] + 2):
-        level = threshold(x.abs(), amount, prices=prices, passes=passes)
+        level = threshold(x.abs(), amount, metric=metric, passes=passes)
         assert (level >= below).all()
         assert (level <= want + close * size).all()
         below = level
@@ -207,32 +213,32 @@ def test_fixed_passes_climb_to_the_level_with_prices(batch: tuple[Tensor, Tensor
 
 @repeatable
 @given(batch=batches())
-def test_prices_of_one_change_nothing(batch: tuple[Tensor, Tensor]) -> None:
+def test_a_metric_of_ones_changes_nothing(batch: tuple[Tensor, Tensor]) -> None:
     magnitude, amount = batch[0].abs(), batch[1]
     ones = torch.ones(magnitude.shape[-1], dtype=magnitude.dtype)
     plain = threshold(magnitude, amount)
-    assert torch.allclose(threshold(magnitude, amount, prices=ones), plain, rtol=1e-13)
-    # And only price relative to scale matters.
-    scaled = threshold(magnitude, amount, prices=ones / 8)
+    assert torch.allclose(threshold(magnitude, amount, metric=ones), plain, rtol=1e-13)
+    # And only the metric relative to scale matters.
+    scaled = threshold(magnitude, amount, metric=ones / 8)
     assert torch.allclose(scaled, threshold(magnitude, amount * 8), rtol=1e-13)
 
 
-def test_a_start_above_every_entry_lands_below_the_level_whatever_the_prices() -> None:
+def test_a_start_above_every_entry_lands_below_the_level_whatever_the_metric() -> None:
     # 0.1·(1 - τ) + 0.1·(0.9 - τ) = 0.1
-    magnitude, prices = torch.tensor([[1.0, 0.9]]), torch.tensor([0.1, 0.1])
+    magnitude, metric = torch.tensor([[1.0, 0.9]]), torch.tensor([0.1, 0.1])
     for start in (0.0, 0.4, 0.95, 1.0, 3.0):
-        level = threshold(magnitude, 0.1, prices=prices, start=torch.tensor([start]))
+        level = threshold(magnitude, 0.1, metric=metric, start=torch.tensor([start]))
         assert level.item() == pytest.approx(0.45, rel=1e-6)
 
 
-def test_prices_broadcast_over_problems_and_groups() -> None:
+def test_metrics_broadcast_over_problems_and_groups() -> None:
     generator = torch.Generator().manual_seed(7)
     magnitude = torch.rand(2, 3, 4, 5, generator=generator, dtype=torch.float64)
-    prices = torch.rand(2, 1, 4, 5, generator=generator, dtype=torch.float64) + 0.1
-    got = threshold(magnitude, 0.4, prices=prices)
+    metric = torch.rand(2, 1, 4, 5, generator=generator, dtype=torch.float64) + 0.1
+    got = threshold(magnitude, 0.4, metric=metric)
     for i, j, k in np.ndindex(2, 3, 4):
-        row, price = magnitude[i, j, k].numpy(), prices[i, 0, k].numpy()
-        assert float(got[i, j, k]) == pytest.approx(oracles.weighted_level(row, price, 0.4))
+        row, own = magnitude[i, j, k].numpy(), metric[i, 0, k].numpy()
+        assert float(got[i, j, k]) == pytest.approx(oracles.weighted_level(row, own, 0.4))
 
 
 def test_a_start_above_every_entry_is_as_good_as_none() -> None:

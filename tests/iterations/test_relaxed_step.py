@@ -23,11 +23,11 @@ RELAXATION = 1.6
 
 
 def reference(
-    shifted: Tensor, weight: Tensor, prices: Tensor, alpha: float, groups: int
+    shifted: Tensor, weight: Tensor, rho: Tensor, alpha: float, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(τ, y, the next v) of each row of ``[..., in]``, by the sorting oracle."""
     v, w = shifted.double().numpy(), weight.double().numpy()
-    p = np.broadcast_to(prices.double().numpy(), (*v.shape[:-1], groups, v.shape[-1] // groups))
+    p = np.broadcast_to(rho.double().numpy(), (*v.shape[:-1], groups, v.shape[-1] // groups))
     level = np.empty((*v.shape[:-1], groups))
     z = np.empty_like(v).reshape(p.shape)
     for at in np.ndindex(level.shape):
@@ -48,16 +48,16 @@ def inputs(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """v, w, a guess of τ and prices, as the solver shapes them."""
+    """v, w, a guess of τ and rho, as the solver shapes them."""
     generator = torch.Generator().manual_seed(seed)
     shape = (*rows, columns) if problems is None else (problems, *rows, columns)
     size = columns // groups
-    priced = (groups, size) if problems is None else (problems, 1, groups, size)
+    rho_shape = (groups, size) if problems is None else (problems, 1, groups, size)
     found = {
         "shifted": torch.randn(shape, generator=generator),
         "weight": torch.randn(shape, generator=generator),
         "level": torch.rand((*shape[:-1], groups), generator=generator),
-        "prices": torch.rand(priced, generator=generator) * 2 + 0.01,
+        "rho": torch.rand(rho_shape, generator=generator) * 2 + 0.01,
     }
     return {name: tensor.to(dtype) for name, tensor in found.items()}
 
@@ -72,13 +72,13 @@ def check(step: Step, given: dict[str, Tensor], alpha: float) -> Tensor:
         level,
         source,
         scratch,
-        prices=given["prices"],
+        rho=given["rho"],
         alpha=alpha,
         relaxation=RELAXATION,
     )
     host = {name: tensor.cpu() for name, tensor in given.items()}
     groups = level.shape[-1]
-    tau, y, v = reference(host["shifted"], host["weight"], host["prices"], alpha, groups)
+    tau, y, v = reference(host["shifted"], host["weight"], host["rho"], alpha, groups)
     close: dict[str, Any] = {"rtol": 0, "atol": 1e-5 if shifted.dtype == torch.float32 else 1e-13}
     assert found.shape == level.shape
     assert found.dtype == shifted.dtype
@@ -116,7 +116,7 @@ def kernel() -> Any:
     return importlib.import_module("magr_fx.iterations.relaxed_step_triton")
 
 
-@pytest.fixture(params=["eager", "kernel"])
+@pytest.fixture(params=["eager", pytest.param("kernel", marks=pytest.mark.slow)])
 def step(request: pytest.FixtureRequest) -> Step:
     """Each test that takes it runs on both."""
     if request.param == "eager":
@@ -133,11 +133,11 @@ def test_step_is_the_formula(step: Step, columns: int, groups: int, dtype: torch
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-def test_problems_have_their_own_prices(step: Step, groups: int) -> None:
+def test_problems_have_their_own_rho(step: Step, groups: int) -> None:
     given = inputs((2,), 12, groups, problems=3)
-    given["prices"] *= torch.tensor([1.0, 10.0, 0.1])[:, None, None, None]
+    given["rho"] *= torch.tensor([1.0, 10.0, 0.1])[:, None, None, None]
     levels = check(step, given, 0.5)
-    same = {**given, "prices": given["prices"][:1].expand_as(given["prices"]).contiguous()}
+    same = {**given, "rho": given["rho"][:1].expand_as(given["rho"]).contiguous()}
     assert not torch.allclose(levels, check(step, same, 0.5))
 
 
@@ -174,9 +174,9 @@ def test_zero_rows_and_equal_entries(step: Step) -> None:
         assert found[1] == 0
 
 
-def test_rows_of_very_different_prices(step: Step) -> None:
+def test_rows_of_very_different_rho(step: Step) -> None:
     given = inputs((3,), 12, 1, dtype=torch.float64, seed=4)
-    given["prices"] = torch.logspace(-6, 3, 12, dtype=torch.float64).unsqueeze(0)
+    given["rho"] = torch.logspace(-6, 3, 12, dtype=torch.float64).unsqueeze(0)
     for alpha in (1e-6, 1e-3, 1.0):
         check(step, given, alpha)
 
@@ -192,11 +192,11 @@ def test_a_row_that_is_not_finite_ends_and_stays_alone(step: Step) -> None:
         given["level"],
         source,
         torch.empty(3, 12),
-        prices=given["prices"],
+        rho=given["rho"],
         alpha=0.3,
         relaxation=RELAXATION,
     )
-    tau, y, v = reference(want["shifted"], want["weight"], want["prices"], 0.3, 1)
+    tau, y, v = reference(want["shifted"], want["weight"], want["rho"], 0.3, 1)
     others = torch.tensor([0, 2])
     torch.testing.assert_close(found[others].double(), tau[others], rtol=0, atol=1e-5)
     torch.testing.assert_close(source[others].double(), y[others], rtol=0, atol=1e-5)
@@ -207,6 +207,7 @@ def test_a_row_that_is_not_finite_ends_and_stays_alone(step: Step) -> None:
 
 
 @pytest.mark.parametrize("guess", [0.0, 2.0, 9.0])
+@pytest.mark.slow
 def test_groups_of_several_blocks(kernel: Any, guess: float) -> None:
     assert kernel.MOST_BLOCK == 4096
     given = inputs((2,), 4096 + 3, 1, seed=6)
@@ -216,12 +217,14 @@ def test_groups_of_several_blocks(kernel: Any, guess: float) -> None:
 
 
 @pytest.mark.parametrize("columns", [5, 8, 16, 19])
+@pytest.mark.slow
 def test_small_blocks(kernel: Any, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "MOST_BLOCK", 8)
     check(interpreted(kernel), inputs((3,), 2 * columns, 2, seed=7), 0.4)
     check(interpreted(kernel), inputs((2,), columns, 1, problems=2, seed=8), 0.4)
 
 
+@pytest.mark.slow
 def test_the_kernel_agrees_with_the_eager_step(kernel: Any) -> None:
     given = inputs((3,), 40, 4, problems=2, seed=9)
     torch.testing.assert_close(
@@ -267,8 +270,8 @@ def test_clamp_groups_clamps_each_to_its_own_level() -> None:
 
 def test_prox_level_on_a_cpu_goes_to_the_end() -> None:
     magnitude = 0.5 ** torch.arange(60.0, dtype=torch.float64).unsqueeze(0)
-    prices = torch.ones(1, 60, dtype=torch.float64)
-    found = prox_level(magnitude, 1.9, prices=prices, start=torch.ones(1, dtype=torch.float64))
+    rho = torch.ones(1, 60, dtype=torch.float64)
+    found = prox_level(magnitude, 1.9, rho=rho, start=torch.ones(1, dtype=torch.float64))
     assert float(found) == pytest.approx(oracles.soft_level(magnitude[0].numpy(), 1.9), rel=1e-12)
 
 
@@ -281,6 +284,8 @@ def test_an_alpha_below_rounding_leaves_the_level_at_the_top(step: Step, alpha: 
         assert (level <= top).all()
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_a_solve_by_the_kernel_is_the_eager_one(
     kernel: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

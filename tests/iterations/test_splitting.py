@@ -1,4 +1,4 @@
-"""ADMM's prices and the matrix of its step, against float64."""
+"""ADMM's rho and the matrix of its step, against float64."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from torch import Tensor
 
 from magr_fx.errors import CalibrationError
 from magr_fx.iterations.solution import Status
-from magr_fx.iterations.splitting import LEAST_ENERGY, RAISE, split, unit_prices
+from magr_fx.iterations.splitting import LEAST_ENERGY, RAISE, split, unit_rho
 from magr_fx.solver.solver import solve_magr
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def reference(gram: Tensor, peak: Tensor, prices: Tensor) -> Tensor:
+def reference(gram: Tensor, peak: Tensor, rho: Tensor) -> Tensor:
     """diag(ρ)(G/λmax + diag ρ)⁻¹, in float64."""
-    price = torch.diag(prices.double())
-    inverse: Tensor = torch.linalg.inv(gram.double() / peak.double() + price)
-    return price @ inverse
+    diagonal = torch.diag(rho.double())
+    inverse: Tensor = torch.linalg.inv(gram.double() / peak.double() + diagonal)
+    return diagonal @ inverse
 
 
-def closeness(gram: Tensor, peak: Tensor, prices: Tensor) -> float:
+def closeness(gram: Tensor, peak: Tensor, rho: Tensor) -> float:
     """The share of its largest entry by which a float32 inverse may be off: n roundings, times κ.
 
     κ is the condition of what is factorised, diag(ρ)^-½ (G/λmax) diag(ρ)^-½ + I.
     """
-    root = prices.double().sqrt()
+    root = rho.double().sqrt()
     scaled = gram.double() / peak.double() / root.unsqueeze(-1) / root + torch.eye(len(gram))
     return len(gram) * 2.0**-24 * float(torch.linalg.cond(scaled))
 
@@ -38,11 +38,11 @@ def closeness(gram: Tensor, peak: Tensor, prices: Tensor) -> float:
 def test_step_is_the_inverse(strength: float, tokens: int, dtype: torch.dtype) -> None:
     _, gram = problem(tokens=tokens)
     posed = setting(gram.to(dtype), 0.1)
-    unit = unit_prices(posed)
+    unit = unit_rho(posed)
     found = split(posed, unit, torch.tensor(strength, dtype=dtype))
     assert float(found.strength) == pytest.approx(strength)
-    assert torch.equal(found.prices, unit * found.strength)
-    want = reference(gram, posed.peak, found.prices)
+    assert torch.equal(found.rho, unit * found.strength)
+    want = reference(gram, posed.peak, found.rho)
     close = 1e-11 if dtype == torch.float64 else 1e-4
     assert (found.step.double() - want).abs().max() < close * want.abs().max()
     assert found.step.dtype == dtype
@@ -52,10 +52,10 @@ def test_step_moves_rows_to_the_minimiser() -> None:
     """With d = a·step, ½dᵀGd + ½(d - a)ᵀρ(d - a) is least."""
     _, gram = problem()
     posed = setting(gram.double(), 0.1)
-    found = split(posed, unit_prices(posed), torch.tensor(0.3, dtype=torch.float64))
+    found = split(posed, unit_rho(posed), torch.tensor(0.3, dtype=torch.float64))
     away = torch.randn(4, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     moved = away @ found.step
-    slope = moved @ gram.double() / posed.peak + (moved - away) * found.prices
+    slope = moved @ gram.double() / posed.peak + (moved - away) * found.rho
     assert slope.abs().max() < 1e-12
 
 
@@ -63,23 +63,23 @@ def test_a_batch_is_split_as_its_problems_are() -> None:
     _, grams = batch()
     posed = setting(grams, 0.1)
     strength = torch.tensor([0.3, 0.05, 2.0])
-    unit = unit_prices(posed)
+    unit = unit_rho(posed)
     together = split(posed, unit, strength)
     for i, gram in enumerate(grams):
         one = setting(gram, 0.1)
-        assert torch.allclose(unit_prices(one), unit[i], rtol=1e-6)
-        alone = split(one, unit_prices(one), strength[i])
-        assert torch.allclose(together.prices[i], alone.prices, rtol=1e-6)
+        assert torch.allclose(unit_rho(one), unit[i], rtol=1e-6)
+        alone = split(one, unit_rho(one), strength[i])
+        assert torch.allclose(together.rho[i], alone.rho, rtol=1e-6)
         assert torch.allclose(together.step[i], alone.step, rtol=0, atol=1e-5)
 
 
-def test_unit_prices_are_geometric_means_with_the_median() -> None:
+def test_unit_rho_are_geometric_means_with_the_median() -> None:
     energy = torch.tensor([4.0, 1.0, 9.0, 0.25, 16.0])
     posed = setting(torch.diag(energy), 0.1)  # λmax = 16, the median 4
     want = (energy / 16 * (4 / 16)).sqrt()
-    assert torch.allclose(unit_prices(posed), want, rtol=1e-6)
+    assert torch.allclose(unit_rho(posed), want, rtol=1e-6)
     scaled = setting(torch.diag(energy) * 1024, 0.1)
-    assert torch.allclose(unit_prices(scaled), want, rtol=1e-6)
+    assert torch.allclose(unit_rho(scaled), want, rtol=1e-6)
 
 
 def test_dead_and_faint_inputs_cost_a_little() -> None:
@@ -89,11 +89,11 @@ def test_dead_and_faint_inputs_cost_a_little() -> None:
     typical = 1 / 9
     least = typical * LEAST_ENERGY**0.5
     want = torch.tensor([4 / 9, 0, typical, 1, 0, 0, 0]).mul(typical).sqrt().clamp(min=least)
-    found = unit_prices(posed)
+    found = unit_rho(posed)
     assert torch.allclose(found, want, rtol=1e-5)
     assert (found > 0).all()
     grams = torch.stack([posed.gram, torch.eye(7)])
-    both = unit_prices(setting(grams, 0.1))
+    both = unit_rho(setting(grams, 0.1))
     assert torch.allclose(both[0], want, rtol=1e-5)
     assert torch.allclose(both[1], torch.ones(7))
 
@@ -111,15 +111,15 @@ def with_eigenvalue(low: float, size: int = 8) -> Tensor:
 def test_rounded_eigenvalues_below_zero_raise_rho() -> None:
     gram = with_eigenvalue(-1e-5)
     posed = setting(gram, 0.1)
-    unit = unit_prices(posed)
+    unit = unit_rho(posed)
     strength = torch.tensor(1e-6)
     found = split(posed, unit, strength)
     raised = float(found.strength) / 1e-6
     assert raised == pytest.approx(100.0, rel=1e-4)  # the first power of RAISE beyond 1e-5
     assert RAISE == 10.0
-    assert torch.equal(found.prices, unit * found.strength)
-    want = reference(gram, posed.peak, found.prices)
-    close = closeness(gram, posed.peak, found.prices)
+    assert torch.equal(found.rho, unit * found.strength)
+    want = reference(gram, posed.peak, found.rho)
+    close = closeness(gram, posed.peak, found.rho)
     assert close < 0.05
     assert (found.step.double() - want).abs().max() < close * want.abs().max()
     assert float(strength) == pytest.approx(1e-6)  # not in place
@@ -128,11 +128,11 @@ def test_rounded_eigenvalues_below_zero_raise_rho() -> None:
 def test_only_the_problem_that_needs_it_is_raised() -> None:
     grams = torch.stack([with_eigenvalue(0.1), with_eigenvalue(-1e-5)])
     posed = setting(grams, 0.1)
-    found = split(posed, unit_prices(posed), torch.full((2,), 1e-6))
+    found = split(posed, unit_rho(posed), torch.full((2,), 1e-6))
     assert torch.allclose(found.strength, torch.tensor([1e-6, 1e-4]), rtol=1e-4)
-    for gram, peak, prices, step in zip(grams, posed.peak, found.prices, found.step, strict=True):
-        want = reference(gram, peak, prices)
-        close = closeness(gram, peak, prices)
+    for gram, peak, rho, step in zip(grams, posed.peak, found.rho, found.step, strict=True):
+        want = reference(gram, peak, rho)
+        close = closeness(gram, peak, rho)
         assert (step.double() - want).abs().max() < close * want.abs().max()
 
 
@@ -141,13 +141,13 @@ def test_only_the_problem_that_needs_it_is_raised() -> None:
 def test_an_indefinite_gram_is_refused(low: float, strength: float) -> None:
     posed = setting(with_eigenvalue(low), 0.1)
     with pytest.raises(CalibrationError, match="not positive semidefinite, by more than rounding"):
-        split(posed, unit_prices(posed), torch.tensor(strength))
+        split(posed, unit_rho(posed), torch.tensor(strength))
 
 
 def test_one_indefinite_gram_spoils_its_batch() -> None:
     posed = setting(torch.stack([torch.eye(4), 1.5 * torch.ones(4, 4) - torch.eye(4)]), 0.1)
     with pytest.raises(CalibrationError, match="not positive semidefinite"):
-        split(posed, unit_prices(posed), torch.full((2,), 0.3))
+        split(posed, unit_rho(posed), torch.full((2,), 0.3))
 
 
 def test_a_gram_without_a_diagonal_is_refused() -> None:
@@ -157,7 +157,7 @@ def test_a_gram_without_a_diagonal_is_refused() -> None:
 
 
 @pytest.mark.parametrize("least", [1e-23, 1e-38, 1e-44])
-def test_energies_near_the_end_of_float32_are_priced(least: float) -> None:
+def test_energies_near_the_end_of_float32_have_a_least_rho(least: float) -> None:
     gram = torch.diag(torch.tensor([1.0, least, least, least]))
     weight = torch.tensor([[1.0, 1.0, 1.0, 1.0], [2.0, 0.1, 0.2, 0.3]])
     solution = solve_magr(weight, gram, alpha=0.1)

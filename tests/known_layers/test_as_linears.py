@@ -26,7 +26,7 @@ def size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def assert_close(got: Tensor, wanted: Tensor, tolerance: float = 1e-6) -> None:
+def assert_close(got: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
     scale = float(wanted.detach().abs().max())
     torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance * scale)
 

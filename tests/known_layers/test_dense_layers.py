@@ -241,6 +241,7 @@ def test_behind_quantized_layers(name: str) -> None:
     assert all(site.quantized for site in experts)
 
 
+@pytest.mark.slow
 def test_llama_4_as_linears() -> None:
     model = as_linears(MODELS["llama4"]())
     _, tokens, _ = measured(model, Tracing(all_experts=True))

@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from magr_fx.machine.disk import copy_bytes, is_full, save, take_room
+from magr_fx.machine.disk import copy_bytes, is_full, preallocate, save
 
 
 @pytest.mark.parametrize("platform", ["linux", "another"])
@@ -22,7 +22,7 @@ def test_room_is_taken(platform: str, tmp_path: Path, monkeypatch: pytest.Monkey
     path = tmp_path / "file"
     with path.open("wb") as file:
         file.write(b"abc")
-        take_room(file, 100_000)
+        preallocate(file, 100_000)
     assert path.read_bytes() == b"abc" + bytes(99_997)
     assert path.stat().st_blocks * 512 >= 100_000
 

@@ -14,9 +14,9 @@ from magr_fx.machine.memory import high_water_mark
 # Tensors of 8 MB, every second one of which is freed: a heap has no use for such holes.
 HOLES = """
 import sys, torch
-from magr_fx.machine.memory import give_back_what_is_freed
+from magr_fx.machine.memory import return_freed_memory_at_once
 if sys.argv[1] == "given back":
-    give_back_what_is_freed()
+    return_freed_memory_at_once()
 torch.empty(2**23 - 2**16, dtype=torch.float32)  # 32 MB: freed, and the threshold is raised
 kept = [torch.ones(2**21) for _ in range(40)]
 del kept[::2]

@@ -41,11 +41,11 @@ IN_MEMORY = (
     + """
 import magr_fx, magr_fx.api, magr_fx.command_line.cli, magr_fx.command_line.plan_directory
 import magr_fx.directories.convert_directory
-from magr_fx.machine.memory import give_back_what_is_freed
+from magr_fx.machine.memory import return_freed_memory_at_once
 from toys import mlp, vectors
 from targets import ASYMMETRIC, intx
 
-give_back_what_is_freed()
+return_freed_memory_at_once()
 target = intx(3, ASYMMETRIC, None)
 model = magr_fx.magr_transform(mlp(), vectors(), target=target, checkpoint_dir=sys.argv[1])
 assert model.magr_report.rewritten

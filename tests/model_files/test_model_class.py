@@ -42,6 +42,7 @@ def test_the_configuration_says_which_class() -> None:
         assert model_class(other) is AutoModelForCausalLM
 
 
+@pytest.mark.slow
 def test_an_encoder_is_transformed(encoder: tuple[Path, Path], tmp_path: Path) -> None:
     source, text = encoder
     done("transform", source, tmp_path / "out", "--calib", text, *INT3, *SMALL)

@@ -276,6 +276,7 @@ def test_the_same_weights_on_another_device(
     assert not torch.equal(logits(hooked), logits(model))
 
 
+@pytest.mark.slow_if("cpu")
 def test_the_next_block_comes_while_one_is_worked_on(
     tmp_path: Path, moved_to: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,6 +367,7 @@ def test_a_weight_lies_on_a_device_as_its_outline_does(moved_to: torch.device) -
     assert not bool(placeholder.parameter.detach().any())
 
 
+@pytest.mark.slow_if("cpu")
 def test_views_of_weights_are_not_activations(
     tmp_path: Path, moved_to: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

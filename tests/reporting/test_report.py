@@ -211,7 +211,7 @@ def test_json_holds_every_figure(mixed: MagRReport, tmp_path: Path) -> None:
     mixed.to_json(path)
     record = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     general = {"config", "target", "batches", "traces", "tracer", "refusal", "notes", "seconds"}
-    general |= {"states", "saved_bytes"}
+    general |= {"states", "saved_bytes", "comparison"}
     assert record.keys() == {*general, "sites"}
     assert (record["tracer"], record["refusal"]) == ("export", "")
     assert record["config"] == {
@@ -475,7 +475,7 @@ def test_what_is_left_unquantized_is_listed_with_its_share() -> None:
     model = mlp()
     report = report_of(magr_quantize(model, vectors(), INT3, filter_fn=lambda _, name: name == "0"))
     share = 16 * 48 / (16 * 48 + 48 * 32)
-    line = f"1 left as they are, {share:.1%} of the matrix parameters: 2.weight"
+    line = f"1 not quantized, {share:.1%} of the matrix parameters: 2.weight"
     assert line in report.totals().splitlines()
     whole = report_of(magr_quantize(mlp(), vectors(), INT3))
-    assert "left as they are" not in whole.totals()
+    assert "not quantized," not in whole.totals()

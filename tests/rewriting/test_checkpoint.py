@@ -367,7 +367,7 @@ def test_values_come_back_as_they_were(in_place: bool) -> None:
     where.seek(0)
     back: list[list[dict[fx.Node, Any]]] = [[{given: torch.arange(3)}], [{given: torch.arange(3)}]]
     read = torch.load(where, weights_only=True)
-    restore(read, back, [graph], [], [], stored, away=False)
+    restore(read, back, [graph], [], [], stored, keep_spilled=False)
     for envs, wanted in zip(back, streams, strict=True):
         for node, value in wanted[0].items():
             ours, theirs = tree_leaves(envs[0][node]), tree_leaves(value)
@@ -605,7 +605,7 @@ def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", ["checkpoint_dir", "spill_dir"])
 @pytest.mark.slow_unless("checkpoint_dir-3")
 def test_what_is_no_name_of_a_directory_is_refused(option: str, name: Any) -> None:
-    with pytest.raises(ConfigError, match=f"{option} is the name of a directory"):
+    with pytest.raises(ConfigError, match=f"{option} must be the name of a directory"):
         transform(small(), **{option: name})
 
 

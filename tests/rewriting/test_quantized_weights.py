@@ -141,6 +141,7 @@ def test_no_row_is_worse_than_torchao_alone(target: Any, drift: bool) -> None:
 
 @halves
 @pytest.mark.parametrize("target", SOME, ids=describe)
+@pytest.mark.slow_if("torch.float16")
 def test_no_row_of_half_precision_is_worse(target: Any, dtype: torch.dtype) -> None:
     made = problem(dtype, drift=True)
     done = solved(made, target)
@@ -153,6 +154,7 @@ def test_no_row_of_half_precision_is_worse(target: Any, dtype: torch.dtype) -> N
     [(target, drift) for target, drift in EACH if target in ON_GRIDS],
     ids=lambda value: ("drift" if value else "") if isinstance(value, bool) else describe(value),
 )
+@pytest.mark.slow_if
 def test_no_row_of_gptq_is_worse(target: Any, drift: bool) -> None:
     made = problem(drift=drift)
     assert_no_worse_than_torchao(made, target, solved(made, target, "gptq"))
@@ -160,6 +162,7 @@ def test_no_row_of_gptq_is_worse(target: Any, drift: bool) -> None:
 
 @halves
 @pytest.mark.parametrize("target", some_grids, ids=describe)
+@pytest.mark.slow_if("torch.float16")
 def test_no_row_of_gptq_in_half_precision_is_worse(target: Any, dtype: torch.dtype) -> None:
     made = problem(dtype)
     assert_no_worse_than_torchao(made, target, solved(made, target, "gptq", refine=2))
@@ -205,6 +208,7 @@ def test_to_the_nearest_the_tensor_is_torchaos_own_of_the_weight(target: Any) ->
 @pytest.mark.parametrize("dtype", targets.DTYPES, ids=str)
 @pytest.mark.parametrize("target", some_grids, ids=describe)
 @pytest.mark.parametrize("refine", [0, 3])
+@pytest.mark.slow_if("torch.float16", "torch.bfloat16")
 def test_gptqs_tensor_is_torchaos_with_the_chosen_values(
     target: Any, dtype: torch.dtype, refine: int
 ) -> None:

@@ -152,6 +152,7 @@ TARGETS = [
 ]
 
 
+@pytest.mark.slow_if("0.05")
 @pytest.mark.parametrize("alpha", [None, 0.05])
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
 @pytest.mark.parametrize("target", TARGETS, ids=str)

@@ -232,6 +232,7 @@ def test_the_model_goes_on_with_tensors(kind: str, trace: str) -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.slow_if("in_a_global")
 def test_also_after_an_error(kind: str) -> None:
     model = MODELS[kind]()
     model.refuses = True

@@ -238,6 +238,7 @@ def until_small(m: Any, x: Tensor) -> Any:
     ],
     ids=["experts", "steps", "llama"],
 )
+@pytest.mark.slow_if("llama")
 def test_outputs_and_grams_are_the_models(make: Callable[[], nn.Module], calib: list[Any]) -> None:
     model = make()
     traced = traced_of(model, calib)
@@ -549,6 +550,7 @@ class PartlyCompiled(nn.Module):
 
 @pytest.mark.parametrize("trace", ["auto", "make_fx"])
 @pytest.mark.parametrize("how", ["module", "in place", "function", "disabled"])
+@pytest.mark.slow_if("module-auto", "in place-auto", "function-auto")
 def test_compiled_parts_are_run_as_they_were_written(how: str, trace: str) -> None:
     plain, model = PartlyCompiled("not"), PartlyCompiled(how)
     for one in (plain, model):
@@ -562,6 +564,7 @@ def test_compiled_parts_are_run_as_they_were_written(how: str, trace: str) -> No
 
 
 @pytest.mark.parametrize("trace", ["auto", "make_fx"])
+@pytest.mark.slow_unless("make_fx")
 def test_flex_attention_is_traced(trace: str) -> None:
     config = LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,

@@ -324,6 +324,7 @@ def test_what_a_container_holds_is_not_what_it_gives(kind: str, trace: str, writ
     assert list(dict.items(table)) == held
 
 
+@pytest.mark.slow
 def test_the_tables_of_transformers_are_what_they_were() -> None:
     from transformers.activations import ACT2FN
 

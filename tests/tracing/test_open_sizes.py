@@ -107,6 +107,7 @@ def test_tokens_are_open_where_a_mask_leaves_some_out(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(FORMS))
+@pytest.mark.slow_if("a layer beside one used twice")
 def test_the_finder_needs_no_open_lengths(name: str) -> None:
     """Of every form of a matmul the same weights and activations, with one batch as with two."""
     form = FORMS[name]
