@@ -1,4 +1,4 @@
 """The command line: options, messages, exit codes, and ranks under torchrun.
 
-This room may import the ground (errors, config) and the rooms from machine to directories.
+It may import the ground (errors, config) and the rooms from machine to directories.
 """

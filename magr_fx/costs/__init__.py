@@ -1,4 +1,4 @@
 """Formulas for the cost of a run: memory, disk, operations and time.
 
-This room may import the ground (errors, config) and the rooms from machine to reporting.
+It may import the ground (errors, config) and the rooms from machine to reporting.
 """

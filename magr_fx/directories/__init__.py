@@ -1,4 +1,4 @@
 """Convert a model directory of transformers into one with rewritten or quantized weights.
 
-This room may import the ground (errors, config) and the rooms from machine to model_files.
+It may import the ground (errors, config) and the rooms from machine to model_files.
 """

@@ -119,7 +119,9 @@ def read_directory(folder: Path) -> dict[str, StoredTensor]:
             with safe_open(file, framework="pt"):  # safetensors' own reader checks more
                 pass
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"{file} is no whole safetensors file: {error}; {DOWNLOAD}") from error
+            raise ModelError(
+                f"{file} is not a valid safetensors file: {error}; {DOWNLOAD}"
+            ) from error
         twice = next(iter(own.keys() & tensors.keys()), None)
         if twice is not None:  # readers disagree on which of the two is used
             raise ModelError(

@@ -232,7 +232,7 @@ def _fault_by_name(model: Any, folder: Path, tensors: dict[str, StoredTensor]) -
                 f"{name} in {tensors[name].file} has the shape {[*tensors[name].shape]}, but by "
                 f"{CONFIG} it is {[*shape]}"
             )
-    if not wanted.keys() & tensors.keys():  # the model is stored under quite other names
+    if not wanted.keys() & tensors.keys():  # the model is stored under entirely different names
         return None
     lacking = min(wanted.keys() - tensors.keys(), default=None)
     if lacking is not None:

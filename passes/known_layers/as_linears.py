@@ -92,7 +92,7 @@ def replace_module(model: nn.Module, rebuilt: Rebuilt) -> nn.Module:
     """Build the new module, put it wherever the model holds the old one, and return it."""
     new = rebuilt.build().train(rebuilt.module.training)
     for parent in list(model.modules()):
-        for key, child in list(parent._modules.items()):  # all names of it
+        for key, child in list(parent._modules.items()):  # a module may have several names
             if child is rebuilt.module:
                 setattr(parent, key, new)
     return new

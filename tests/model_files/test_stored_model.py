@@ -422,14 +422,14 @@ def test_a_header_that_safetensors_cannot_read_is_refused(
     damage(header)
     text = json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
-    refused(place, message=".*is no whole safetensors file: ", command="quantize")
+    refused(place, message=".*is not a valid safetensors file: ", command="quantize")
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 200, b"\x03" + bytes(7) + b"[1]"])
 def test_a_file_of_something_else_is_refused(content: bytes, place_of: PlaceOf) -> None:
     place = place_of("llama")
     (place.model / "model.safetensors").write_bytes(content)
-    refused(place, message=".*is no whole safetensors file: ", command="quantize")
+    refused(place, message=".*is not a valid safetensors file: ", command="quantize")
 
 
 def no_unknown(made: Any) -> None:
