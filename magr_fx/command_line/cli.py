@@ -1,4 +1,4 @@
-"""The commands of ``magr-fx``: what they take, and how their errors are told."""
+"""The commands of ``magr-fx``: their options, and how they report errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def magr_fx() -> None:
 
     MODEL is a directory with the safetensors of a causal language model or an encoder, or its name
     on the Hub.
-    What is wrong with the input is told in one line, with exit code 2; nothing is changed then.
+    An error in the input is reported in one line, with exit code 2, before anything is changed.
     """
 
 
@@ -56,7 +56,7 @@ def _alpha(
         return float(given)
     except ValueError:
         raise click.UsageError(
-            f"--alpha is a number, {' or '.join(ALPHA_WORDS)}; got {given!r}"
+            f"--alpha must be a number, {' or '.join(ALPHA_WORDS)}; got {given!r}"
         ) from None
 
 
@@ -64,10 +64,10 @@ _TOKENS = (
     click.option("--tokens", default=16_384, show_default=True,
                  type=TOKENS, help="How many tokens to calibrate on."),
     click.option("--length", default=512, show_default=True, type=LENGTH,
-                 help="Tokens in a window."),
+                 help="How many tokens are in a window."),
     click.option("--skip", multiple=True, metavar="PATTERN",
-                 help="Leave modules of this name, and all in them, alone, such as "
-                 "'*.down_proj'; repeatable."),
+                 help="Do not rewrite modules whose names match, such as '*.down_proj', nor the "
+                 "modules inside them; repeatable."),
 )  # fmt: skip
 _WORK = (
     click.argument("model"),
@@ -75,39 +75,41 @@ _WORK = (
     click.option("--calib", required=True, type=FILE, help="A text file to calibrate on."),
     *_TOKENS,
     click.option("--alpha", metavar="auto|published|NUMBER", callback=_alpha,
-                 help="The penalty; by default each row's own where there is a target."),
+                 help="The penalty weight; with a target, by default the best one for each row."),
     click.option("--solver", default="admm", show_default=True, type=click.Choice(SOLVERS)),
-    click.option("--max-steps", type=int, help="The most steps of the solver."),
-    click.option("--damping", type=float, help="Share of the gram's mean diagonal added to it."),
+    click.option("--max-steps", type=int, help="The maximum number of steps of the solver."),
+    click.option("--damping", type=float,
+                 help="The share of the gram's mean diagonal to add to its diagonal."),
     click.option("--propagate/--no-propagate", default=None,
-                 help="Fit each layer behind the quantized ones (default: with a target)."),
+                 help="Calibrate each layer on the outputs of the quantized layers before it "
+                 "(default: with a target)."),
     click.option("--resume", is_flag=True,
-                 help="Go on with a run for OUT that was cut short, if there is one."),
+                 help="Continue an interrupted run for OUT, if there is one."),
     click.option("--log-json", type=FILE, help="Append a line of JSON for each finished block."),
     click.option("--spill", type=FOLDER,
                  help="Keep the activations between blocks in this directory, not in memory."),
     click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N",
-                 help="Where blocks are run and solved; auto is cuda if there is one. Under "
-                 "torchrun cuda is each rank's own."),
+                 help="The device that runs and solves the blocks; auto is cuda if there is one. "
+                 "Under torchrun, cuda is a different device for each rank."),
     click.option("--timeout", default=60.0, show_default=True, metavar="MINUTES",
                  type=Positive(),
-                 help="Under torchrun: the longest that a rank waits for another. Longer than a "
-                 "block, the download, and writing OUT take."),
+                 help="Under torchrun: the longest time that a rank waits for another. It must be "
+                 "longer than a block, the download, and the writing of OUT take."),
     click.option("--progress/--no-progress", default=None,
-                 help="Show bars (default: on a terminal)."),
+                 help="Show progress bars (default: on a terminal)."),
 )  # fmt: skip
 
 
 @magr_fx.command()
 @_options(
     *_WORK,
-    click.option("--target", help="What will quantize the weights: int3-per-channel, ..."),
-    click.option("--head", is_flag=True, help="Also rewrite the head, which is left alone."),
+    click.option("--target", help="The config that will quantize OUT: int3-per-channel, ..."),
+    click.option("--head", is_flag=True, help="Also rewrite the head (default: it is not)."),
 )
 def transform(target: str | None, head: bool, **given: Any) -> None:
-    """Rewrite MODEL's weights into OUT, a directory of the same kind.
+    """Rewrite MODEL's weights, and write them into OUT, a directory with the same files.
 
-    One block of the model is in memory at a time.
+    Only one block of the model is in memory at a time.
     """
 
     def make(job: Any) -> Any:
@@ -115,7 +117,7 @@ def transform(target: str | None, head: bool, **given: Any) -> None:
 
         return transform_directory(job)
 
-    _work(make, partial(_job, target, given, head=head), given)
+    _run_job(make, partial(_job, target, given, head=head), given)
 
 
 @magr_fx.command()
@@ -128,26 +130,26 @@ def transform(target: str | None, head: bool, **given: Any) -> None:
                  help="Passes of coordinate descent after GPTQ."),
 )  # fmt: skip
 def quantize(target: str, rounding: str, refine: int, **given: Any) -> None:
-    """Rewrite and quantize MODEL into OUT, which transformers loads by itself.
+    """Rewrite and quantize MODEL, and write it into OUT, which transformers loads.
 
-    One block of the model is in memory at a time, and one shard when it is saved.
+    Only one block of the model is in memory at a time, or one shard while it is saved.
     """
     if refine and rounding != "gptq":
-        raise click.UsageError("--refine belongs to --rounding gptq")
+        raise click.UsageError("--refine works with --rounding gptq only")
 
     def make(job: Any) -> Any:
         from magr_fx.directories.convert_directory import quantize_directory
 
         return quantize_directory(job, rounding)
 
-    _work(make, partial(_job, target, given, refine=refine), given)
+    _run_job(make, partial(_job, target, given, refine=refine), given)
 
 
 @magr_fx.command()
 @click.argument("run", type=FOLDER)
 def report(run: Path) -> None:
-    """Print the report of RUN: an OUT, or the OUT.unfinished of a run that was cut short."""
-    with _told(None):
+    """Print the report of RUN: an OUT, or the OUT.unfinished of an interrupted run."""
+    with _errors_in_one_line(None):
         from magr_fx.directories.convert_directory import report_of
 
         click.echo(report_of(run))
@@ -157,16 +159,16 @@ def report(run: Path) -> None:
 @_options(
     click.argument("model"),
     *_TOKENS,
-    click.option("--target", help="What will quantize the weights: int3-per-channel, ..."),
-    click.option("--head", is_flag=True, help="Also rewrite the head."),
+    click.option("--target", help="The torchao config to quantize with: int3-per-channel, ..."),
+    click.option("--head", is_flag=True, help="Also rewrite the head (default: it is not)."),
     click.option("--rounding", default="nearest", show_default=True,
                  type=click.Choice(["nearest", "gptq"])),
     click.option("--tflops", type=Positive(),
-                 help="What the machine does in a second; by default this one is measured."),
+                 help="The machine's TFLOP/s in matrix products (default: measured here)."),
 )  # fmt: skip
 def plan(model: str, target: str | None, rounding: str, tflops: float | None, **given: Any) -> None:
-    """Print what a run on MODEL would rewrite, and what it would cost; no weight is read."""
-    with _told(None):
+    """Print what a run on MODEL would rewrite, and what it would cost, without reading weights."""
+    with _errors_in_one_line(None):
         from magr_fx.command_line.named_targets import named_target
         from magr_fx.command_line.plan_directory import describe, plan_directory
 
@@ -181,31 +183,34 @@ def plan(model: str, target: str | None, rounding: str, tflops: float | None, **
     click.argument("quantized"),
     click.option("--against", required=True, metavar="ORIGINAL",
                  help="The model before it was quantized."),
-    click.option("--text", required=True, type=FILE, help="A text file to compare them on."),
+    click.option("--text", required=True, type=FILE, help="A text file to compare the models on."),
     click.option("--tokens", default=8192, show_default=True, type=TOKENS,
                  help="How many tokens to compare on."),
     click.option("--length", default=512, show_default=True, type=LENGTH,
-                 help="Tokens in a window."),
+                 help="How many tokens are in a window."),
     click.option("--json", "json_file", type=FILE, help="Also write all figures to this file."),
-    click.option("--plot", type=FILE, help="Also draw them: .png, .pdf or .svg."),
+    click.option("--plot", type=FILE, help="Also plot the figures to this .png, .pdf or .svg."),
     click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N",
-                 help="Where both models are run."),
+                 help="The device that runs both models; auto is cuda if there is one."),
     click.option("--timeout", default=60.0, show_default=True, metavar="MINUTES",
                  type=Positive(),
-                 help="Under torchrun: the longest that a rank waits for another."),
+                 help="Under torchrun: the longest time that a rank waits for another."),
     click.option("--progress/--no-progress", default=None,
-                 help="Show a bar (default: on a terminal)."),
+                 help="Show a progress bar (default: on a terminal)."),
 )  # fmt: skip
 def evaluate(
     quantized: str, against: str, json_file: Path | None, plot: Path | None, **given: Any
 ) -> None:
     """Print how far QUANTIZED is from the ORIGINAL: divergence, perplexity, sizes.
 
-    Both are directories, names on the Hub, or GGUF files, which transformers loads. Under torchrun
-    the ranks share the text.
+    Each of them is a directory, a name on the Hub, or a GGUF file, and is loaded by transformers.
+    Under torchrun the ranks share the text.
     """
     launched = Launched()
-    with _told(None, given["progress"], launched), launched.joined(given.pop("timeout")):
+    with (
+        _errors_in_one_line(None, given["progress"], launched),
+        launched.default_group(given.pop("timeout")),
+    ):
         from magr_fx.command_line.evaluate import evaluate as evaluated
         from magr_fx.command_line.named_device import named_device
 
@@ -259,22 +264,22 @@ def _job(
     )
 
 
-def _work(
+def _run_job(
     make: Callable[[Any], Any], job_of: Callable[[Launched], Any], given: dict[str, Any]
 ) -> None:
-    """Do a job, with all ranks that were started for it; the first one says what came of it."""
+    """Run a job on all ranks that were started for it; rank 0 prints the result."""
     launched = Launched()
     speaks = launched.rank == 0
     with (
-        _told(given["out"], given["progress"], launched),
-        launched.joined(given["timeout"]),
+        _errors_in_one_line(given["out"], given["progress"], launched),
+        launched.default_group(given["timeout"]),
     ):
         from magr_fx.directories.run_folder import run_id
         from magr_fx.machine.ranks import distributed_session
 
         with distributed_session():
             job = job_of(launched)
-            if job.device.type == "cuda":  # which torch.distributed goes by
+            if job.device.type == "cuda":  # torch.distributed uses the current device
                 torch.cuda.set_device(job.device)
             log = given["log_json"] if speaks else None
             _check_log(log, job)
@@ -283,14 +288,14 @@ def _work(
                 done = make(job)
         if speaks:
             click.echo(done.totals())
-            click.echo(f"{job.out} is written; magr-fx report {job.out} has a row for each weight")
+            click.echo(f"{job.out} is written; magr-fx report {job.out} lists each weight")
 
 
 def _check_log(log: Path | None, job: Any) -> None:
-    """Lines may be appended to a file of its own only.
+    """Check that ``--log-json`` is not one of the files that the run reads or writes.
 
     Raises:
-        ConfigError: it is what the run reads, or lies where the run reads or writes.
+        ConfigError: it is the calibration text, or lies in MODEL, OUT or OUT.unfinished.
     """
     for what, path in (
         ("--calib", job.text),
@@ -304,51 +309,56 @@ def _check_log(log: Path | None, job: Any) -> None:
 
 
 @contextlib.contextmanager
-def _told(
+def _errors_in_one_line(
     out: Path | None, progress: bool | None = None, launched: Launched | None = None
 ) -> Iterator[None]:
-    """Tell errors in one line, and how to go on; other libraries' bars and notes stay away."""
+    """Report errors in one line, and hide the bars and notes of other libraries.
+
+    The line says how to resume if ``out`` has an unfinished run with a saved state.
+    """
     launched = launched or Launched(alone=True)
     with contextlib.ExitStack() as restored:
         restored.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
         transformers_logging.set_verbosity_error()
         if transformers_logging.is_progress_bar_enabled():
             restored.callback(transformers_logging.enable_progress_bar)
-            transformers_logging.disable_progress_bar()  # and those of the Hub's client
+            transformers_logging.disable_progress_bar()  # disables the Hub client's bars too
             shown = sys.stderr.isatty() if progress is None else progress
             if shown and launched.rank == 0 and not constants.HF_HUB_DISABLE_PROGRESS_BARS:
-                enable_progress_bars()  # a download is long
-        # The one says what is offloaded, which is what is asked for, and so of every run; the other
-        # that it tries again to download, and how it failed is told in the end.
+                enable_progress_bars()  # because a download is long
+        # accelerate notes in every run that weights are offloaded. huggingface_hub notes each new
+        # attempt to download; if all attempts fail, that is reported as the error.
         restored.enter_context(errors_only("accelerate", "huggingface_hub"))
         restored.enter_context(_warnings_shown(launched.rank == 0))
         try:
             yield
         except KeyboardInterrupt:
             if launched.rank == 0:
-                click.echo(f"magr-fx: interrupted{_how_to_go_on(out)}", err=True)
+                click.echo(f"magr-fx: interrupted{_resume_hint(out)}", err=True)
             raise click.exceptions.Exit(130) from None
         except MagRError as error:
             message = " ".join(str(error).split())
-            launched.tell(f"magr-fx: error: {message}{_how_to_go_on(out)}")
+            launched.print_once(f"magr-fx: error: {message}{_resume_hint(out)}")
             raise click.exceptions.Exit(2) from error
-        except OSError as error:  # of what is around: paths, permissions, the disk
-            launched.tell(f"magr-fx: error: {' '.join(str(error).split())}{_how_to_go_on(out)}")
+        except OSError as error:  # wrong paths, missing permissions, a full disk
+            launched.print_once(
+                f"magr-fx: error: {' '.join(str(error).split())}{_resume_hint(out)}"
+            )
             raise click.exceptions.Exit(2) from error
 
 
-def _how_to_go_on(out: Path | None) -> str:
-    from magr_fx.directories.run_folder import is_ours, is_resumable, run_of
+def _resume_hint(out: Path | None) -> str:
+    from magr_fx.directories.run_folder import is_resumable, is_run_folder, run_of
 
-    if out is None or not (is_ours(run_of(out)) and is_resumable(out)):
+    if out is None or not (is_run_folder(run_of(out)) and is_resumable(out)):
         return ""
-    return "; the same command with --resume goes on from what was saved last"
+    return "; the same command with --resume continues from the last saved state"
 
 
 @contextlib.contextmanager
 def _warnings_shown(shown: bool) -> Iterator[None]:
-    """The library's warnings, each in a line of its own; errors come as exceptions."""
-    handler = _Lines(logging.WARNING) if shown else logging.NullHandler()
+    """Print the library's warnings, each in one line, and no other log records."""
+    handler = _WarningLines(logging.WARNING) if shown else logging.NullHandler()
     handler.addFilter(lambda record: record.levelno == logging.WARNING)
     logger = logging.getLogger("magr_fx")
     propagate = logger.propagate
@@ -361,6 +371,6 @@ def _warnings_shown(shown: bool) -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-class _Lines(logging.Handler):
+class _WarningLines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(f"magr-fx: warning: {record.getMessage()}", file=sys.stderr)

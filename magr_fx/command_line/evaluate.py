@@ -1,4 +1,4 @@
-"""Two models by their names and a text → how far the one is from the other."""
+"""Compare two models, given by name, on a text: ``magr-fx evaluate``."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from magr_fx.reporting.comparison import Comparison
 
 
 class Named(NamedTuple):
-    """A model's directory, and the GGUF file in it that is meant, if it is one."""
+    """A model's directory, and the name of its GGUF file if the model is one."""
 
     folder: Path
     gguf: str | None
 
     @property
     def options(self) -> dict[str, Any]:
-        """What transformers is to be told."""
+        """The options of ``from_pretrained`` that select the GGUF file."""
         return {} if self.gguf is None else {"gguf_file": self.gguf}
 
     @property
     def files(self) -> list[Path]:
-        """Those that hold the weights."""
+        """The files that hold the weights."""
         return shards(self.folder) if self.gguf is None else [self.folder / self.gguf]
 
 
@@ -46,26 +46,26 @@ def evaluate(
     device: torch.device,
     progress: bool | None = None,
 ) -> Comparison:
-    """Compare two models on a text, which the tokenizer of the original reads.
+    """Compare two models on a text, which is read with the tokenizer of the original model.
 
-    Each window begins with the token that the tokenizer begins a text with, if it has one (BOS).
+    If the tokenizer begins a text with a special token (BOS or CLS), so does each window.
 
     Args:
         quantized, original: directories, names on the Hub, or GGUF files.
-        text: UTF-8.
-        tokens: how many to compare on, about.
-        length: of a window.
+        text: a UTF-8 text file.
+        tokens: the approximate number of tokens to compare on.
+        length: the number of tokens in a window.
         device: where both models are run.
-        progress: whether to show a bar.
+        progress: whether to show a bar; None shows it on a terminal.
 
     Raises:
-        MagRError: a model or the text cannot be read, or see :func:`magr_fx.compare`.
+        MagRError: a model or the text cannot be read, or :func:`magr_fx.compare` failed.
     """
     places = [_named(name) for name in (original, quantized)]
     if places[0] == places[1]:
         raise ConfigError(
-            f"{quantized} and {original} are one and the same model: --against is the model before "
-            "it was quantized"
+            f"{quantized} and {original} are the same model: --against must be the model before it "
+            "was quantized"
         )
     batches = _windows(places[0], text, tokens=tokens, length=length)
     first, second = (_load(place, device) for place in places)
@@ -82,7 +82,7 @@ def _named(name: str) -> Named:
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ModelError(f"{name} is no file; give a GGUF file, a directory, or a Hub name")
+            raise ModelError(f"{name} is not a file; give a GGUF file, a directory or a Hub name")
         return Named(path.parent.resolve(), path.name)
     return Named(find_model(name).resolve(), None)
 
@@ -95,7 +95,7 @@ def _windows(place: Named, text: Path, *, tokens: int, length: int) -> list[Tens
         first, plain = (
             tokenizer("a", add_special_tokens=special)["input_ids"][:1] for special in (True, False)
         )
-    except Exception as error:  # whatever transformers raises of what it does not find
+    except Exception as error:  # transformers can raise anything here
         raise ModelError(
             f"{place.folder} has no tokenizer that transformers can load ({brief(error)}); copy "
             "its tokenizer files there"
@@ -109,7 +109,7 @@ def _windows(place: Named, text: Path, *, tokens: int, length: int) -> list[Tens
 
 
 def _load(place: Named, device: torch.device) -> Any:
-    """The model as transformers loads it, quantized if its configuration says so."""
+    """The model as transformers loads it; it is quantized if its configuration says so."""
     config: dict[str, Any] = {}
     if place.gguf is None:
         try:
@@ -121,7 +121,7 @@ def _load(place: Named, device: torch.device) -> Any:
         model = kind.from_pretrained(
             place.folder, dtype="auto", trust_remote_code=False, **place.options
         )
-    except Exception as error:  # whatever transformers raises of a model that it does not know
+    except Exception as error:  # transformers can raise anything for a model it does not know
         raise ModelError(
             f"transformers cannot load {place.folder} as {kind.__name__}: {brief(error)}"
         ) from error

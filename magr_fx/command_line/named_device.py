@@ -1,4 +1,4 @@
-"""The device that ``--device`` names, if torch has it here."""
+"""The device that ``--device`` names, if it exists on this machine."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from magr_fx.errors import ConfigError
 
 
 def named_device(name: str, *, local_rank: int = 0, several: bool = False) -> torch.device:
-    """``"auto"`` is CUDA where there is a device, and else the CPU.
+    """The torch device of a name.
 
     Args:
-        name: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
-        local_rank: which of this machine's ranks this is; its own device is ``"cuda"``.
-        several: whether several ranks work together, each of which needs a device of its own.
+        name: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``. ``"auto"`` is CUDA if there is a
+            CUDA device, otherwise the CPU. ``"cuda"`` is ``cuda:{local_rank}``.
+        local_rank: the number of this rank among those of this machine.
+        several: whether several ranks work together, so that each needs its own device.
 
     Raises:
-        ConfigError: torch does not have it.
+        ConfigError: the name is wrong, or torch does not find the device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,7 +26,7 @@ def named_device(name: str, *, local_rank: int = 0, several: bool = False) -> to
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device is auto, cpu, cuda or cuda:N, got {name!r}")
+        raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -36,7 +37,7 @@ def named_device(name: str, *, local_rank: int = 0, several: bool = False) -> to
     if several and device.index is not None:
         raise ConfigError(
             f"--device {name}: each rank needs a device of its own; give --device cuda, which is "
-            "that of its LOCAL_RANK"
+            "the device with the number of the rank's LOCAL_RANK"
         )
     at, count = local_rank if device.index is None else device.index, torch.cuda.device_count()
     if at >= count:

@@ -1,4 +1,4 @@
-"""torchao configs by a short name, for a command line: ``int3-per-channel``, ``int4-group-64``."""
+"""Short names of torchao configs for ``--target``: ``int3-per-channel``, ``int4-group-64``."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ NAMES = "int8, or int1 to int8 with -per-channel or -group-N, and -symmetric if 
 def named_target(name: str) -> AOBaseConfig:
     """The torchao config of a name.
 
-    ``int8`` is Int8WeightOnlyConfig; the others are IntxWeightOnlyConfig, asymmetric unless the
-    name ends in ``-symmetric``, since torchao's symmetric int2 has no step for its largest weights.
+    ``int8`` is Int8WeightOnlyConfig. The others are IntxWeightOnlyConfig, asymmetric unless the
+    name ends in ``-symmetric``: torchao's symmetric int2 has no level near the largest weights.
 
     Raises:
-        ConfigError: there is no such name; the message lists them.
+        ConfigError: there is no such name; the message lists the names.
 
     Example:
         >>> named_target("int3-group-64").granularity
@@ -38,7 +38,7 @@ def named_target(name: str) -> AOBaseConfig:
         return Int8WeightOnlyConfig()
     match = _NAME.fullmatch(name)
     if match is None:
-        raise ConfigError(f"no target is called {name!r}; there are {NAMES}")
+        raise ConfigError(f"no target is called {name!r}; the names are {NAMES}")
     bits, group, symmetric = match.groups()
     dtype: Any = getattr(torch, f"int{bits}")
     return IntxWeightOnlyConfig(

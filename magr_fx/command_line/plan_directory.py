@@ -1,4 +1,4 @@
-"""A model's directory → what a run would do and cost, without loading a weight."""
+"""Plan what a run on a model's directory would do and cost, without reading a weight."""
 
 from __future__ import annotations
 
@@ -40,24 +40,25 @@ def plan_directory(
     head: bool = False,
     gptq: bool = False,
 ) -> tuple[Plan, nn.Module]:
-    """What :func:`magr_fx.directories.convert_directory.transform_directory` would do of a model.
+    """Plan :func:`magr_fx.directories.convert_directory.transform_directory` on a model.
 
     Args:
-        name: a directory, or a name on the Hub, of which no weights are downloaded.
-        target, tokens, length, skip, head: as for the run.
-        gptq: whether it would round by GPTQ.
+        name: a directory, or a name on the Hub, whose weights are not downloaded.
+        target, tokens, length, skip, head: as in
+            :class:`magr_fx.directories.prepare_directory.Job`.
+        gptq: whether the run would quantize with GPTQ.
 
     Returns:
         The plan, and the model without weights.
 
     Raises:
-        MagRError: the model is not one that reads a text, is damaged, or cannot be traced.
+        MagRError: the model does not read texts, is damaged, or cannot be traced.
     """
     folder = find_model(name, weights=False)
     raw = read_config(folder)
     if gptq and target is None:
-        raise ConfigError("rounding by GPTQ is to the grid of a target: give --target as well")
-    # Of a name on the Hub there may be some in the cache, or be coming; a plan is for all of it.
+        raise ConfigError("GPTQ rounds to the grid of a target: give --target as well")
+    # Weights of a name on the Hub are not read: the cache may have only a part of them.
     has_weights = Path(name).is_dir() and any(folder.glob("*.safetensors"))
     tensors = read_directory(folder) if has_weights else None
     model = empty_model(folder, raw)
@@ -81,10 +82,13 @@ def plan_directory(
 
 
 def describe(found: Plan, model: nn.Module, rate: float | None = None) -> str:
-    """What ``magr-fx plan`` prints, with a time by the rates that are measured here in a second.
+    """The text that ``magr-fx plan`` prints. It measures this machine for about a second.
 
-    ``rate`` is the FLOP/s of another machine's products, whose solver's steps are taken to be
-    faster or slower by the same factor.
+    Args:
+        found: the plan.
+        model: the model, for its number of parameters and its dtype.
+        rate: another machine's FLOP/s in products; the FLOP/s of its solver's steps is assumed to
+            differ by the same factor.
     """
     costs, dtype = found.costs, next(model.parameters()).dtype
     product, step = measured_rates(found.largest, dtype)
@@ -106,7 +110,7 @@ def describe(found: Plan, model: nn.Module, rate: float | None = None) -> str:
         f"{sum(math.prod(site.shape) for site in found.sites):,} parameters, in {found.blocks} "
         "blocks",
         *_shapes(found),
-        *(["left alone:"] if found.rejections else []),
+        *(["not rewritten:"] if found.rejections else []),
         *(f"  {r.name} {_by(r.shape)}: {r.reason}" for r in found.rejections),
         f"memory, at most: {readable(sum(memory.values()), 'B')}",
         *(f"  {readable(number, 'B'):>10}  {what}" for what, number in memory.items()),
@@ -122,14 +126,14 @@ def describe(found: Plan, model: nn.Module, rate: float | None = None) -> str:
 
 
 def _routed(config: dict[str, Any]) -> float:
-    """The share of the tokens that a router sends to each expert, evenly."""
+    """The share of the tokens that each expert gets if the router distributes them evenly."""
     experts = experts_of(config)
     chosen = size_of(config, "num_experts_per_tok", "experts_per_token") or 1
     return 1.0 if experts is None else min(1.0, chosen / experts)
 
 
 def _shapes(found: Plan) -> list[str]:
-    """One line for all sites of one kind: their names without numbers, and their shape."""
+    """One line per kind of site: the count, the name with ``*`` for numbers, and the shape."""
     kinds: Counter[tuple[str, tuple[int, ...]]] = Counter()
     for site in found.sites:
         name = ".".join("*" if p.isdigit() else p for p in site.name.partition("[")[0].split("."))

@@ -1,4 +1,4 @@
-"""The processes that torchrun started for one command: they meet, and one of them speaks."""
+"""The ranks that torchrun started for one command: they form a group, and one of them prints."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from torch.distributed.rendezvous import rendezvous
 
 from magr_fx.errors import DistributedError
 
-# Seconds to wait for the first rank to tell how it ended, and for the others to hear of it.
-_TO_TELL, _TO_HEAR = 60.0, 2.0
+# Seconds that other ranks wait until rank 0 has printed an error, and that it waits for them then.
+_WAIT_FOR_MESSAGE, _WAIT_FOR_OTHERS = 60.0, 2.0
 
 
 class Launched:
-    """This process among those that were started for the same command, by its environment.
+    """This process as one of the ranks that were started for a command, by its environment.
 
     Args:
-        alone: whatever the environment says: of a command that each process does by itself.
+        alone: whether to ignore the environment, for a command that does not work on ranks.
 
     Attributes:
-        rank: of 0 to world - 1; the first one shows and writes, and tells errors.
-        world: how many there are; 1 is this one alone.
-        local_rank: among those of this machine, as far as whoever started them says.
+        several: whether torchrun, or a launcher like it, started this process.
+        rank: 0 to world - 1; rank 0 writes, and prints results and errors.
+        world: the number of ranks.
+        local_rank: the rank among those of this machine; ``rank`` if LOCAL_RANK is not set.
     """
 
     def __init__(self, *, alone: bool = False) -> None:
@@ -44,20 +45,20 @@ class Launched:
         self._store: Any = None
 
     @contextlib.contextmanager
-    def joined(self, minutes: float) -> Iterator[None]:
-        """Have them all in torch.distributed's default group; alone there is none.
+    def default_group(self, minutes: float) -> Iterator[None]:
+        """Join all ranks into torch.distributed's default group; without torchrun there is none.
 
         Args:
-            minutes: the longest that one of them waits for another.
+            minutes: the longest time that one rank waits for another.
 
         Raises:
-            DistributedError: they do not find each other.
+            DistributedError: the ranks cannot connect to each other.
         """
         if not self.several:
             yield
             return
         timeout = timedelta(minutes=minutes)
-        # Communicators of NCCL are made when something on a device is sent, if ever.
+        # NCCL connects only when the first tensor on a CUDA device is sent.
         cuda = torch.cuda.is_available() and dist.is_nccl_available()
         try:
             store, rank, world = next(rendezvous("env://", timeout=timeout))
@@ -70,8 +71,8 @@ class Launched:
             )
         except (RuntimeError, ValueError) as error:
             raise DistributedError(
-                f"rank {self.rank} of {self.world} does not find the others: {error}. Start them "
-                "with torchrun, which says where they meet"
+                f"rank {self.rank} of {self.world} cannot connect to the others: {error}. Start "
+                "all ranks with torchrun, which sets their common address"
             ) from error
         self._store = store
         with _one_interrupt():
@@ -80,51 +81,54 @@ class Launched:
             finally:
                 dist.destroy_process_group()
 
-    def tell(self, message: str) -> None:
-        """Write it to stderr once: the first rank does, or where that one does not, the others.
+    def print_once(self, message: str) -> None:
+        """Print a message to stderr once: rank 0 prints it, and the others only if it does not.
 
-        All come here that have failed; those which the failure of another has ended say the same.
+        If one rank fails, every rank raises the same error and calls this.
         """
         if self.rank == 0:
             click.echo(message, err=True)
-            self._leave_undisturbed()
-            # This one may keep the store, and has to stay until all have seen it.
+            self._ignore_sigterm()
+            # This process may host the store, and must not end before all have read the key.
             self._post("told")
-            self._posted([f"heard {rank}" for rank in range(1, self.world)], _TO_HEAR)
-        elif self._posted(["told"], _TO_TELL):
-            self._leave_undisturbed()
+            self._wait_for([f"heard {rank}" for rank in range(1, self.world)], _WAIT_FOR_OTHERS)
+        elif self._wait_for(["told"], _WAIT_FOR_MESSAGE):
+            self._ignore_sigterm()
             self._post(f"heard {self.rank}")
         else:
             click.echo(message, err=True)
 
-    def _leave_undisturbed(self) -> None:
-        """torchrun ends all ranks when one has ended; these end by themselves, with their codes."""
+    def _ignore_sigterm(self) -> None:
+        """Ignore SIGTERM, which torchrun sends to all ranks once one has ended.
+
+        Each rank then ends by itself, with its own exit code.
+        """
         if self.several and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _post(self, key: str) -> None:
-        with contextlib.suppress(RuntimeError):  # of a store that is gone
+        with contextlib.suppress(RuntimeError):  # the store's host has ended
             if self._store is not None:
                 self._store.set(key, "")
 
-    def _posted(self, keys: list[str], seconds: float) -> bool:
-        """Whether these are there in time; asked for, since a wait that fails is logged."""
+    def _wait_for(self, keys: list[str], seconds: float) -> bool:
+        """Whether the store has these keys in time. It polls, as torch logs a wait that fails."""
         until = time.monotonic() + seconds
         try:
             while self._store is not None and time.monotonic() < until:
                 if self._store.check(keys):
                     return True
                 time.sleep(0.02)
-        except RuntimeError:  # of a store that is gone
+        except RuntimeError:  # the store's host has ended
             pass
         return False
 
 
 @contextlib.contextmanager
 def _one_interrupt() -> Iterator[None]:
-    """Only the first Ctrl-C counts: torchrun sends another one to whom the terminal has sent one.
+    """Ignore every Ctrl-C after the first: torchrun sends one more than the terminal.
 
-    The second would cut short the way out, on which what was made is put in order.
+    A second one would interrupt the clean-up that follows the first.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

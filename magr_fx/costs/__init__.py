@@ -1,4 +1,4 @@
-"""What a run costs, by formula: memory, disk, operations and time.
+"""Formulas for the cost of a run: memory, disk, operations and time.
 
 It may import the ground (errors, config) and the rooms from machine to reporting.
 """

@@ -1,4 +1,4 @@
-"""What this machine does in a second: a product of the model's, and a step of the solver."""
+"""Measure this machine's FLOP/s in a product with a weight, and in a step of the solver."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from magr_fx.costs.planning import Shape
 from magr_fx.iterations.admm import LEAST_ROWS, tile_size
 from magr_fx.iterations.relaxed_step import relaxed_step
 
-MOST = 2048  # rows and inputs: with more the rates hardly change, and measuring takes seconds
-TOKENS = 512  # of the product
+MOST = 2048  # rows and inputs; with more the rates hardly change, but measuring takes seconds
+TOKENS = 512  # in the product
 REPEATS = 3
 
 
 def measured_rates(shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
-    """FLOP/s on the CPU of a product in ``dtype``, and of a step, which is elementwise in part.
+    """FLOP/s on the CPU of a product with a weight in ``dtype``, and of a solver's step in float32.
 
-    Each is the best of three, with weights ``[rows, inputs]`` (at most 2048 each): a product with
-    512 tokens, and one step of ADMM on as many rows as the solver works on together, of which
-    only the product is counted.
+    Each rate is the best of three measurements with a weight ``[rows, inputs]`` (at most 2048
+    each). The product has 512 tokens. The step is one of ADMM, on as many rows as the solver
+    processes together; only its matrix product is counted, but its elementwise part takes time too.
+
+    Args:
+        shape: the shape of the weight.
+        dtype: the dtype of the product with the tokens.
     """
     inputs, rows = min(shape.inputs, MOST), min(shape.rows, MOST)
     draw = torch.Generator().manual_seed(0)
@@ -45,7 +49,7 @@ def measured_rates(shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def _best(run: Callable[[], object]) -> float:
-    """Seconds of the fastest run, after one that wakes the threads."""
+    """Seconds of the fastest run, after a first run that starts the threads."""
     run()
     times = []
     for _ in range(REPEATS):

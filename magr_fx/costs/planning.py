@@ -1,8 +1,8 @@
-"""What a run costs, by formula: bytes of memory and disk, and operations of matrix products.
+"""Formulas for the cost of a run: bytes of memory and disk, and FLOPs of matrix products.
 
-Everything is counted from the shapes of the weights, the calibration's tokens, and how each site is
-solved. How many steps and checks a solve takes depends on the data; the constants here are what
-they mostly come to (benchmarks/solver.md).
+Costs follow from the shapes of the weights, the number of calibration tokens, and the method of
+each solve. The number of steps and checks in a solve depends on the data; the constants here are
+typical numbers (benchmarks/solver.md).
 """
 
 from __future__ import annotations
@@ -17,23 +17,22 @@ from magr_fx.rounding.rounding import CPU_ROWS
 from magr_fx.rounding.row_pieces import cut, pieces
 from magr_fx.rounding.search import ALPHAS, CLIPS, FINER, FINER_GROUPS
 
-FLOAT = 4  # bytes: grams and solves are in float32
-STEPS, LOOKS = 20, 3  # of one solve to a gap of 1e-3, and how often it looks at the gap
-STEPS_OF_PATH, LOOKS_OF_PATH = 8, 1.5  # along a search's path of penalties, to a gap of 0.1
-CANDIDATES = (1 + len(ALPHAS)) * len(CLIPS)  # roundings of every source with every clip
-REFINED = 2 * len(FINER)  # each row's best clip, up and down
-SWEEPS = 2 * len(FINER_GROUPS) + 1 + len(ALPHAS)  # of groups, by their clips and sources
+FLOAT = 4  # bytes of a number: grams and solves are in float32
+STEPS, CHECKS = 20, 3  # steps of one solve to a relative dual gap of 1e-3, and checks of the gap
+STEPS_OF_PATH, CHECKS_OF_PATH = 8, 1.5  # the same for each alpha of a search, to a gap of 0.1
+CANDIDATES = (1 + len(ALPHAS)) * len(CLIPS)  # roundings: each alpha, and 0, with each clip
+REFINED = 2 * len(FINER)  # roundings that refine each row's best clip, up and down
+SWEEPS = 2 * len(FINER_GROUPS) + 1 + len(ALPHAS)  # sweeps over groups, for their clips and alphas
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Weights that share one input: they are stacked ``[rows, inputs]`` and solved together.
+    """The weights that share one input: they are stacked ``[rows, inputs]`` and solved together.
 
     Attributes:
-        rows: outputs of all of them together.
-        inputs: of each.
-        calls: tokens that reach it, for each token of the calibration. 1, or of an expert the
-            share of the tokens that is sent to it.
+        rows: the number of outputs of all these weights.
+        inputs: the number of inputs of each of these weights.
+        calls: the share of the calibration tokens that reach the weights: 1, or less for an expert.
     """
 
     rows: int
@@ -43,13 +42,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Method:
-    """How a run solves.
+    """How a run solves each site.
 
     Attributes:
-        search: whether every row chooses its own alpha and clip (``alpha="auto"``); the quantized
+        search: whether alpha and clip are chosen for every row (``alpha="auto"``). The quantized
             model then runs beside the original one, and some tokens are held out.
         groups: whether the target quantizes groups of inputs.
-        gptq: whether rounding is GPTQ's.
+        gptq: whether weights are rounded by GPTQ.
     """
 
     search: bool = True
@@ -58,28 +57,31 @@ class Method:
 
     @property
     def runs(self) -> int:
-        """Models whose activations are alive together: the original, and the quantized one."""
+        """Models whose activations are in memory: the original, and with a search the quantized."""
         return 1 + self.search
 
     @property
     def passes(self) -> int:
-        """How often the calibration runs through a model: to check, to collect, and quantized."""
+        """Passes of the calibration through a model: one to check, and one for each model run."""
         return 1 + self.runs
 
 
 def gram_bytes(shapes: Iterable[Shape], method: Method) -> int:
-    """``4·in²`` for each input; with a search again for the drift and for the held-out tokens."""
+    """Bytes of the grams: ``4·in²`` for each input, three times that with a search.
+
+    A search also needs the drift and the gram of the held-out tokens.
+    """
     return sum(FLOAT * shape.inputs**2 for shape in shapes) * (3 if method.search else 1)
 
 
 def solver_bytes(shape: Shape, method: Method) -> int:
-    """Bytes that one solve takes at its peak on a CPU, beside its weights and its grams.
+    """Bytes that one solve takes at its peak on a CPU, without its weights and its grams.
 
-    ``12·in²`` while the gram is factorised; ``32·min(out, 2048)·in`` for the certificate in
-    float64; and matrices ``[out, in]`` in float32: 4, or with a search 13 for the piece of the
-    rows that it works on and 5 for all rows (7 while the pieces are joined). GPTQ holds one more
-    matrix ``[in, in]``, or, by when the certificate is gone, ``7·in`` bytes for each row of the
-    candidates that it rounds together.
+    It is the sum of ``12·in²`` while the gram is factorised, ``32·min(out, 2048)·in`` for the
+    certificate in float64, and matrices ``[out, in]`` in float32. There are 4 of these matrices; a
+    search has 13 for the piece of rows that it works on, and 5 for all rows (7 while the pieces are
+    joined). GPTQ adds one matrix ``[in, in]``. After the certificate is freed, it needs ``8·in²``
+    and ``7·in`` bytes for each row of the candidates that it rounds together instead.
     """
     whole, piece, copies = shape.rows * shape.inputs, shape.rows, 4
     if method.search:
@@ -98,42 +100,45 @@ def solver_bytes(shape: Shape, method: Method) -> int:
 
 
 def forward_flops(shapes: Iterable[Shape], tokens: int, method: Method) -> float:
-    """``2·tokens·out·in`` for each weight and each pass; attention is not counted."""
+    """FLOPs of the forward passes: ``2·tokens·out·in`` per weight and pass, without attention."""
     return sum(2.0 * tokens * s.calls * s.rows * s.inputs for s in shapes) * method.passes
 
 
 def gram_flops(shapes: Iterable[Shape], tokens: int, method: Method) -> float:
-    """``2·tokens·in²`` for each input, and as much for the drift X̂ᵀ(X - X̂)."""
+    """FLOPs of the grams: ``2·tokens·in²`` for each input; a search has the drift X̂ᵀ(X - X̂) too."""
     return sum(2.0 * tokens * s.calls * s.inputs**2 for s in shapes) * method.runs
 
 
 def solve_flops(shapes: Iterable[Shape], method: Method) -> float:
-    """``2·out·in²`` for every product of a weight and its gram: steps, checks, and errors.
+    """FLOPs of the solves: ``2·out·in²`` for every product of a weight and its gram.
 
-    One for each step and each check of a solve, for its certificate, and for the error of each
-    candidate. GPTQ costs half of one more for each candidate.
+    There is one product for each step and each check of a solve, for its certificate, and for the
+    error of each candidate. GPTQ costs half a product more for each candidate.
     """
     if method.search:
         sweeps = SWEEPS + 2 if method.groups and not method.gptq else 0
         rounded = CANDIDATES + (0 if sweeps else REFINED)
-        products = len(ALPHAS) * (STEPS_OF_PATH + LOOKS_OF_PATH + 1) + rounded + sweeps
-        products += 12 + rounded / 2 * method.gptq  # 12: the drift's, and what the report says
+        products = len(ALPHAS) * (STEPS_OF_PATH + CHECKS_OF_PATH + 1) + rounded + sweeps
+        products += 12 + rounded / 2 * method.gptq  # 12: for the drift and the report
     else:
-        products = STEPS + LOOKS + 6  # 6: two in float64, which count twice, and the report's
+        products = STEPS + CHECKS + 6  # 6: two in float64 count twice, and two are the report's
     return products * sum(2.0 * s.rows * s.inputs**2 for s in shapes)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a run costs.
+    """The cost of a run.
 
     Attributes:
-        forward: operations of the products with weights, in all passes of the calibration.
-        gram, solve: operations of collecting all grams, and of all solves.
+        forward: FLOPs of the products with weights, in all passes of the calibration.
+        gram: FLOPs of collecting all grams.
+        solve: FLOPs of all solves.
         model: bytes of the weights as they are stored.
-        block, grams, solver, boundary: bytes at their most of one block's weights, of its grams, of
-            one solve, and of the activations between two blocks.
-        disk: bytes that the disk holds at most, beside the model.
+        block: bytes of the weights of the largest block.
+        grams: bytes of the grams that are in memory together, at most.
+        solver: bytes of one solve, at most.
+        boundary: bytes of the activations between two blocks, at most.
+        disk: bytes that the run needs on the disk, at most, without the original model.
     """
 
     forward: float
@@ -148,16 +153,21 @@ class Costs:
 
     @property
     def memory(self) -> int:
-        """Bytes at the peak, beside what the interpreter and its libraries take (0.5 GB)."""
+        """Peak bytes of memory, without Python and its libraries (0.5 GB)."""
         return self.block + self.grams + self.solver + self.boundary
 
     def seconds(self, product: float, step: float) -> float:
-        """Calibration by the rate of a product, solves by that of a step, in FLOP/s."""
+        """Seconds of calibration and solves.
+
+        Args:
+            product: FLOP/s of a product with a weight, for the calibration.
+            step: FLOP/s of a solver's step, for the solves.
+        """
         return (self.forward + self.gram) / product + self.solve / step
 
 
 def readable(number: float, unit: str) -> str:
-    """A number of three digits with a metric prefix.
+    """A number with three digits and a metric prefix.
 
     Example:
         >>> readable(1536e6, "B"), readable(512, "B")

@@ -1,7 +1,8 @@
-"""A Hugging Face directory → the same with rewritten or quantized weights.
+"""Convert a Hugging Face model directory into one with rewritten or quantized weights.
 
-Weights are read, rewritten and saved a block at a time, and quantized a shard at a time. What is
-written is an ordinary directory of transformers; until it is whole it has another name.
+Weights are read, rewritten and saved one block at a time, and quantized one shard at a time. The
+result is an ordinary directory of transformers. It is made in ``OUT.unfinished``, and is moved to
+OUT when it is complete.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transformers.quantizers import AutoHfQuantizer
 from magr_fx.api import magr_transform, quantize_apart
 from magr_fx.config import QuantizeOptions
 from magr_fx.directories.prepare_directory import Job, Prepared, prepared
-from magr_fx.directories.run_folder import CHECKPOINT, is_ours, is_resumable, run_of
+from magr_fx.directories.run_folder import CHECKPOINT, is_resumable, is_run_folder, run_of
 from magr_fx.directories.skipped import is_skipped, rewritable
 from magr_fx.directories.write_directory import (
     RewrittenWeights,
@@ -53,49 +54,59 @@ from magr_fx.passes.rewriting.request import Folders, Request
 from magr_fx.reporting.report import MagRReport
 from magr_fx.reporting.report_files import has_report, read_report, write_report
 
-REWRITTEN, QUANTIZED = "rewritten", "quantized"  # within OUT.unfinished
-# Bytes that Python, torch and transformers take before there is any model, about.
+REWRITTEN, QUANTIZED = "rewritten", "quantized"  # folders in OUT.unfinished
+# The memory in bytes that Python, torch and transformers take without a model, approximately.
 PROCESS = 500_000_000
 
 
 def transform_directory(job: Job) -> MagRReport:
-    """:func:`magr_fx.magr_transform` from directory to directory, a block in memory at a time.
+    """Apply :func:`magr_fx.magr_transform` to a model directory, one block in memory at a time.
 
-    The ranks of torch.distributed's default group, if there is one, work together; the first one
-    writes. All have to see the directory that ``out`` is in.
+    If torch.distributed has a default group, its ranks share the work, and rank 0 writes. All
+    ranks must see the directory that contains ``out``.
+
+    Args:
+        job: the model, the text, the options, and the directory to write.
 
     Raises:
-        MagRError: something is missing, damaged or too small, or what magr_transform raises;
-            ``out`` is as it was then.
+        MagRError: an input is missing, damaged or too small, or magr_transform failed. ``out`` is
+            unchanged then.
     """
-    return _made(job, _transformed, quantized=False)
+    return _convert(job, _transformed, quantized=False)
 
 
 def quantize_directory(job: Job, rounding: str = "nearest") -> MagRReport:
-    """:func:`magr_fx.magr_quantize` from directory to directory, a block in memory at a time.
+    """Apply :func:`magr_fx.magr_quantize` to a model directory, one block in memory at a time.
 
-    Quantized are the linears that transformers' ``TorchAoConfig`` quantizes, all but the head,
-    where torchao can: what is left alone, and why, is in the report. Ranks work together as in
-    :func:`transform_directory`.
+    It quantizes the linears that transformers' ``TorchAoConfig`` quantizes, which are all but the
+    head, as far as torchao can quantize them. The report lists the other weights with the reason.
+    Ranks share the work as in :func:`transform_directory`.
+
+    Args:
+        job: the model, the text, the options, and the directory to write; it needs a ``target``.
+        rounding: ``"nearest"`` or ``"gptq"``.
 
     Raises:
         MagRError: as :func:`transform_directory`.
     """
-    return _made(job, functools.partial(_quantized, rounding=rounding), quantized=True)
+    return _convert(job, functools.partial(_quantized, rounding=rounding), quantized=True)
 
 
-def _made(
+def _convert(
     job: Job, make: Callable[[Any, Prepared], tuple[Path, MagRReport]], *, quantized: bool
 ) -> MagRReport:
-    """Have ``make`` fill a directory, which becomes ``out``; once, however often it is cut short.
+    """Let ``make`` fill a directory, and move that directory to ``out``.
+
+    An interrupted run whose ``out`` is already complete is only cleaned up.
 
     Args:
-        job: what to do.
-        make: an offloaded model → the directory, which the first rank has filled, and the report.
-        quantized: whether a quantized model is made.
+        job: the job.
+        make: takes the offloaded model, and returns the report and the directory that rank 0 has
+            filled.
+        quantized: whether the result is a quantized model.
     """
     with distributed_session() as ranks:
-        if ranks.gather(ranks.rank == 0 and _is_made(job))[0]:
+        if ranks.gather(ranks.rank == 0 and _is_complete(job))[0]:
             if ranks.rank == 0:
                 shutil.rmtree(job.run, ignore_errors=True)
             return read_report(job.out)
@@ -108,15 +119,15 @@ def _made(
             return report
 
 
-def _is_made(job: Job) -> bool:
-    """Whether a run that is to go on was cut short after its result was whole."""
-    return job.resume and is_ours(job.run) and has_report(job.out)
+def _is_complete(job: Job) -> bool:
+    """Whether a run to be resumed was interrupted after it had moved its result to ``out``."""
+    return job.resume and is_run_folder(job.run) and has_report(job.out)
 
 
 def _transformed(model: Any, work: Prepared) -> tuple[Path, MagRReport]:
     job = work.job
     chosen = rewritable(model, job.skip, head=job.head)
-    shards = _rewritten_to(model, work, chosen)
+    shards = _write_rewritten(model, work, chosen)
     magr_transform(
         model,
         work.calib,
@@ -135,14 +146,14 @@ def _transformed(model: Any, work: Prepared) -> tuple[Path, MagRReport]:
 
 
 def _quantized(model: Any, work: Prepared, rounding: str) -> tuple[Path, MagRReport]:
-    """Solve and round; then the first rank makes the shards of what was rounded."""
+    """Solve and round on all ranks; then rank 0 writes the shards of the quantized model."""
     job = work.job
     chosen = rewritable(model, job.skip, head=job.head, linears_only=True)
     linears = _linears(model, work)
     tensors: MutableMapping[str, torch.Tensor] = {}
     shards = None
     if rounding == "nearest":
-        shards = _rewritten_to(model, work, chosen)
+        shards = _write_rewritten(model, work, chosen)
     else:
         tensors = TensorFiles(_emptied(job.run / "rounded")) if work.writes else DiscardedTensors()
     options = QuantizeOptions(rounding, refine=job.refine, propagate=job.propagate is not False)
@@ -154,13 +165,13 @@ def _quantized(model: Any, work: Prepared, rounding: str) -> tuple[Path, MagRRep
         progress=job.progress,
         quantize=True,
     )
-    able = quantize_apart(model, work.calib, request, tensors)
+    quantizable = quantize_apart(model, work.calib, request, tensors)
     done: set[str] = set()
     if work.writes:
         if shards is not None:
             shards.finish()
         stored = work.tensors if shards is None else read_directory(shards.folder)
-        done = _write_quantized(model, work, linears, {*able}, stored, tensors)
+        done = _write_quantized(model, work, linears, {*quantizable}, stored, tensors)
     report: MagRReport = model.magr_report
     report.mark_quantized(work.ranks.gather(done)[0])
     report.target = describe(job.target)
@@ -171,33 +182,33 @@ def _write_quantized(
     model: Any,
     work: Prepared,
     linears: dict[str, list[str]],
-    able: set[str],
+    quantizable: set[str],
     stored: dict[str, StoredTensor],
     tensors: Mapping[str, torch.Tensor],
 ) -> set[str]:
-    """Write the quantized model; the names of its quantized weights.
+    """Write the quantized model, and return the names of its quantized weights.
 
     Args:
-        model: offloaded.
-        work: what is prepared.
-        linears: what transformers would quantize, by the names in the files.
-        able: the names of what torchao can.
-        stored: where the files' tensors are.
-        tensors: torchao's, as far as they are made; others are of the model's weights.
+        model: the offloaded model.
+        work: the prepared job.
+        linears: the weights that transformers would quantize: name in the files → model's names.
+        quantizable: the model's names of the weights that torchao can quantize.
+        stored: where each tensor is stored.
+        tensors: the weights that are quantized already; the others are quantized here.
     """
-    job, weights, left = work.job, offloaded_weights(model), _left_out(model, work.job)
+    job, weights, left = work.job, offloaded_weights(model), _not_converted(model, work.job)
 
     def value(name: str) -> torch.Tensor:
         return tensors[name] if name in tensors else quantized_copy(weights[name], job.target)
 
-    unable = {name for names in linears.values() for name in names} - able
-    if unable:
+    unquantizable = {name for names in linears.values() for name in names} - quantizable
+    if unquantizable:
         left = [*(left or HfQuantizer.get_modules_to_not_convert(model))]
-        left += sorted(name.removesuffix(".weight") for name in unable)
+        left += sorted(name.removesuffix(".weight") for name in unquantizable)
     wanted = {
         key: kept
         for key, names in linears.items()
-        if (kept := [n for n in names if n not in unable])
+        if (kept := [n for n in names if n not in unquantizable])
     }
     folder = _emptied(job.run / QUANTIZED)
     parts = functools.partial(revert_weight_conversion, model)
@@ -209,13 +220,13 @@ def _write_quantized(
 
 
 def report_of(folder: Path) -> MagRReport:
-    """The report of a directory that is finished, or of what is done in one that is not.
+    """The report of a finished run, or of the finished part of an interrupted run.
 
     Args:
-        folder: an ``out``, or the ``OUT.unfinished`` of a run that was cut short.
+        folder: an ``out``, or the ``OUT.unfinished`` of an interrupted run.
 
     Raises:
-        MagRError: there is no report there, or it cannot be read.
+        MagRError: the folder has no report, or the report cannot be read.
     """
     if folder.name and is_resumable(folder) and not has_report(folder):
         folder = run_of(folder)
@@ -224,16 +235,17 @@ def report_of(folder: Path) -> MagRReport:
             return checkpoint_report(folder / CHECKPOINT)
         except MagRError:
             raise
-        except Exception as error:  # whatever a file raises that holds something else
+        except Exception as error:  # torch.load can raise anything for a file of another format
             raise CheckpointError(
-                f"{folder / CHECKPOINT} holds no state of a run: {brief(error)}"
+                f"{folder / CHECKPOINT} holds no valid state of a run: {brief(error)}"
             ) from error
     return read_report(folder)
 
 
 def _load(work: Prepared) -> Any:
-    """The model, all of it offloaded to where it is stored."""
-    # Of what a run that was cut short wrote; what transformers fuses is written by each rank.
+    """The model, with all of its weights left in the files that store them."""
+    # Emptied of an interrupted run's files. Each rank needs its own folder, as transformers writes
+    # the weights there that it fuses.
     rank = work.ranks.rank
     offload = _emptied(work.job.run / (f"offload-rank{rank}" if rank else "offload"))
     kind = model_class(read_config(work.source))
@@ -245,7 +257,7 @@ def _load(work: Prepared) -> Any:
             offload_folder=str(offload),
             trust_remote_code=False,
         )
-    except Exception as error:  # whatever transformers raises of a model that it does not know
+    except Exception as error:  # transformers can raise anything for a model it does not know
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise ModelError(
@@ -253,21 +265,22 @@ def _load(work: Prepared) -> Any:
         ) from error
     weights = offloaded_weights(model)
     for name, partner in tied_names(model).items():
-        if name in weights.index and partner not in weights.index:  # only the head is stored
+        if name in weights.index and partner not in weights.index:  # only one of the two is stored
             weights.index[partner] = weights.index[name]
             weights.all_keys.append(partner)
     run_on(model, work.job.device)
     return model
 
 
-def _rewritten_to(model: Any, work: Prepared, chosen: FilterFn) -> Shards | None:
-    """Let a model that is offloaded have its weights written to shards as soon as they change.
+def _write_rewritten(model: Any, work: Prepared, chosen: FilterFn) -> Shards | None:
+    """Make an offloaded model write each weight to the new shards as soon as it is rewritten.
 
-    Only the first rank writes. The others let go of what was rewritten, and still read what was
-    stored: a weight is rewritten when everything that reads it has run.
+    Only rank 0 writes, and returns the shards. The other ranks discard rewritten weights, and keep
+    reading the stored ones. That is correct, as a weight is rewritten only after everything that
+    reads it has run.
 
     Raises:
-        ModelError: one of those that are chosen cannot be written as it is stored.
+        ModelError: a chosen weight cannot be written in the form in which it is stored.
     """
     stored = offloaded_weights(model)
     if not work.writes:
@@ -287,15 +300,15 @@ def _rewritten_to(model: Any, work: Prepared, chosen: FilterFn) -> Shards | None
 
 
 def _linears(model: Any, work: Prepared) -> dict[str, list[str]]:
-    """The weights that transformers quantizes: their names in the files, and in the model.
+    """The weights that transformers quantizes: each one's name in the files → its model's names.
 
     Raises:
-        ModelError: one of these is not stored as it is in the model.
+        ModelError: transformers makes such a weight of several stored tensors.
     """
     job = work.job
-    config = TorchAoConfig(job.target, modules_to_not_convert=_left_out(model, job))
+    config = TorchAoConfig(job.target, modules_to_not_convert=_not_converted(model, job))
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
-    quantizer.preprocess_model(model)  # finds out what is left alone
+    quantizer.preprocess_model(model)  # decides which modules are not quantized
     index = offloaded_weights(model).index
     names: dict[str, list[str]] = {}
     for name, _ in model.named_parameters(remove_duplicate=False):
@@ -303,16 +316,16 @@ def _linears(model: Any, work: Prepared) -> dict[str, list[str]]:
             key = stored_as(name, index, work.tensors)
             if key is None:
                 raise ModelError(
-                    f"transformers makes {name} of several stored tensors; load the model with "
+                    f"transformers makes {name} of several stored tensors. Load the model with "
                     "it, save it with save_pretrained(folder, save_original_format=False), and "
-                    "give that directory, or leave it out with --skip"
+                    "give that directory, or leave this weight out with --skip"
                 )
             names.setdefault(key, []).append(name)
     return names
 
 
-def _left_out(model: nn.Module, job: Job) -> list[str] | None:
-    """What TorchAoConfig is to be told to leave alone; None is what it does by itself."""
+def _not_converted(model: nn.Module, job: Job) -> list[str] | None:
+    """The modules that TorchAoConfig must not quantize; None is its own default."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     skipped = [name for name in linears if is_skipped(name, job.skip)]
     return [*HfQuantizer.get_modules_to_not_convert(model), *skipped] if skipped else None

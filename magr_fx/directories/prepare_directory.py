@@ -1,6 +1,6 @@
-"""A job → its model found and checked, its calibration read, and a directory to work in.
+"""Prepare a job: find and check its model, read its calibration text, make its folder.
 
-All that can be checked is checked here, before anything is read or written at length.
+Everything that can be checked is checked here, before the run reads or writes any weight.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torchao.core.config import AOBaseConfig
 from transformers import AutoTokenizer
 
 from magr_fx.config import MagRConfig
-from magr_fx.directories.run_folder import is_ours, run_folder, run_of
+from magr_fx.directories.run_folder import is_run_folder, run_folder, run_of
 from magr_fx.directories.skipped import check_skipped
 from magr_fx.directories.write_directory import check_rest
 from magr_fx.errors import CalibrationError, CheckpointError, ConfigError, ModelError, brief
@@ -44,18 +44,19 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Job:
-    """What to make of which model.
+    """What to convert, and how.
 
     Attributes:
         model: a directory with the safetensors of a model that reads text, or a name on the Hub.
-        out: the directory to make; it may be there if it is empty.
-        text: a text file to calibrate on.
-        target: the torchao config that quantizes the model.
-        tokens, length: how much of the text, and in windows of how many tokens.
-        config: how to solve.
-        skip: patterns (``*`` and ``?``) of the names of modules to leave alone.
-        head: whether to rewrite what transformers does not quantize by default: the head.
-        resume: whether to go on with a run for ``out`` that was cut short.
+        out: the directory to write; it must be empty or not exist.
+        text: a UTF-8 text file to calibrate on.
+        target: the torchao config that will quantize the weights.
+        tokens: the number of calibration tokens.
+        length: the number of tokens in each window.
+        config: the solver's options.
+        skip: patterns (``*`` and ``?``) of the names of modules to leave unchanged.
+        head: whether to rewrite the head too, which transformers does not quantize by default.
+        resume: whether to continue an interrupted run for ``out``, if there is one.
         device: where the model's blocks are run and solved.
         refine, propagate, spill_dir, progress: as for :func:`magr_fx.magr_quantize`.
     """
@@ -78,13 +79,21 @@ class Job:
 
     @property
     def run(self) -> Path:
-        """Where the job keeps what is not finished: ``OUT.unfinished``."""
+        """The folder of the unfinished run: ``OUT.unfinished``."""
         return run_of(self.out)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A job that can begin: its model's directory, what that holds, and the calibration batches."""
+    """A job that is ready to run.
+
+    Attributes:
+        job: the job.
+        ranks: the ranks that share the work.
+        source: the model's directory.
+        tensors: its stored tensors, by name.
+        calib: batches of token ids.
+    """
 
     job: Job
     ranks: Ranks
@@ -94,36 +103,39 @@ class Prepared:
 
     @property
     def writes(self) -> bool:
-        """Whether this rank is the one that writes what is made; the others only read."""
+        """Whether this is rank 0, which writes the result; the other ranks only read."""
         return self.ranks.rank == 0
 
 
 @contextlib.contextmanager
 def prepared(job: Job, ranks: Ranks, *, quantized: bool) -> Iterator[Prepared]:
-    """Check all that can be checked first; then the run's directory is ours, until the end.
+    """Check the job and its inputs, and hold the lock on its ``OUT.unfinished`` until the end.
 
-    It stays, if the work is cut short, where there is something in it to go on from.
+    If the work is interrupted, that folder is kept if there is a state to resume from.
 
     Args:
-        job: what to do.
-        ranks: who does it together.
-        quantized: whether a quantized model is made.
+        job: the job.
+        ranks: the ranks that share the work.
+        quantized: whether the result is a quantized model.
 
     Raises:
-        MagRError: something is missing, damaged or too small.
+        MagRError: an input is missing, damaged or too small.
     """
     if importlib.util.find_spec("accelerate") is None:
-        raise ConfigError("models are read with accelerate: pip install 'magr-fx[cli]'")
-    # Inside, they end together: when the directory is removed, nobody works there any more.
+        raise ConfigError(
+            "accelerate, which reads models from disk, is not installed: pip install 'magr-fx[cli]'"
+        )
+    # The inner session makes the ranks end together, so that no rank still uses the run's folder
+    # when run_folder removes it.
     if ranks.rank == 0:
         _check_out(job)
     with (
         run_folder(job.out, ranks),
         distributed_session(ranks.group or False),
-        _disk_errors_told(job),
+        _disk_errors_explained(job),
     ):
         ranks.agree_on({"kind of device": job.device.type})
-        source = _found(job.model, ranks)
+        source = _find_model_once(job.model, ranks)
         config = read_config(source)
         model = empty_model(source, config)
         check_length(config, model, job.length)
@@ -132,7 +144,7 @@ def prepared(job: Job, ranks: Ranks, *, quantized: bool) -> Iterator[Prepared]:
         check_skipped(model, job.skip, head=job.head, linears_only=quantized)
         check_rest(source)
         if ranks.rank == 0:
-            _check_apart(job, source)
+            _check_outside_model(job, source)
             copies = copies_of(config, quantized=quantized, ranks=ranks.world)
             _check_space(job, config, copies, sum(tensor.nbytes for tensor in tensors.values()))
         tokenizer = _tokenizer(source)
@@ -142,20 +154,20 @@ def prepared(job: Job, ranks: Ranks, *, quantized: bool) -> Iterator[Prepared]:
 
 
 @contextlib.contextmanager
-def _disk_errors_told(job: Job) -> Iterator[None]:
+def _disk_errors_explained(job: Job) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and not is_full(error):
-            raise CheckpointError(f"{error}. What was saved is still there") from error
+            raise CheckpointError(f"{error}. The states saved so far are kept") from error
         raise CheckpointError(
             f"{getattr(error, 'filename', None) or job.run} cannot be written: {error}. Free "
-            "some space; what was saved is still there"
+            "some space; the states saved so far are kept"
         ) from error
 
 
-def _found(model: str, ranks: Ranks) -> Path:
-    """The model's directory; one rank of each machine downloads it, the others find it then."""
+def _find_model_once(model: str, ranks: Ranks) -> Path:
+    """The model's directory. One rank of each machine downloads it; then the others find it."""
     machines = ranks.gather(socket.gethostname())
     first = machines.index(machines[ranks.rank]) == ranks.rank
     source = find_model(model) if first else None
@@ -164,41 +176,46 @@ def _found(model: str, ranks: Ranks) -> Path:
 
 
 def check_length(config: dict[str, Any], model: nn.Module, length: int) -> None:
-    """Whether the model knows so many positions.
+    """Check that the model has enough positions for windows of this length.
+
+    Args:
+        config: the model's ``config.json``.
+        model: the model; it may be on the meta device.
+        length: the number of tokens in a window.
 
     Raises:
-        ConfigError: windows are longer than that.
+        ConfigError: a window is longer than the model's number of positions.
     """
     own = text_config(config)
     most = size_of(config, "max_position_embeddings", "n_positions", "max_seq_len")
     attention = own.get("attn_config")
-    # ALiBi knows distances, not positions: of Falcon, and of MPT.
+    # Falcon and MPT can use ALiBi, which encodes distances and has no maximum position.
     alibi = own.get("alibi") or (isinstance(attention, dict) and attention.get("alibi"))
     for name, module in model.named_modules():
         positions = isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]
         if positions and most == module.num_embeddings and module.padding_idx is not None:
-            most -= module.padding_idx + 1  # RoBERTa counts from behind its padding
+            most -= module.padding_idx + 1  # RoBERTa's positions start at padding_idx + 1
             break
     if most is not None and length > most and not alibi:
         raise ConfigError(
-            f"windows of {length:,} tokens are longer than the {most:,} positions that the model "
-            f"knows; give --length {most}, or less"
+            f"windows of {length:,} tokens are longer than the {most:,} positions of the model; "
+            f"give --length {most}, or less"
         )
 
 
 def copies_of(config: dict[str, Any], *, quantized: bool, ranks: int = 1) -> int:
-    """How many copies of the weights the disk needs room for, beside the model, at most.
+    """The maximum number of copies of the weights on the disk, without the original model.
 
-    What is saved to go on from and the result; of a quantized model what it is made of as well; and
-    what transformers fuses it writes anew, for each rank.
+    One copy is in the checkpoint and one in the result. A quantized model is made from one more
+    copy. If the model has experts, transformers writes the weights that it fuses once per rank.
     """
     return 2 + quantized + ranks * (experts_of(config) is not None)
 
 
-def _check_apart(job: Job, source: Path) -> None:
-    """Nothing may be written into the model's own directory, all of which is copied."""
+def _check_outside_model(job: Job, source: Path) -> None:
+    """Refuse to write into the model's own directory, because all of its files are copied."""
     spill = job.spill_dir
-    for place in (job.out, job.run):  # the one has to be empty in the end, the other goes
+    for place in (job.out, job.run):  # out must be empty at the end, and run is removed
         if spill is not None and spill.resolve().is_relative_to(place.resolve()):
             raise ConfigError(f"--spill, {spill}, lies in {place}; name a directory outside of it")
     for what, folder in (("OUT", job.out), ("--spill", spill)):
@@ -210,43 +227,43 @@ def _check_apart(job: Job, source: Path) -> None:
 
 def _check_out(job: Job) -> None:
     if not job.out.name:
-        raise ConfigError(f"OUT, {job.out}, has no name; name a directory to make")
+        raise ConfigError(f"OUT, {job.out}, has no name; give the name of a new directory")
     if job.out.exists() and not (job.out.is_dir() and not any(job.out.iterdir())):
-        raise ConfigError(f"{job.out} is there and is not empty; name another directory for OUT")
+        raise ConfigError(f"{job.out} exists and is not empty; name another directory for OUT")
     if job.run.exists() and not job.resume:
         raise ConfigError(
-            f"{job.run} is of a run that was cut short: add --resume to go on with it, or remove "
-            "it to start anew"
+            f"{job.run} belongs to an interrupted run: add --resume to continue it, or remove the "
+            "directory to start again"
         )
-    if job.run.is_dir() and any(job.run.iterdir()) and not is_ours(job.run):
+    if job.run.is_dir() and any(job.run.iterdir()) and not is_run_folder(job.run):
         raise ConfigError(
-            f"{job.run}, where a run for {job.out} would keep what is not finished, was not made "
-            "by one; name another OUT"
+            f"{job.run}, where a run for {job.out} would keep its unfinished files, exists and was "
+            "not made by a run; name another OUT"
         )
 
 
 def _check_space(job: Job, config: dict[str, Any], copies: int, size: int) -> None:
-    """Whether the disk has room for the weights and for what one block hands to the next."""
+    """Check that the disk has room for the weights and for the activations between blocks."""
     widths = (size_of(config, name) or 0 for name in ("hidden_size", "intermediate_size"))
-    # Of the original and of the quantized model, in float32; the last state and the next one.
+    # 4 bytes each, of the original and the quantized model, in the last and in the next state.
     activations = 4 * 2 * 2 * job.tokens * sum(widths)
     needed = copies * size + activations
     existing = next(folder for folder in job.out.absolute().parents if folder.exists())
     free = shutil.disk_usage(existing).free
-    if job.resume:  # some of it is written already
+    if job.resume:  # the interrupted run has written a part already
         free += sum(path.stat().st_size for path in job.run.rglob("*") if path.is_file())
     if free < needed:
         raise ConfigError(
             f"{existing} has {free / 1e9:.1f} GB of free disk, and up to {needed / 1e9:.1f} GB are "
-            f"needed: {copies} times the weights, and activations. Free some, or name an OUT on "
-            "another disk"
+            f"needed: {copies} times the weights, and activations. Free some space, or name an OUT "
+            "on another disk"
         )
 
 
 def _tokenizer(source: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # whatever transformers raises of what it does not find
+    except Exception as error:  # transformers can raise anything here
         raise ModelError(
             f"{source} has no tokenizer that transformers can load ({brief(error)}); copy its "
             "tokenizer files there"
@@ -254,19 +271,20 @@ def _tokenizer(source: Path) -> Any:
 
 
 def _check_ids(model: Any, tokenizer: Any, calib: list[torch.Tensor], source: Path) -> None:
-    """Whether the model's embedding has a row for each of the tokens.
+    """Check that the model's embedding has a row for each calibration token.
 
     Raises:
-        CalibrationError: it has not; the message names the token.
+        CalibrationError: a token id is too large; the message names the token.
     """
     try:
         embedding = model.get_input_embeddings()
-    except (NotImplementedError, AttributeError):  # a model that does not say which it is
+    except (NotImplementedError, AttributeError):  # the model does not say which one it is
         return
     rows, largest = getattr(embedding, "num_embeddings", None), max(int(b.max()) for b in calib)
     if rows is not None and largest >= rows:
         raise CalibrationError(
-            f"the tokenizer of {source} makes the id {largest:,} of "
-            f"{tokenizer.convert_ids_to_tokens(largest)!r}, and the model's embedding has "
-            f"{rows:,} rows: they are of two models; copy the tokenizer files of this one there"
+            f"the tokenizer of {source} uses the id {largest:,} for "
+            f"{tokenizer.convert_ids_to_tokens(largest)!r}, but the model's embedding has only "
+            f"{rows:,} rows. They belong to different models; copy this model's tokenizer files "
+            "there"
         )

@@ -1,4 +1,4 @@
-"""Where a run for OUT keeps what is not finished: ``OUT.unfinished``, for one run at a time."""
+"""The folder of an unfinished run for OUT: ``OUT.unfinished``, locked by one run at a time."""
 
 from __future__ import annotations
 
@@ -18,50 +18,50 @@ _UNFINISHED, _LOCK, _ID = ".unfinished", "lock", "id"
 
 
 def run_of(out: Path) -> Path:
-    """The directory of a run for ``out``."""
+    """The folder of an unfinished run for ``out``: ``OUT.unfinished``."""
     return out.with_name(out.name + _UNFINISHED)
 
 
 def is_resumable(out: Path) -> bool:
-    """Whether a run for ``out`` was cut short that can be taken up again."""
+    """Whether an interrupted run for ``out`` has saved a state to resume from."""
     return any((run_of(out) / CHECKPOINT).glob("state-*.pt"))
 
 
 def run_id(out: Path) -> str:
-    """What tells the run for ``out`` from others for it, however often it is taken up again."""
+    """A random id of this run for ``out``; it stays the same when the run is resumed."""
     path = run_of(out) / _ID
     known = path.read_text(encoding="ascii") if path.exists() else ""
-    if not known:  # or it was cut short just here
+    if not known:  # a new run, or one that was interrupted before it wrote the id
         known = secrets.token_hex(8)
         path.write_text(known, encoding="ascii")
     return known
 
 
-def is_ours(run: Path) -> bool:
-    """Whether a directory was made by a run, so that it may be removed."""
-    return os.path.isfile(run / _LOCK)  # also asked of names that are too long to be there
+def is_run_folder(run: Path) -> bool:
+    """Whether a run made this directory, so that it may be removed."""
+    return os.path.isfile(run / _LOCK)  # unlike Path.is_file, False for a name that is too long
 
 
 @contextlib.contextmanager
 def run_folder(out: Path, ranks: Ranks) -> Iterator[None]:
-    """``OUT.unfinished``, which the first rank makes, and the others have to see.
+    """Make and lock ``OUT.unfinished`` on rank 0, and check that the other ranks see it.
 
-    It stays where there is something in it to go on from, and is removed at the end otherwise.
+    At the end it is removed, unless it has a state to resume from.
 
     Raises:
-        ConfigError: it cannot be made, another process works there, or a rank does not see it.
+        ConfigError: it cannot be made, another process uses it, or a rank does not see it.
     """
     run = run_of(out)
     if ranks.rank > 0:
         mark, lock = ranks.gather("")[0], run / _LOCK
         if not lock.is_file() or lock.read_text(encoding="ascii") != mark:
             raise ConfigError(
-                f"rank {ranks.rank}, on {socket.gethostname()}, does not see the {run} of "
-                "rank 0; name an OUT on a file system that all ranks share"
+                f"rank {ranks.rank}, on {socket.gethostname()}, does not see {run}, which rank 0 "
+                "made; name an OUT on a file system that all ranks share"
             )
         yield
         return
-    with alone(run) as mark:
+    with locked(run) as mark:
         try:
             ranks.gather(mark)
             yield
@@ -71,20 +71,21 @@ def run_folder(out: Path, ranks: Ranks) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def alone(run: Path) -> Iterator[str]:
-    """Have the run's directory to oneself; the lock goes with the process, however that ends.
+def locked(run: Path) -> Iterator[str]:
+    """Make and lock the run's folder. The system releases the lock when the process ends.
 
-    Yields what is written in the lock, which no other run has written.
+    Yields:
+        The random text in the lock file, by which other ranks recognise this run.
 
     Raises:
-        ConfigError: it cannot be made or locked.
+        ConfigError: the folder cannot be made or locked.
     """
     try:
         import fcntl
     except ImportError as error:  # Windows
         raise ConfigError(
-            "transform and quantize lock the directory that they work in, which needs a Unix; "
-            "under Windows call magr_fx.magr_transform from Python"
+            "transform and quantize lock their working directory, which needs Linux or macOS; on "
+            "Windows call magr_fx.magr_transform from Python"
         ) from error
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -98,11 +99,11 @@ def alone(run: Path) -> Iterator[str]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ConfigError(
-                f"another process works on {run}; wait for it, or name another OUT"
+                f"another process uses {run}; wait until it ends, or name another OUT"
             ) from error
         mark = secrets.token_hex(8)
         lock.truncate(0)
         lock.write(mark)
         lock.flush()
-        os.fsync(lock.fileno())  # other machines see it only then, where they share by NFS
+        os.fsync(lock.fileno())  # on NFS other machines do not see the text before this
         yield mark

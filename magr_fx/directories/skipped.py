@@ -1,7 +1,7 @@
-"""What of a model is rewritten: all that transformers quantizes, but for modules of given names.
+"""Which modules are rewritten: those that transformers quantizes, without the skipped ones.
 
-A name is a pattern of :mod:`fnmatch`: ``*`` is any text, dots too, and ``?`` one character. What it
-names is left alone with everything inside of it.
+A skip pattern is one of :mod:`fnmatch`: ``*`` matches any text, also dots, and ``?`` one character.
+A module that it matches is left unchanged, together with all modules inside it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ _log = logging.getLogger("magr_fx")
 def rewritable(
     model: nn.Module, skip: tuple[str, ...] = (), *, head: bool = False, linears_only: bool = False
 ) -> FilterFn:
-    """What to rewrite: all but what transformers does not quantize, and what is to be skipped."""
+    """A filter for the modules to rewrite.
+
+    Args:
+        model: the model; its weights are not read.
+        skip: patterns of the modules to leave unchanged.
+        head: whether to include the modules that transformers does not quantize by default.
+        linears_only: whether to take modules of type nn.Linear only.
+    """
     kept = [] if head else HfQuantizer.get_modules_to_not_convert(model)
 
     def chosen(module: nn.Module, name: str) -> bool:
@@ -36,30 +43,32 @@ def rewritable(
 
 
 def is_skipped(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether one of the patterns names a module, or one that it is in."""
-    return any(fnmatch.fnmatchcase(n, pattern) for n in _around(name) for pattern in patterns)
+    """Whether a pattern matches the module's name, or that of a module that contains it."""
+    return any(
+        fnmatch.fnmatchcase(n, pattern) for n in _module_and_parents(name) for pattern in patterns
+    )
 
 
 def check_skipped(
     model: nn.Module, skip: tuple[str, ...], *, head: bool = False, linears_only: bool = False
 ) -> None:
-    """Whether each pattern names something, and something is left.
+    """Check that each pattern matches a module, and that some module is left to rewrite.
 
-    A pattern that names only what is left alone without it is no mistake: it is warned of.
+    A pattern is no error if it matches only modules that are not rewritten anyway, but a warning
+    is logged.
 
     Args:
-        model: its weights do not matter.
-        skip, head, linears_only: as for :func:`rewritable`.
+        model, skip, head, linears_only: as for :func:`rewritable`.
 
     Raises:
-        ConfigError: a pattern names no module of the model, or nothing is left to rewrite.
+        ConfigError: a pattern matches no module of the model, or nothing is left to rewrite.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     for pattern in skip:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in modules):
             raise ConfigError(
-                f"--skip {pattern!r} names no module of the model, so that nothing would be left "
-                f"alone for it; {_names_like(pattern, modules)}"
+                f"--skip {pattern!r} names no module of the model, and so would have no effect; "
+                f"{_similar_names(pattern, modules)}"
             )
     taken = rewritable(model, head=head, linears_only=linears_only)
     owners = [
@@ -70,7 +79,8 @@ def check_skipped(
     for pattern in skip:
         if not any(is_skipped(name, (pattern,)) for name in owners):
             _log.warning(
-                "--skip %r changes nothing: what it names is left alone without it", pattern
+                "--skip %r changes nothing: the modules that it names are not rewritten anyway",
+                pattern,
             )
     if all(is_skipped(name, skip) for name in owners):
         raise ConfigError(
@@ -80,23 +90,23 @@ def check_skipped(
         )
 
 
-def _around(name: str) -> Iterator[str]:
-    """A module's name and those of the modules that it is in, but for the model itself."""
+def _module_and_parents(name: str) -> Iterator[str]:
+    """A module's name and those of the modules that contain it, without the model itself."""
     while name:
         yield name
         name = name.rpartition(".")[0]
 
 
 def _has_matrix(module: nn.Module) -> bool:
-    """Whether it has a parameter of its own that may be the weight of a product."""
-    # Models whose embedding and head are one count by the head.
+    """Whether the module itself has a parameter that may be the weight of a matmul."""
+    # A tied embedding counts through its head.
     matrix = any(p is not None and p.dim() > 1 for p in module._parameters.values())
     return matrix and not isinstance(module, nn.Embedding)
 
 
-def _names_like(pattern: str, modules: dict[str, nn.Module]) -> str:
-    """The names that come closest, with a ``*`` in the place of each number."""
-    names: dict[str, str] = {}  # by what is compared
+def _similar_names(pattern: str, modules: dict[str, nn.Module]) -> str:
+    """The names that are most similar, with a ``*`` in place of each number."""
+    names: dict[str, str] = {}  # lower-case text to compare with → name to show
     for name, module in modules.items():
         if any(True for _ in module.parameters()):
             parts = ["*" if part.isdigit() else part for part in name.split(".")]
@@ -106,6 +116,6 @@ def _names_like(pattern: str, modules: dict[str, nn.Module]) -> str:
                 names.setdefault(".".join(parts[at:]).lower(), shown)
     close = difflib.get_close_matches(pattern.lower(), names, _SHOWN)
     if close:
-        return f"names like it are {', '.join(dict.fromkeys(names[one] for one in close))}"
+        return f"similar names are {', '.join(dict.fromkeys(names[one] for one in close))}"
     owners = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    return f"names are such as {', '.join((owners or list(modules))[:_SHOWN])}"
+    return f"examples of its names are {', '.join((owners or list(modules))[:_SHOWN])}"

@@ -1,4 +1,4 @@
-"""Rewritten weights → a directory like the one that they came from."""
+"""Write rewritten weights into a directory with the same files as the original model's."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from magr_fx.model_files.model_directory import (
     shards,
 )
 
-# Tensors by the model's names → what is stored for them, by the names in the files.
+# Tensors by the model's names → the tensors stored for them, by their names in the files.
 Parts = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
-_LEFT = (*WEIGHTS, ".*")  # files that are not copied
+_NOT_COPIED = (*WEIGHTS, ".*")  # patterns of the files that are not copied
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -34,18 +34,18 @@ _DTYPES = {
 
 
 class Shards:
-    """A directory's weights in the making: each is written as soon as it is finished.
+    """New shards for a model's weights; each weight is written as soon as it is rewritten.
 
-    The shards have their names, headers and full sizes from the start, so that a disk without
-    room for them is noticed before there is anything to lose. Names, dtypes and metadata are those
-    of the origin, and so is every byte of what is not rewritten.
+    The shards get their headers and full sizes at the start, so that a full disk is noticed before
+    any work is done. Files, names, dtypes and metadata are those of the original model, and every
+    tensor that is not rewritten is copied byte for byte.
 
     Args:
-        tensors: what the origin holds, see :func:`read_directory`.
-        folder: where to write.
+        tensors: the original model's tensors, see :func:`read_directory`.
+        folder: the directory to write the shards into.
 
     Raises:
-        OSError: there is no space, or no permission.
+        OSError: the disk is full, or the directory may not be written.
     """
 
     def __init__(self, tensors: dict[str, StoredTensor], folder: Path) -> None:
@@ -55,19 +55,19 @@ class Shards:
         source = next(iter(tensors.values())).file.parent
         for file in shards(source):
             self._copies[file] = folder / file.name
-            _laid_out(file, folder / file.name)
+            _preallocated_copy(file, folder / file.name)
         if folder / SINGLE not in self._copies.values():
             shutil.copyfile(source / INDEX, folder / INDEX)
 
     def write(self, name: str, weight: torch.Tensor) -> Path:
-        """Write a tensor of the origin anew, in the dtype it has there; the shard that has it."""
+        """Write a tensor's new values in its stored dtype, and return the shard that holds it."""
         stored = self.tensors[name]
         overwrite(self._copies[stored.file], stored, weight)
         self._written.add(stored)
         return self._copies[stored.file]
 
     def finish(self) -> None:
-        """Copy what was not written."""
+        """Copy the tensors that were not rewritten."""
         for file, made in self._copies.items():
             with file.open("rb") as origin, made.open("r+b") as own:
                 for stored in read_header(file).values():
@@ -76,10 +76,10 @@ class Shards:
 
 
 class StoredWeights(Mapping[str, torch.Tensor]):
-    """The weights of a model that is offloaded to disk: read where they are, never written.
+    """The weights of a model that is offloaded to disk, read only.
 
-    Takes the place of accelerate's OffloadedWeightsLoader, whose ``index`` says where the values of
-    each weight are.
+    It replaces accelerate's OffloadedWeightsLoader, whose ``index`` says which file holds the
+    values of each weight.
 
     Args:
         weights: accelerate's loader.
@@ -87,7 +87,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
 
     def __init__(self, weights: Any) -> None:
         self._weights = weights
-        # What is known of accelerate's loader elsewhere.
+        # The attributes of accelerate's loader that other modules read.
         self.index: dict[str, dict[str, Any]] = weights.index
         self.state_dict, self.save_folder = weights.state_dict, weights.save_folder
 
@@ -102,19 +102,19 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         return len(self._weights)
 
     def store(self, name: str, weight: torch.Tensor) -> None:
-        """Let go of a weight that changed: another rank writes it."""
+        """Discard a rewritten weight: another rank writes it."""
 
 
 class RewrittenWeights(StoredWeights):
-    """The same, written to shards when they change.
+    """The weights of a model that is offloaded to disk; rewritten ones go to the new shards.
 
-    Those of a weight that transformers made of several stored tensors (fused experts) are in a file
-    that it wrote itself; that file is overwritten too.
+    A weight that transformers made of several stored tensors (fused experts) is also in a file of
+    its offload folder, and is overwritten there too.
 
     Args:
         weights: accelerate's loader.
-        shards: where weights are written to when they change.
-        parts: takes weights apart into what is stored for them.
+        shards: the shards that rewritten weights are written to.
+        parts: splits weights into the tensors that are stored for them.
     """
 
     def __init__(self, weights: Any, shards: Shards, parts: Parts) -> None:
@@ -123,37 +123,41 @@ class RewrittenWeights(StoredWeights):
         self._stored = {name: stored_as(name, self.index, shards.tensors) for name in self.index}
 
     def check(self, name: str, like: torch.Tensor) -> None:
-        """Whether a weight can be written as it was stored.
+        """Check that a weight can be written in the form in which it is stored.
+
+        Args:
+            name: the model's name for the weight.
+            like: a tensor of its shape and dtype; it may be on the meta device.
 
         Raises:
-            ModelError: transformers cannot take it apart.
+            ModelError: transformers cannot split it into the stored tensors.
         """
         if self._stored[name] is not None:
             return
         file = Path(self.index[name].get("safetensors_file") or "")
         if not (self.save_folder and file.is_relative_to(self.save_folder)):
             raise ModelError(
-                f"transformers reads {name} from {file}, which is not where the files' names and "
-                "headers say; load the model with transformers, save_pretrained it anew, and give "
-                "that directory"
+                f"transformers reads {name} from {file}, but by the headers of the model's files "
+                "it is not stored there. Load the model with transformers, save it again with "
+                "save_pretrained, and give that directory"
             )
         try:
             parts = {key: part.shape for key, part in self._parts({name: like}).items()}
             wrong = [
                 key for key, shape in parts.items() if self._shards.tensors[key].shape != shape
             ]
-        except Exception as error:  # whatever a conversion raises of what it does not have
+        except Exception as error:  # a conversion can raise anything if a tensor is missing
             wrong, parts = [f"{type(error).__name__}: {error}"], {}
         if wrong or not parts:
             raise ModelError(
                 f"{name} {tuple(like.shape)} is made of several stored tensors, and transformers "
-                f"cannot take it apart by itself ({', '.join(wrong)}). Load the model with "
+                f"cannot split it into these ({', '.join(wrong)}). Load the model with "
                 "transformers, save it with save_pretrained(folder, save_original_format=False), "
                 "and give that directory"
             )
 
     def store(self, name: str, weight: torch.Tensor) -> None:
-        """Write a weight that changed to the shards; from now on it is read there."""
+        """Write a rewritten weight to the shards; from now on it is read from there."""
         key = self._stored[name]
         if key is not None:
             file = self._shards.write(key, weight)
@@ -161,19 +165,19 @@ class RewrittenWeights(StoredWeights):
             return
         for key, part in self._parts({name: weight}).items():
             self._shards.write(key, part)
-        own = Path(self.index[name]["safetensors_file"])  # transformers', as check has made sure
+        own = Path(self.index[name]["safetensors_file"])  # in the offload folder, see check
         overwrite(own, read_header(own)[self.index[name]["weight_name"]], weight)
 
 
 def stored_as(
     name: str, index: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
 ) -> str | None:
-    """The one tensor of a directory that a weight is; None where it is made of several.
+    """The name of the stored tensor that a weight is read from; None if it is made of several.
 
     Args:
-        name: the model's.
-        index: of accelerate's OffloadedWeightsLoader.
-        tensors: what the directory holds.
+        name: the model's name for the weight.
+        index: the index of accelerate's OffloadedWeightsLoader.
+        tensors: the directory's tensors.
     """
     key: str = index[name].get("weight_name", name)
     file = index[name].get("safetensors_file")
@@ -181,28 +185,28 @@ def stored_as(
 
 
 def copy_rest(source: Path, folder: Path, *, keep: tuple[str, ...] = ()) -> None:
-    """Copy everything but weights: configuration, tokenizer, generation, licence.
+    """Copy everything except weights and hidden files: configuration, tokenizer, licence, ...
 
     Args:
-        source: a model's directory.
-        folder: where its weights have been written.
-        keep: files of ``folder`` that stay.
+        source: the model's directory.
+        folder: the directory that its new weights are in.
+        keep: names of files that are not copied if ``folder`` has them.
     """
     for path in _rest(source):
         if path.name in keep and (folder / path.name).exists():
             continue
         if path.is_dir():
-            ignored = shutil.ignore_patterns(*_LEFT)
+            ignored = shutil.ignore_patterns(*_NOT_COPIED)
             shutil.copytree(path, folder / path.name, ignore=ignored, dirs_exist_ok=True)
         else:
             shutil.copyfile(path, folder / path.name)
 
 
 def check_rest(source: Path) -> None:
-    """Whether :func:`copy_rest` could read all that it copies.
+    """Check that :func:`copy_rest` can read every file that it copies.
 
     Raises:
-        ModelError: it could not; the message names the file.
+        ModelError: a file cannot be read; the message names it.
     """
     pending = _rest(source)
     while pending:
@@ -211,52 +215,52 @@ def check_rest(source: Path) -> None:
             if path.is_dir():
                 pending += _rest(path)
             elif path.exists() and not path.is_file():
-                raise OSError("it is no regular file")
+                raise OSError("it is not a regular file")
             else:
                 path.open("rb").close()
         except OSError as error:
             raise ModelError(
-                f"{path}, which is copied into OUT, cannot be read: {error.strerror or error}; "
-                "mend or remove it"
+                f"{path}, which would be copied into OUT, cannot be read: "
+                f"{error.strerror or error}; repair or remove it"
             ) from error
 
 
 def _rest(folder: Path) -> list[Path]:
-    """What a directory holds beside weights and what is hidden."""
+    """The files and folders in a directory, without weights and hidden files."""
     return [
         path
         for path in sorted(folder.iterdir())
-        if not any(fnmatch.fnmatch(path.name, pattern) for pattern in _LEFT)
+        if not any(fnmatch.fnmatch(path.name, pattern) for pattern in _NOT_COPIED)
     ]
 
 
 def publish(folder: Path, out: Path) -> None:
-    """Give a directory that is whole its name, at once and for good.
+    """Move a complete directory to ``out``, atomically and durably.
 
     Raises:
-        ModelError: it is not whole.
-        OSError: ``out`` is there and is not empty, or the file system fails.
+        ModelError: the directory is not complete.
+        OSError: ``out`` exists and is not empty, or the file system fails.
     """
     if not (folder / CONFIG).exists():
-        raise ModelError(f"{folder} has no {CONFIG}; this is an error of magr-fx")
+        raise ModelError(f"{folder} has no {CONFIG}; this is a bug in magr-fx, please report it")
     if (folder / CONFIG).read_bytes().find(b"quantization_config") < 0:
         read_directory(folder)
-    for path in (*folder.rglob("*"), folder):  # of directories the names in them
+    for path in (*folder.rglob("*"), folder):  # fsync of a directory stores the names in it
         fsync_path(path)
     folder.replace(out)
     fsync_path(out.absolute().parent)
 
 
 def overwrite(file: Path, stored: StoredTensor, weight: torch.Tensor) -> None:
-    """Write a tensor in its place in a file of safetensors, in the dtype that it has there."""
+    """Overwrite a tensor's values in a safetensors file, in the dtype that it has there."""
     plain = weight.to(_DTYPES[stored.dtype]).contiguous().flatten()
     with file.open("r+b") as opened:
         opened.seek(stored.start)
         opened.write(plain.view(torch.uint8).numpy().data)
 
 
-def _laid_out(file: Path, copy: Path) -> None:
-    """Make a file with the header of another one, and room for all of its tensors."""
+def _preallocated_copy(file: Path, copy: Path) -> None:
+    """Make a safetensors file with the header and the size of another one."""
     with file.open("rb") as origin, copy.open("wb") as made:
         length = int.from_bytes(origin.read(8), "little")
         copy_bytes(origin, made, 0, 8 + length)

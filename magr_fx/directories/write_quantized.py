@@ -1,8 +1,8 @@
-"""A model's weights and torchao's tensors → a directory that transformers loads as quantized.
+"""Write a model with quantized weights into a directory that transformers loads.
 
-The format is that of transformers' own ``save_pretrained`` with a ``TorchAoConfig``: torchao takes
-each of its tensors apart into plain ones, and says in the metadata of every file what becomes of
-them. Unlike there, one shard at a time is in memory.
+The format is that of transformers' own ``save_pretrained`` with a ``TorchAoConfig``: torchao
+splits each of its tensors into plain ones, and the metadata of every file says how to join them.
+Unlike with ``save_pretrained``, only one shard at a time is in memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from magr_fx.machine.safetensors_header import StoredTensor
 from magr_fx.model_files.model_directory import CONFIG, INDEX
 
-# Bytes of the original weights that go into one shard, which is in memory as a whole.
+# Bytes of original weights in one shard, unless one weight is larger. A shard is in memory.
 SHARD = 512 * 2**20
 
 
@@ -39,20 +39,20 @@ def write_quantized(
     """Write every tensor of a model, some of them quantized.
 
     Args:
-        tensors: what the model's directory holds, see
+        tensors: the tensors of the model's directory, see
             :func:`magr_fx.model_files.model_directory.read_directory`.
-        quantized: the names there of weights that are to be quantized, each with the names that
-            the model has for it.
-        value: one of those names → torchao's tensor, or the weight if torchao leaves it alone.
-        stored_as: tensors by the model's names → the same by the names they are stored under.
-        folder: where to write.
-        progress: whether to show a bar.
+        quantized: the weights to quantize: name in the directory → the model's names for it.
+        value: the model's name for a weight → torchao's tensor, or the weight itself if torchao
+            does not quantize it.
+        stored_as: tensors by the model's names → the same tensors by their names in the files.
+        folder: the directory to write into.
+        progress: whether to show a bar; None shows it on a terminal.
 
     Returns:
-        The model's names of those that are torchao's tensors.
+        The model's names of the weights that torchao has quantized.
 
     Raises:
-        OSError, SafetensorError: there is no space, or no permission.
+        OSError, SafetensorError: the disk is full, or the directory may not be written.
     """
     shards = split_state_dict_into_shards_factory(
         tensors,
@@ -76,7 +76,7 @@ def write_quantized(
             flat |= stored_as(flat_own) if own else flat_own
         save_file(flat, folder / file)
         files |= dict.fromkeys(flat, file)
-    # What reads one file may ask for all names, so that each has to have them: only known now.
+    # The metadata of every file must list the names of all files, as a reader may use only one.
     metadata |= {"tensor_names": json.dumps(names), "format": "pt"}
     for file in dict.fromkeys(files.values()):
         _describe(folder / file, metadata)
@@ -88,7 +88,7 @@ def write_quantized(
 
 
 def write_quantized_config(source: Path, folder: Path, quantization: dict[str, Any]) -> None:
-    """Write the model's own ``config.json``, and how it is quantized."""
+    """Write the model's ``config.json`` with its ``quantization_config`` added."""
     config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
     config["quantization_config"] = quantization
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -101,12 +101,12 @@ def _plain(stored: StoredTensor, key: str) -> torch.Tensor:
 
 
 def _describe(file: Path, metadata: dict[str, str]) -> None:
-    """Give a file of safetensors other metadata."""
+    """Replace the metadata of a safetensors file."""
     described = file.with_name(f"{file.name}.described")
     with file.open("rb") as plain, described.open("wb") as made:
         header = json.loads(plain.read(int.from_bytes(plain.read(8), "little")))
         text = json.dumps({**header, "__metadata__": metadata}).encode()
-        text += b" " * (-len(text) % 8)  # tensors begin at multiples of eight bytes
+        text += b" " * (-len(text) % 8)  # the tensors must begin at a multiple of eight bytes
         made.write(len(text).to_bytes(8, "little") + text)
         shutil.copyfileobj(plain, made)
     described.replace(file)

@@ -66,7 +66,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 raise ValueError(f"the header has no dtype of {name}")
             found[name] = StoredTensor(file, entry["dtype"], shape, start, stop)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{file} is no whole safetensors file: {error}; {DOWNLOAD}") from error
+        raise ModelError(f"{file} is not a valid safetensors file: {error}; {DOWNLOAD}") from error
     end = max((tensor.stop for tensor in found.values()), default=8 + length)
     if size != end:
         raise ModelError(

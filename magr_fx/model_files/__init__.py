@@ -1,4 +1,4 @@
-"""What a model's directory holds, and where it comes from.
+"""Find, download, read and check a model's directory, and read calibration texts.
 
 It may import the ground (errors, config) and the rooms from machine to comparing.
 """

@@ -1,4 +1,4 @@
-"""What a model's directory holds, by the headers of its safetensors; no weight is read."""
+"""Read which tensors a model's directory holds, from safetensors headers; no weight is read."""
 
 from __future__ import annotations
 
@@ -16,33 +16,34 @@ from magr_fx.model_files.hub import download
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# Files that hold weights, whoever reads them.
+# Files with weights in any format, and their indices.
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.index.json")
 
 
 def find_model(name: str, *, weights: bool = True) -> Path:
-    """The directory of a model: itself, or what is downloaded of a name on the Hub.
+    """The directory of a model; a model on the Hub is downloaded into the cache first.
 
     Args:
         name: a directory, or a name such as ``"HuggingFaceTB/SmolLM2-135M"``.
-        weights: whether to download them; else only what describes the model.
+        weights: whether to download the weights as well as the other files.
 
     Raises:
-        ModelError: there is neither; the message says why, and what to do.
+        ModelError: it is no directory and cannot be downloaded; the message has the remedy.
     """
     folder = Path(name)
     try:
         if name and folder.is_dir():
             return folder
         exists = not name or folder.exists()
-    except OSError as error:  # too long a name, or a directory that is not to be looked into
+    except OSError as error:  # the name is too long, or a parent directory may not be read
         raise ModelError(
-            f"{name} is no directory: {error.strerror}; give one, or a model's name on the Hub"
+            f"{name} is not a directory: {error.strerror}; give a directory, or a model's name on "
+            "the Hub"
         ) from error
     if exists or folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise ModelError(
-            f"{name or 'MODEL, which is empty,'} is no directory; give one, or a model's name on "
-            "the Hub"
+            f"{name or 'MODEL, which is empty,'} is not a directory; give a directory, or a "
+            "model's name on the Hub"
         )
     ignored = [pattern for pattern in WEIGHTS if weights is False or pattern not in _WANTED]
     return download(name, [*ignored, "original/*", "onnx/*"])
@@ -52,18 +53,18 @@ _WANTED = ("*.safetensors", "*.index.json")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json``.
+    """The contents of a model's ``config.json``.
 
     Raises:
-        ModelError: it is missing or damaged, or of a model that is quantized already.
+        ModelError: the file is missing or damaged, or says that the model is already quantized.
     """
     path = folder / CONFIG
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(
-            f"{folder} has no {CONFIG}; give a directory that transformers' save_pretrained or a "
-            "download made"
+            f"{folder} has no {CONFIG}; give a directory that was downloaded, or was made by "
+            "transformers' save_pretrained"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read: {error}; {DOWNLOAD}") from error
@@ -81,48 +82,52 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that is of the text model."""
+    """The part of a configuration that describes the text model."""
     text: dict[str, Any] = config.get("text_config") or config
     return text
 
 
 def size_of(config: dict[str, Any], *names: str) -> int | None:
-    """The first of these that is a whole number above 0, by the text model's configuration."""
+    """The first of these entries of the text model's configuration that is an int above 0."""
     values = map(text_config(config).get, names)
     return next((v for v in values if type(v) is int and v > 0), None)
 
 
 def experts_of(config: dict[str, Any]) -> int | None:
-    """How many experts a layer has, by its configuration; None where there are none."""
+    """The number of experts in a layer, by the configuration; None if there are none."""
     return size_of(config, "num_local_experts", "num_experts", "n_routed_experts")
 
 
 def read_directory(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a model's safetensors, by its name there; all files are whole.
+    """Every tensor of a model's safetensors files, by its name there.
 
     Raises:
-        ModelError: a file is missing, cut short or damaged, or is not what the index says, a
-            download was interrupted, or there are no safetensors; the message has the remedy.
+        ModelError: there are no safetensors files, a file is missing, incomplete or damaged, the
+            index does not match the files, or a download was interrupted. The message has the
+            remedy.
     """
     unfinished = _unfinished(folder)
     if unfinished is not None:
         raise ModelError(
-            f"{unfinished} is left of an interrupted download; {DOWNLOAD}, or remove that file "
-            "if all others are there"
+            f"{unfinished} is left over from an interrupted download; {DOWNLOAD}, or remove that "
+            "file if all others are complete"
         )
     tensors: dict[str, StoredTensor] = {}
     for file in shards(folder):
         own = read_header(file)
         try:
-            with safe_open(file, framework="pt"):  # whose reader knows more that may be wrong
+            with safe_open(file, framework="pt"):  # safetensors' own reader checks more
                 pass
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"{file} is no whole safetensors file: {error}; {DOWNLOAD}") from error
+            raise ModelError(
+                f"{file} is not a valid safetensors file: {error}; {DOWNLOAD}"
+            ) from error
         twice = next(iter(own.keys() & tensors.keys()), None)
-        if twice is not None:  # what reads them disagrees on which it is
+        if twice is not None:  # readers disagree on which of the two is used
             raise ModelError(
                 f"{twice} is stored twice, in {tensors[twice].file.name} and {file.name} of "
-                f"{folder}; load the model with transformers and save_pretrained it anew"
+                f"{folder}; load the model with transformers, and save it again with "
+                "save_pretrained"
             )
         tensors |= own
     if not (folder / SINGLE).is_file():
@@ -131,10 +136,10 @@ def read_directory(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _check_index(folder: Path, found: dict[str, str]) -> None:
-    """Whether the index names each tensor, and the file that it is in.
+    """Check that the index names exactly the tensors found, each with the file that holds it.
 
     Raises:
-        ModelError: it names another one.
+        ModelError: the index and the files differ; the message names the first such tensor.
     """
     index = _weight_map(folder)
     for name in sorted(index.keys() | found.keys()):
@@ -143,17 +148,17 @@ def _check_index(folder: Path, found: dict[str, str]) -> None:
             says = "does not name it" if named is None else f"says that it is in {named}"
             is_in = "in no file" if there is None else f"in {there}"
             raise ModelError(
-                f"{name} is {is_in}, and {folder / INDEX} {says}: that is of another model, or "
-                f"damaged; {DOWNLOAD}, or load the model with transformers and save_pretrained "
-                "it anew"
+                f"{name} is {is_in}, but {folder / INDEX} {says}: the index belongs to another "
+                f"model, or is damaged; {DOWNLOAD}, or load the model with transformers, and save "
+                "it again with save_pretrained"
             )
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """The index: in which file each tensor is.
+    """The index's map: name of a tensor → name of the file that holds it.
 
     Raises:
-        ModelError: it is damaged.
+        ModelError: the index cannot be read.
     """
     index = folder / INDEX
     try:
@@ -164,14 +169,14 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _unfinished(folder: Path) -> Path | None:
-    """Part of a file that was never downloaded as a whole.
+    """The part of an unfinished download, if there is one.
 
-    The Hub's client names a part by the file's etag, and notes the etag of what is whole in the
-    second line of ``.metadata``. It begins anew after an interruption, so that parts of files that
-    are whole by now stay where they are.
+    The Hub's client puts a file's etag into the name of its ``.incomplete`` part, and into the
+    second line of a ``.metadata`` file once the download is complete. It starts from the beginning
+    after an interruption, so that old parts of files that are complete by now may be left over.
     """
     files = (path for path in folder.rglob("*.metadata") if path.is_file())
-    # Others may have files of this name, in whatever form.
+    # Other programs may write .metadata files too, in any format.
     notes = (path.read_text(encoding="utf-8", errors="replace").split("\n") for path in files)
     whole = {note[1] for note in notes if len(note) > 1}
     parts = sorted(folder.rglob("*.incomplete"))
@@ -179,12 +184,12 @@ def _unfinished(folder: Path) -> Path | None:
 
 
 def shards(folder: Path) -> list[Path]:
-    """The files that hold a model's weights, as transformers takes them.
+    """The safetensors files with a model's weights, chosen as transformers chooses them.
 
-    The single one if there is one, else those that the index names.
+    These are ``model.safetensors`` if it exists, and otherwise the files that the index names.
 
     Raises:
-        ModelError: there are none, or some are missing.
+        ModelError: there are no such files, or some are missing.
     """
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
@@ -192,24 +197,23 @@ def shards(folder: Path) -> list[Path]:
     if index.exists():
         files = [folder / file for file in sorted(set(_weight_map(folder).values()))]
         if not files:
-            raise ModelError(f"{folder} has no weights: {INDEX} names none; {DOWNLOAD}")
+            raise ModelError(f"{folder} has no weights: {INDEX} names no file; {DOWNLOAD}")
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ModelError(
                 f"{folder} lacks {len(missing)} of the {len(files)} files that {INDEX} names, "
-                f"{missing[0]} for one; {DOWNLOAD}"
+                f"such as {missing[0]}; {DOWNLOAD}"
             )
         return files
     for file in (folder / SINGLE, index):
         if os.path.lexists(file):
             raise ModelError(
-                f"{file} is no file: a link to what is not there any more, or a directory; "
-                f"{DOWNLOAD}"
+                f"{file} is not a file: it is a broken link or a directory; {DOWNLOAD}"
             )
     other = next((f.name for p in WEIGHTS for f in sorted(folder.glob(p))), None)
     if other is None:
         raise ModelError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}; {DOWNLOAD}")
     raise ModelError(
-        f"{folder} has {other} but neither {SINGLE} nor {INDEX}: load it with transformers and "
-        "save_pretrained it anew, which writes safetensors"
+        f"{folder} has {other} but neither {SINGLE} nor {INDEX}: load it with transformers, and "
+        "save it again with save_pretrained, which writes safetensors"
     )

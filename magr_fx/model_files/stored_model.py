@@ -1,8 +1,9 @@
-"""A model as its files describe it: built without values, and held against their headers.
+"""Build a model from its configuration without values, and compare it with its stored tensors.
 
-transformers makes up what a file lacks, at random, leaves out what it does not know, and offloads
-to disk whatever shape is there. Here a directory is taken only if it holds what its configuration
-says; the comparison is transformers' own loading, of tensors without values.
+transformers initialises missing tensors at random, ignores tensors that it does not know, and does
+not check the shapes of tensors that it offloads to disk. Here a directory is accepted only if it
+holds the tensors that its configuration describes. The comparison uses transformers' own loading,
+with tensors without values.
 """
 
 from __future__ import annotations
@@ -35,28 +36,28 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_ANEW = "load the model with transformers and save_pretrained it anew"
+_SAVE_AGAIN = "load the model with transformers, and save it again with save_pretrained"
 _FULL = "start from the full-precision model"
 
 
 def empty_model(folder: Path, config: dict[str, Any]) -> Any:
-    """The model of a directory on the meta device: modules and shapes, no values.
+    """A directory's model on the meta device: modules and shapes, without values.
 
     Args:
-        folder: a model's directory.
-        config: its ``config.json``.
+        folder: the model's directory.
+        config: the contents of its ``config.json``.
 
     Raises:
-        ModelError: transformers cannot build it.
+        ModelError: transformers cannot build the model.
     """
     kind = model_class(config)
-    build = getattr(kind, "_from_config", None) or kind.from_config  # the second of Auto classes
+    build = getattr(kind, "_from_config", None) or kind.from_config  # Auto classes have the second
     try:
-        # No code of the directory's own is run, nor asked about.
+        # False: never run code from the model's directory, and do not ask the user about it.
         resolved = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with _META:
             return build(resolved).eval()
-    except Exception as error:  # whatever transformers raises of what it does not know
+    except Exception as error:  # transformers can raise anything for a model it does not know
         raise ModelError(
             f"transformers cannot build the model that {folder / CONFIG} describes, as "
             f"{kind.__name__}: {brief(error)}"
@@ -64,73 +65,75 @@ def empty_model(folder: Path, config: dict[str, Any]) -> Any:
 
 
 def check_stored(model: Any, folder: Path, tensors: dict[str, StoredTensor]) -> None:
-    """Whether a directory holds each tensor of its model, in its shape, and no other.
+    """Check that a directory holds each tensor of its model, in the right shape, and no others.
 
-    What transformers knows that files may hold or lack is no error: tied weights once or twice,
-    prefixes, fused experts one by one, old buffers. Nor is what the model's class leaves out, such
-    as heads over a base model: a warning names that.
+    Differences that transformers handles by itself are accepted: tied weights that are stored once
+    or twice, prefixes, experts that are stored one by one, old buffers. Tensors that the model's
+    class does not use, such as heads over a base model, are accepted with a warning.
 
     Args:
-        model: of :func:`empty_model`.
+        model: the model, from :func:`empty_model`.
         folder: the model's directory.
-        tensors: what its files hold.
+        tensors: the tensors of its files.
 
     Raises:
-        ModelError: a tensor is missing, superfluous, or of another shape or kind of dtype; the
-            message names it.
+        ModelError: a tensor is missing, is one too many, has another shape, or is not of floating
+            point; the message names it.
     """
     found = _loaded(model, tensors)
     if found is None:
         fault = _fault_by_name(model, folder, tensors)
         raise ModelError(
-            f"transformers cannot put the weights of {type(model).__name__} together from the "
-            f"tensors of {folder}; {_ANEW}"
+            f"transformers cannot make the weights of {type(model).__name__} from the tensors of "
+            f"{folder}; {_SAVE_AGAIN}"
             if fault is None
-            else f"{fault}; {_MEND}"
+            else f"{fault}; {_DOWNLOAD_BOTH}"
         )
     loaded, missing, unexpected, mismatched = found
     _check_dtypes(loaded, tensors, missing, unexpected)
     kind = type(model).__name__
     if mismatched:
         name, stored, wanted = min(mismatched)
-        if _stored_name(loaded, name, tensors) is None:  # it is made of several
+        if _stored_name(loaded, name, tensors) is None:  # it is made of several stored tensors
             cause = _fault_by_name(loaded, folder, tensors)
             if cause is not None:
-                raise ModelError(f"{cause}{_more(mismatched)}; {_MEND}")
+                raise ModelError(f"{cause}{_more(mismatched)}; {_DOWNLOAD_BOTH}")
         own = _stored_name(loaded, name, tensors) or name
         file = tensors[own].file if own in tensors else folder
         raise ModelError(
-            f"{own} in {file} has the shape {[*stored]}, and {CONFIG} makes it {[*wanted]}"
-            f"{_more(mismatched)}; {_MEND}"
+            f"{own} in {file} has the shape {[*stored]}, but by {CONFIG} it is {[*wanted]}"
+            f"{_more(mismatched)}; {_DOWNLOAD_BOTH}"
         )
     if missing:
         name = min(missing)
         own = next(iter(_as_stored(loaded, [name])), name)
-        also = f"; {min(unexpected)}, which is there, is none of it" if unexpected else ""
+        also = f"; it has {min(unexpected)}, which the model lacks" if unexpected else ""
         raise ModelError(
-            f"{folder} lacks {own}, which {kind} has, so that its values would be made up"
-            f"{_more(missing)}{also}; {_MEND}"
+            f"{folder} lacks {own}, which {kind} has, so its values would be random"
+            f"{_more(missing)}{also}; {_DOWNLOAD_BOTH}"
         )
     left_out = _left_out(loaded, unexpected, tensors)
     if left_out:
-        _log.warning("%s leaves out what %s holds: %s", kind, folder, ", ".join(sorted(left_out)))
+        _log.warning(
+            "%s does not use these tensors of %s: %s", kind, folder, ", ".join(sorted(left_out))
+        )
     unexpected = {n for n in unexpected if _stored_name(loaded, n, tensors) not in left_out}
     if unexpected:
         name = min(unexpected)
         own = _stored_name(loaded, name, tensors) or name
         file = tensors[own].file if own in tensors else folder
         raise ModelError(
-            f"{own} in {file} is no tensor of {kind}, as {CONFIG} describes it"
-            f"{_more(unexpected)}; correct {CONFIG} if it belongs there, else {_ANEW}, which "
-            "leaves it out"
+            f"{own} in {file} is not a tensor of {kind}, as {CONFIG} describes it"
+            f"{_more(unexpected)}; correct {CONFIG} if it belongs to the model, else {_SAVE_AGAIN}"
+            ", which leaves it out"
         )
 
 
 def _left_out(model: Any, unexpected: set[str], tensors: dict[str, StoredTensor]) -> set[str]:
-    """The stored names of what belongs to the architecture, and not to this class of it.
+    """The stored names of tensors that belong to the architecture but not to the model's class.
 
-    That is a head: beside the base model in the files, and of no module that the model has. Or a
-    part of the base model that some classes are built without, such as a pooler.
+    Such a tensor belongs to a head, which is outside the base model and to none of the model's
+    modules, or to a part of the base model that some classes omit, such as a pooler.
     """
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
     stored = {n for name in unexpected if (n := _stored_name(model, name, tensors)) is not None}
@@ -151,24 +154,27 @@ def _left_out(model: Any, unexpected: set[str], tensors: dict[str, StoredTensor]
 
 
 def _of_base_model(model: Any) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of the base model's tensors, as transformers builds it by itself."""
+    """The names and shapes of the tensors of the base model, as ``AutoModel`` builds it."""
     try:
         with _META:
             base = AutoModel.from_config(model.config)
-    except Exception:  # whatever transformers raises of what has no base model
+    except Exception:  # transformers can raise anything if there is no base model
         return {}
     return {name: tuple(tensor.shape) for name, tensor in base.state_dict().items()}
 
 
-_MEND = f"{CONFIG} and the weights are of two models, or damaged: download both anew"
+_DOWNLOAD_BOTH = (
+    f"{CONFIG} and the weights belong to different models, or are damaged: download both again"
+)
 
 
 def _loaded(
     model: Any, tensors: dict[str, StoredTensor]
 ) -> tuple[Any, set[str], set[str], set[Any]] | None:
-    """What transformers makes of the tensors, and what it misses; None if it cannot convert them.
+    """Load the tensors, without values, with transformers; None if it cannot convert them.
 
-    The names are the model's own.
+    Returns:
+        The loaded model and its missing, unexpected and mismatched tensors, by the model's names.
     """
     values = {
         name: torch.empty(stored.shape, dtype=_DTYPES.get(stored.dtype, torch.uint8), device=_META)
@@ -183,7 +189,7 @@ def _loaded(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except Exception:  # what was wrong in a conversion transformers only logs
+    except Exception:  # transformers only logs what was wrong in a conversion
         return None
     return (
         loaded,
@@ -196,12 +202,12 @@ def _loaded(
 def _check_dtypes(
     model: Any, tensors: dict[str, StoredTensor], missing: set[str], unexpected: set[str]
 ) -> None:
-    """Whether each parameter of floating point is stored as such; buffers may be anything."""
+    """Check that every parameter is stored in floating point; buffers may have any dtype."""
     floats = {name: stored for name, stored in tensors.items() if stored.dtype in FLOATS}
     if len(floats) == len(tensors):
         return
     others = tensors.keys() - floats.keys()
-    # Of a packed or quantized model neither names nor shapes fit.
+    # A packed or quantized model has stored names and shapes that the model does not have.
     wrong = {name for name in others & unexpected if len(tensors[name].shape) >= 2}
     without = _loaded(model, floats)
     if without is not None:
@@ -213,20 +219,20 @@ def _check_dtypes(
     if wrong:
         name = min(wrong & tensors.keys(), default=min(wrong))
         stored = tensors.get(name)
-        where = f" in {stored.file} is stored as {stored.dtype}" if stored else " is of no float"
-        raise ModelError(f"{name}{where}: MagR works on {', '.join(FLOATS)}; {_FULL}")
+        where = f" in {stored.file} is stored as {stored.dtype}" if stored else " is not a float"
+        raise ModelError(f"{name}{where}: MagR rewrites {', '.join(FLOATS)} only; {_FULL}")
 
 
 def _fault_by_name(model: Any, folder: Path, tensors: dict[str, StoredTensor]) -> str | None:
-    """What is wrong, by the names and shapes that transformers would store the model with."""
+    """The first difference to the names and shapes that transformers would store the model with."""
     wanted = _as_stored(model, [name for name, _ in model.named_parameters()])
     for name, shape in sorted(wanted.items()):
         if name in tensors and tensors[name].shape != shape:
             return (
-                f"{name} in {tensors[name].file} has the shape {[*tensors[name].shape]}, and "
-                f"{CONFIG} makes it {[*shape]}"
+                f"{name} in {tensors[name].file} has the shape {[*tensors[name].shape]}, but by "
+                f"{CONFIG} it is {[*shape]}"
             )
-    if not wanted.keys() & tensors.keys():  # they are stored in another way
+    if not wanted.keys() & tensors.keys():  # the model is stored under entirely different names
         return None
     lacking = min(wanted.keys() - tensors.keys(), default=None)
     if lacking is not None:
@@ -242,17 +248,17 @@ def _unnumbered(name: str) -> str:
 
 
 def _as_stored(model: Any, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """The names and shapes that transformers would store these weights with."""
+    """The names and shapes under which transformers would store these weights."""
     known = model.state_dict()
     try:
         parts = revert_weight_conversion(model, {n: known[n] for n in names if n in known})
-    except Exception:  # whatever a conversion raises that has no way back
+    except Exception:  # a conversion that cannot be reverted can raise anything
         return {}
     return {name: tuple(part.shape) for name, part in parts.items()}
 
 
 def _stored_name(model: Any, name: str, tensors: dict[str, StoredTensor]) -> str | None:
-    """The one stored tensor that a name of the model is; None where it is not just one."""
+    """The name under which a weight of the model is stored; None if it is not a single tensor."""
     parts = [*_as_stored(model, [name])]
     if len(parts) > 1:
         return None
@@ -265,4 +271,4 @@ def _stored_name(model: Any, name: str, tensors: dict[str, StoredTensor]) -> str
 
 def _more(names: Iterable[Any]) -> str:
     others = len([*names]) - 1
-    return f" (and {others:,} more are wrong in this way)" if others > 0 else ""
+    return f" (and {others:,} more are wrong in the same way)" if others > 0 else ""

@@ -1,7 +1,7 @@
-"""Modules whose weights quantizers pass by → the same with nn.Linear.
+"""Replace modules that quantizers ignore by equivalent modules with nn.Linear.
 
-transformers' Conv1D (GPT-2) stores its weight ``[in, out]``; fused experts are stacks of matrices
-in one parameter. Quantizers for nn.Linear see neither.
+transformers' Conv1D (GPT-2) stores its weight as ``[in, out]``. Fused experts are stacks of
+matrices in one parameter. A quantizer for nn.Linear finds neither.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ from magr_fx.passes.known_layers.unfused_experts import (
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class Held(NamedTuple):
-    """A weight ``[out, in]`` as it lies in a parameter, and the linear that will hold it.
+class ParameterMatrix(NamedTuple):
+    """A weight inside a parameter, and the name of the linear that will hold it.
 
-    ``path`` is the linear's name in the new module; empty where the new module is the linear.
+    Attributes:
+        parameter: the parameter that holds the weight.
+        matrix: the weight ``[out, in]``, a view of the parameter.
+        path: the linear's name in the new module; empty if the new module is the linear itself.
     """
 
     parameter: nn.Parameter
@@ -37,29 +40,30 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Rebuilt:
-    """A module that can be built anew with linears.
+    """A module that can be replaced by an equivalent one with linears.
 
     Attributes:
         name: the module's name in the model.
         module: the module.
-        weights: all its weights that become linears.
-        build: makes the new module; the old one has lost its weights afterwards.
+        weights: all of its weights that become linears.
+        build: makes the new module, and may remove the weights from the old one.
     """
 
     name: str
     module: nn.Module
-    weights: list[Held]
+    weights: list[ParameterMatrix]
     build: Callable[[], nn.Module]
 
 
 def as_linears(model: Model) -> Model:
-    """Replace, in place, every Conv1D and every layer of fused experts by the same with nn.Linear.
+    """Replace every Conv1D and every layer of fused experts by modules with nn.Linear, in place.
 
-    The outputs stay what they are, up to the rounding of sums in another order. ``magr_quantize``
-    does this to what it quantizes; to load such a model's ``state_dict``, do it to a new one first.
+    The outputs do not change, except for rounding errors of sums in another order.
+    ``magr_quantize`` does this to the modules that it quantizes. Before you load the
+    ``state_dict`` of such a model, call this function on the new model.
 
     Returns:
-        ``model``; where it is itself such a module, the new one.
+        ``model``, or its replacement if ``model`` itself is such a module.
     """
     root: nn.Module = model
     for rebuilt in list(rebuildable(model)):
@@ -69,12 +73,12 @@ def as_linears(model: Model) -> Model:
 
 
 def rebuildable(model: nn.Module) -> Iterator[Rebuilt]:
-    """Every module of the model that can be built anew with linears."""
+    """Every module of the model that can be replaced by one with linears."""
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, Conv1D):
             yield _conv1d(name, module)
-        elif kind == "FalconLinear":  # which writes x @ W.T
+        elif kind == "FalconLinear":  # a subclass of nn.Linear that computes x @ W.T
             yield _same_linear(name, module)
         elif is_experts(module):
             yield _experts(name, module)
@@ -85,10 +89,10 @@ def rebuildable(model: nn.Module) -> Iterator[Rebuilt]:
 
 
 def replace_module(model: nn.Module, rebuilt: Rebuilt) -> nn.Module:
-    """Put the new module wherever the model holds the old one."""
+    """Build the new module, put it wherever the model holds the old one, and return it."""
     new = rebuilt.build().train(rebuilt.module.training)
     for parent in list(model.modules()):
-        for key, child in list(parent._modules.items()):  # all names of it
+        for key, child in list(parent._modules.items()):  # a module may have several names
             if child is rebuilt.module:
                 setattr(parent, key, new)
     return new
@@ -96,7 +100,7 @@ def replace_module(model: nn.Module, rebuilt: Rebuilt) -> nn.Module:
 
 def _conv1d(name: str, module: Conv1D) -> Rebuilt:
     weight: nn.Parameter = module.weight
-    held = Held(weight, weight.detach().T, "")
+    held = ParameterMatrix(weight, weight.detach().T, "")
     return Rebuilt(name, module, [held], lambda: _linear(weight, weight.T, module.bias))
 
 
@@ -109,19 +113,19 @@ def _same_linear(name: str, module: nn.Module) -> Rebuilt:
         linear.weight, linear.bias = weight, bias
         return linear
 
-    return Rebuilt(name, module, [Held(weight, weight.detach(), "")], build)
+    return Rebuilt(name, module, [ParameterMatrix(weight, weight.detach(), "")], build)
 
 
 def _experts(name: str, module: nn.Module) -> Rebuilt:
     first = "gate_up_proj" if module.has_gate else "up_proj"
     names = {first: "up_proj", "down_proj": "down_proj"}
-    turned = bool(module.is_transposed)
+    transposed = bool(module.is_transposed)
 
     def build() -> nn.Module:
-        lists = [_linears(module, key, turned=turned, bias=f"{key}_bias") for key in names]
+        lists = [_linears(module, key, transposed=transposed, bias=f"{key}_bias") for key in names]
         return UnfusedExperts(module, *lists)
 
-    return Rebuilt(name, module, _weights(module, names, turned=turned), build)
+    return Rebuilt(name, module, _weights(module, names, transposed=transposed), build)
 
 
 def _dbrx(name: str, module: nn.Module) -> Rebuilt:
@@ -131,7 +135,7 @@ def _dbrx(name: str, module: nn.Module) -> Rebuilt:
         parameter = getattr(inner, key)
         stack = parameter.detach().unflatten(0, (module.num_experts, -1))
         matrices = [matrix.T if key == "w2" else matrix for matrix in stack]
-        weights += [Held(parameter, m, f"{key}.{at}") for at, m in enumerate(matrices)]
+        weights += [ParameterMatrix(parameter, m, f"{key}.{at}") for at, m in enumerate(matrices)]
 
     def build() -> nn.Module:
         made: dict[str, list[nn.Linear]] = {}
@@ -148,27 +152,35 @@ def _llama4(name: str, module: nn.Module) -> Rebuilt:
     names = {"gate_up_proj": "gate_up_proj", "down_proj": "down_proj"}
 
     def build() -> nn.Module:
-        lists = [_linears(module, key, turned=True) for key in names]
+        lists = [_linears(module, key, transposed=True) for key in names]
         return UnfusedLlama4Experts(module.act_fn, *lists)  # type: ignore[arg-type]
 
-    return Rebuilt(name, module, _weights(module, names, turned=True), build)
+    return Rebuilt(name, module, _weights(module, names, transposed=True), build)
 
 
-def _weights(module: nn.Module, names: dict[str, str], *, turned: bool) -> list[Held]:
-    """The matrices ``[out, in]`` of the stacks, and where the new module has them."""
+def _weights(
+    module: nn.Module, names: dict[str, str], *, transposed: bool
+) -> list[ParameterMatrix]:
+    """The matrices ``[out, in]`` of the stacks, with the names of their linears.
+
+    Args:
+        module: the layer of experts.
+        names: name of each stack → name of its list of linears in the new module.
+        transposed: whether the matrices of the stacks are ``[in, out]``.
+    """
     return [
-        Held(getattr(module, key), matrix.T if turned else matrix, f"{new}.{at}")
+        ParameterMatrix(getattr(module, key), matrix.T if transposed else matrix, f"{new}.{at}")
         for key, new in names.items()
         for at, matrix in enumerate(getattr(module, key).detach().unbind(0))
     ]
 
 
-def _linears(module: nn.Module, key: str, *, turned: bool, bias: str = "") -> list[nn.Linear]:
-    """The matrices of a stack as linears; the stack is taken from the module."""
+def _linears(module: nn.Module, key: str, *, transposed: bool, bias: str = "") -> list[nn.Linear]:
+    """Make the matrices of a stack into linears, and remove the stack from the module."""
     stack: nn.Parameter = getattr(module, key)
     biases = getattr(module, bias, None) if bias else None
     linears = [
-        _linear(stack, matrix.T if turned else matrix, None if biases is None else biases, at)
+        _linear(stack, matrix.T if transposed else matrix, None if biases is None else biases, at)
         for at, matrix in enumerate(stack.unbind(0))
     ]
     setattr(module, key, None)
@@ -180,7 +192,10 @@ def _linears(module: nn.Module, key: str, *, turned: bool, bias: str = "") -> li
 def _linear(
     like: nn.Parameter, weight: torch.Tensor, bias: nn.Parameter | None, row: int | None = None
 ) -> nn.Linear:
-    """A linear with a copy of this weight ``[out, in]``, and with the bias, or a row of it."""
+    """A linear with a copy of ``weight`` ``[out, in]``, and with ``bias``, or a row of it.
+
+    The linear's weight requires a gradient if ``like`` does.
+    """
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     copy = weight.detach().clone(memory_format=torch.contiguous_format)
     linear.weight = nn.Parameter(copy, like.requires_grad)

@@ -1,7 +1,7 @@
-"""Llama 4's and DBRX's layers of experts, with every token at every expert.
+"""The expert layers of Llama 4 and DBRX, computed with every token at every expert.
 
-Each function stands in for a method of transformers' module of that name: what the layer returns
-stays what it was, since what a token was not routed to has no weight in the sum.
+Each function here replaces the forward of a module of transformers. The output of the layer does
+not change, because an expert that a token is not routed to has weight 0 in the sum.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 
 def dense_attributes(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    """What to set so that the model's own layers are dense: (module, attribute, value)."""
+    """The attributes to set so that these layers are dense: (module, attribute, value)."""
     for module in model.modules():
         kind = type(module).__name__
         if not type(module).__module__.startswith("transformers.models."):
@@ -29,15 +29,25 @@ def dense_attributes(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
 def routing(
     count: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """``[tokens, count]``: the weight of each token at each expert, 0 where it is not routed."""
+    """The routing as a dense matrix ``[tokens, experts]``, with 0 where a token is not routed.
+
+    Args:
+        count: the number of experts.
+        hidden: ``[tokens, hidden]``; its dtype is that of the result.
+        top_k_index: ``[tokens, k]``, int64: the experts of each token.
+        top_k_weights: ``[tokens, k]``: their routing weights.
+    """
     share = hidden.new_zeros(len(hidden), count)
     return share.scatter_add(1, top_k_index, top_k_weights.to(hidden.dtype))
 
 
 def _llama4(self: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Llama 4 weights an expert's inputs: a token comes with the weight it would be routed with."""
+    """The dense forward of Llama4TextMoe, which applies the routing weights to an expert's inputs.
+
+    A token that is not routed to an expert enters it with the weight that it would have there.
+    """
     hidden = hidden.reshape(-1, self.hidden_dim)
-    routed, logits = self.router(hidden)  # [tokens, experts], both
+    routed, logits = self.router(hidden)  # both [tokens, experts]
     scores = logits.float().sigmoid().to(routed.dtype)
     inputs = hidden.repeat(self.num_experts, 1) * scores.T.reshape(-1, 1)
     outputs = self.experts(inputs) * (routed != 0).T.reshape(-1, 1)  # [experts · tokens, hidden]

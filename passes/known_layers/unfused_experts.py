@@ -1,7 +1,7 @@
-"""Mixture-of-experts layers whose experts are linears of their own, as quantizers want them.
+"""Mixture-of-experts layers in which each expert has its own nn.Linear, for quantizers.
 
-Each stands in for one of transformers' layers with fused experts, has its forward's arguments, and
-computes what it did: every token by the experts that it is routed to, weighted by the routing.
+Each class here replaces a layer of transformers with fused experts. Its forward takes the same
+arguments and returns the same: for every token the weighted sum of the experts it is routed to.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from torch import nn
 
 from magr_fx.passes.known_layers.transformers_private import activated
 
-Expert = Callable[[int, torch.Tensor], torch.Tensor]  # which, tokens → tokens
+Expert = Callable[[int, torch.Tensor], torch.Tensor]  # expert's index, inputs → outputs
 
 
 class UnfusedExperts(nn.Module):
-    """Experts that take their forward from transformers' table, with their stacks as linears.
+    """The layers whose forward transformers takes from its table of expert implementations.
 
     Args:
-        fused: what is left of the original layer, without its stacks: how it gates.
-        up: for each expert the linear to the gate and the inner activations, or to the latter.
-        down: for each expert the linear back.
+        fused: the original layer without its stacks, for its gate, activation and norm.
+        up: for each expert the linear to the gate and the inner activations, or to the inner
+            activations alone if there is no gate.
+        down: for each expert the linear from the inner activations to the outputs.
     """
 
     def __init__(self, fused: nn.Module, up: list[nn.Linear], down: list[nn.Linear]) -> None:
@@ -44,10 +45,10 @@ class UnfusedExperts(nn.Module):
 
 
 class UnfusedDbrxExperts(nn.Module):
-    """DBRX's experts, whose gate and inner activations have a linear each.
+    """DBRX's experts, which have one linear for the gate and one for the inner activations.
 
     Args:
-        activation: of the gate.
+        activation: the activation function of the gate.
         gate, up, down: the linears of each expert.
     """
 
@@ -78,7 +79,13 @@ class UnfusedDbrxExperts(nn.Module):
 
 
 class UnfusedLlama4Experts(nn.Module):
-    """Llama 4's experts: each is given as many rows, which the routing has weighted already."""
+    """Llama 4's experts: each gets the same number of rows, already multiplied by routing weights.
+
+    Args:
+        activation: the activation function of the gate.
+        up: for each expert the linear to the gate and the inner activations.
+        down: for each expert the linear from the inner activations to the outputs.
+    """
 
     def __init__(self, activation: nn.Module, up: list[nn.Linear], down: list[nn.Linear]) -> None:
         super().__init__()
@@ -101,15 +108,16 @@ def _routed(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """The weighted sum of what the experts make of the tokens ``[tokens, hidden]``.
+    """The sum of the experts' outputs ``[tokens, hidden]``, weighted by the routing.
 
-    Compiled, every expert works on every token, since a graph cannot depend on how many tokens an
-    expert gets; what was not routed there has no weight. Not so exported: who counts the tokens
-    of each expert should see them.
+    Under torch.compile every expert gets every token, with weight 0 if the token is not routed
+    there, because a compiled graph cannot depend on the number of tokens of an expert. Under
+    torch.export each expert gets its own tokens only, because their number is what a calibration
+    counts.
     """
     result = torch.zeros_like(hidden)
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        share = hidden.new_zeros(len(hidden), count + 1)  # one more: what is routed to nobody
+        share = hidden.new_zeros(len(hidden), count + 1)  # the last: tokens without an expert
         index = top_k_index.clamp(max=count)
         share = share.scatter_add(1, index, top_k_weights.to(hidden.dtype))
         for at in range(count):

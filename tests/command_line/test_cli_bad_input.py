@@ -220,19 +220,19 @@ def take_another_tokenizer(place: Place) -> None:
 
 NOT_THE_MODEL: list[tuple[Callable[[Place], None], str]] = [
     (lose_a_tensor, rf"model lacks {LAYER}, which LlamaForCausalLM has"),
-    (add_a_tensor, r"model.extra.weight in .* is no tensor of LlamaForCausalLM"),
-    (shape_a_tensor_otherwise, rf"{LAYER} in .* has the shape \[32, 48\], and .* \[48, 32\]"),
+    (add_a_tensor, r"model.extra.weight in .* is not a tensor of LlamaForCausalLM"),
+    (shape_a_tensor_otherwise, rf"{LAYER} in .* has the shape \[32, 48\], but .* \[48, 32\]"),
     (store_whole_numbers, rf"{LAYER} in .* is stored as I8"),
     (store_a_norm_in_whole_numbers, "model.norm.weight in .* is stored as I32"),
     (name_a_shard_that_is_not_there, "lacks 1 of the .* files .*model-00009-of-00009"),
     (
         say_another_width,
-        r"model.layers.0.mlp.\w+.weight in .* has the shape .*config.json makes it",
+        r"model.layers.0.mlp.\w+.weight in .* has the shape .*but by config.json it is",
     ),
     (say_more_layers, r"model lacks model.layers.1.input_layernorm.weight, .*and 8 more"),
     (say_no_kind, "cannot build the model .*model_type"),
     (say_a_list, "config.json does not describe a model"),
-    (take_another_tokenizer, "the tokenizer of .* makes the id .*, and the model's embedding has"),
+    (take_another_tokenizer, "the tokenizer of .* uses the id .*, but the model's embedding has"),
 ]
 
 
@@ -255,8 +255,8 @@ def test_a_plan_of_it_is_refused(damage: Callable[[Place], None], place: Place) 
 
 
 SKIPS = [
-    ("*.donw_proj", r"--skip '\*.donw_proj' names no module .*names like it are \*.down_proj"),
-    ("model.layers.0.mlp.donw_proj", r"names like it are model.layers.\*.mlp.down_proj"),
+    ("*.donw_proj", r"--skip '\*.donw_proj' names no module .*similar names are \*.down_proj"),
+    ("model.layers.0.mlp.donw_proj", r"similar names are model.layers.\*.mlp.down_proj"),
     ("model.layers.7", "--skip 'model.layers.7' names no module"),
     ("*.Down_Proj", r"names no module .*\*.down_proj"),
     ("", "--skip '' names no module"),
@@ -283,27 +283,27 @@ def test_a_pattern_of_what_is_left_alone_anyway_is_told(place: Place) -> None:
 
 
 CASES: list[tuple[Callable[[Place], None], str]] = [
-    (store_twice, r"is stored twice, in model-0.* and model-0.*save_pretrained it anew"),
+    (store_twice, r"is stored twice, in model-0.*save it again with save_pretrained"),
     (drop_a_shard, r"lacks 1 of the \d+ files .*model-0.*finish the download"),
     (cut_a_shard, r"has [\d,]+ bytes, but its header says [\d,]+: .*finish the download"),
-    (cut_a_header, "is no whole safetensors file: the header is cut short; finish the download"),
-    (scramble_a_header, "is no whole safetensors file: .*finish the download"),
+    (cut_a_header, "is not a valid safetensors file: the header is cut short; finish the download"),
+    (scramble_a_header, "is not a valid safetensors file: .*finish the download"),
     (make_int8, rf"{LAYER} in .* is stored as I8: .*start from the full-precision model"),
     (say_it_is_quantized, "already quantized, by awq; start from the full-precision model"),
-    (leave_a_download, r"incomplete is left of an interrupted download; finish .*, or remove that"),
+    (leave_a_download, r"incomplete is left over from an .* download; finish .*, or remove that"),
     (break_the_index, r"index.json cannot be read: .*finish the download"),
-    (only_bin, r"has pytorch_model.bin but .*save_pretrained it anew"),
+    (only_bin, r"has pytorch_model.bin but .*save it again with save_pretrained"),
     (no_weights, "has no weights: .*finish the download"),
     (no_config, r"has no config.json; give a directory"),
     (another_kind, "perceptron"),
     (no_tokenizer, "has no tokenizer that transformers can load .*copy its tokenizer files"),
     (nan, rf"{LAYER} holds NaN or Inf; repair"),
-    (fill_out, "is there and is not empty; name another directory"),
-    (out_is_a_file, "is there and is not empty; name another directory"),
-    (short_text, "has 3 tokens, too few for 128 of calibration; ask for fewer"),
+    (fill_out, "exists and is not empty; name another directory"),
+    (out_is_a_file, "exists and is not empty; name another directory"),
+    (short_text, "has 3 tokens, but 128 are needed; ask for fewer"),
     (no_text, r"text.txt cannot be read as text"),
     (binary_text, r"text.txt cannot be read as text"),
-    (leave_a_run, "is of a run that was cut short: add --resume"),
+    (leave_a_run, "belongs to an interrupted run: add --resume"),
 ]
 
 
@@ -315,7 +315,7 @@ def test_bad_input_is_refused(damage: Callable[[Place], None], message: str, pla
 
 @pytest.mark.parametrize("command", ["transform", "quantize"])
 def test_an_unknown_target_lists_the_valid_ones(command: str, place: Place) -> None:
-    listed = r"no target is called 'int3'; there are int8, .*int1.* -per-channel or -group-N"
+    listed = r"no target is called 'int3'; the names are int8, .*int1.* -per-channel or -group-N"
     refused(place, "--target", "int3", message=listed, command=command)
 
 
@@ -337,12 +337,12 @@ def test_wrong_options_are_refused(options: tuple[str, ...], message: str, place
 def test_a_number_that_is_none_is_a_usage_error(place: Place) -> None:
     command = ("transform", place.model, place.out, "--calib", place.text)
     result = run(*command, "--alpha", "much")
-    assert (result.exit_code, "--alpha is a number, auto or published" in result.stderr) == (
+    assert (result.exit_code, "--alpha must be a number, auto or published" in result.stderr) == (
         2,
         True,
     )
     result = run("quantize", *command[1:], *INT3, "--refine", 3)
-    assert (result.exit_code, "--refine belongs to --rounding gptq" in result.stderr) == (2, True)
+    assert (result.exit_code, "--refine works with --rounding gptq" in result.stderr) == (2, True)
 
 
 def test_a_full_disk_is_seen_before_the_start(
@@ -366,18 +366,18 @@ def test_a_read_only_directory_is_refused(place: Place) -> None:
 
 
 def test_a_run_that_another_process_works_on_is_left_alone(place: Place) -> None:
-    from magr_fx.directories.run_folder import alone
+    from magr_fx.directories.run_folder import locked
 
-    with alone(place.out.with_name("out.unfinished")):
-        refused(place, "--resume", message="another process works on")
+    with locked(place.out.with_name("out.unfinished")):
+        refused(place, "--resume", message="another process uses")
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("./nowhere", "is no directory"),
-        ("/nowhere/at/all", "is no directory"),
-        ("no-such-owner/no-such-model", "is no directory here, and cannot be downloaded: "),
+        ("./nowhere", "is not a directory"),
+        ("/nowhere/at/all", "is not a directory"),
+        ("no-such-owner/no-such-model", "is not a directory here, and cannot be downloaded: "),
         (
             "no such name!",
             "cannot be downloaded: HFValidationError: Repo id must",
@@ -426,7 +426,7 @@ def test_weights_that_are_no_file_are_told(name: str, kind: str, place: Place) -
         path.mkdir()
     else:
         path.symlink_to(name if kind == "loop" else "blob")
-    with pytest.raises(ModelError, match=rf"{name} (is no file|cannot be read): .*finish the"):
+    with pytest.raises(ModelError, match=rf"{name} (is not a file|cannot be read): .*finish the"):
         read_directory(place.model)
 
 

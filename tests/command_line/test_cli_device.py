@@ -35,8 +35,8 @@ def test_cuda_is_the_ranks_own(two_devices: None) -> None:
         ("cuda:2", 0, False, r"2 CUDA devices here, and none is cuda:2; name another"),
         ("cuda", 2, True, "none is cuda:2; .*start no more ranks on a machine than it has"),
         ("cuda:1", 0, True, "each rank needs a device of its own; give --device cuda"),
-        ("gpu", 0, False, "--device is auto, cpu, cuda or cuda:N, got 'gpu'"),
-        ("xpu", 0, False, "--device is auto, cpu, cuda or cuda:N, got 'xpu'"),
+        ("gpu", 0, False, "--device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+        ("xpu", 0, False, "--device must be auto, cpu, cuda or cuda:N, got 'xpu'"),
     ],
 )
 def test_what_is_not_there_is_refused(

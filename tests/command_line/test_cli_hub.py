@@ -112,8 +112,8 @@ def test_a_download_that_is_interrupted_is_taken_up_again(
     hub.broken = shards(origin / "model")[-1]
     refused(
         *transform(origin, out),
-        message=f"{NAME} is no directory here, and cannot be downloaded: .*503.*check the name, "
-        "the connection .*The same command keeps the files that are complete",
+        message=f"{NAME} is not a directory here, and cannot be downloaded: .*503.*check the name, "
+        "the connection .*files that are complete are not downloaded again",
     )
     assert hub.cut >= 2  # the client itself has tried again
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == []
@@ -137,8 +137,8 @@ def test_a_download_that_is_interrupted_is_taken_up_again(
 @pytest.mark.parametrize("name", ["owner/none", "none"])
 def test_a_name_that_is_nobodys(name: str, origin: Path, hub: Hub, tmp_path: Path) -> None:
     message = (
-        f"{name} is no directory here, and cannot be downloaded: RepositoryNotFoundError: .*Give a "
-        r"directory, or check the name, .*private need a login \(hf auth login\)"
+        f"{name} is not a directory here, and cannot be downloaded: RepositoryNotFoundError: .*"
+        r"Give a directory, or check the name, .*private need a login \(hf auth login\)"
     )
     refused("plan", name, message=message)
     refused(*transform(origin, tmp_path / "out", name), message=message)
@@ -149,8 +149,8 @@ def test_a_name_that_is_nobodys(name: str, origin: Path, hub: Hub, tmp_path: Pat
 def test_a_gated_model(status: int, origin: Path, hub: Hub, tmp_path: Path) -> None:
     hub.refusals["/resolve/"] = (status, "GatedRepo", "Access to this model is restricted")
     message = (
-        f"{NAME} is no directory here, and cannot be downloaded: GatedRepoError: .*Access to this "
-        r"model is restricted\..* gated or private need a login \(hf auth login\)"
+        f"{NAME} is not a directory here, and cannot be downloaded: GatedRepoError: .*Access to "
+        r"this model is restricted\..* gated or private need a login \(hf auth login\)"
     )
     refused("plan", NAME, message=message)
     refused(*transform(origin, tmp_path / "out"), message=message)
@@ -168,8 +168,9 @@ def test_what_is_in_the_cache_does_without_the_hub(
     done("plan", NAME, *INT3, *SMALL, "--tflops", "1")
     hub.close()
     unreachable = (
-        r"is no directory here, and cannot be downloaded: the Hub cannot be reached \(.*refused\), "
-        "and the cache does not hold it all. Give a directory, or check .* the connection"
+        r"is not a directory here, and cannot be downloaded: the Hub cannot be reached "
+        r"\(.*refused\), and the cache does not hold all of it. Give a directory, "
+        "or check .* the connection"
     )
     refused(*transform(origin, tmp_path / "out"), message=f"{NAME} {unreachable}")
     refused("plan", "owner/other", message=f"owner/other {unreachable}")

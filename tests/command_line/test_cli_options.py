@@ -122,7 +122,7 @@ def test_names_are_matched_whole_and_as_they_are_written() -> None:
         (("--alpha", "nan"), "alpha must be a finite number"),
         (("--damping", "inf"), "damping must be a finite number"),
         (("--max-steps", "-3"), "max_steps must be an int"),
-        (("--device", ""), "--device is auto, cpu"),
+        (("--device", ""), "--device must be auto, cpu"),
         (("--target", ""), "no target is called ''"),
     ],
 )
@@ -170,7 +170,7 @@ def test_an_out_that_can_have_no_name_is_refused(
 def test_a_model_that_can_have_no_name_is_refused(model: str) -> None:
     result = run("plan", model)
     assert result.exit_code == 2
-    assert re.fullmatch("magr-fx: error: .* is no directory.*\n", result.stderr)
+    assert re.fullmatch("magr-fx: error: .* is not a directory.*\n", result.stderr)
 
 
 def test_lines_are_appended_to_no_file_of_the_run(place: Place) -> None:
@@ -202,9 +202,9 @@ def test_a_directory_that_no_run_made_is_never_removed(place: Place, tmp_path: P
     """Such as a model whose name ends in .unfinished."""
     shutil.copytree(place.model, tmp_path / "it.unfinished")
     own = Place(tmp_path / "it.unfinished", tmp_path / "it", place.text)
-    refused(own, "--resume", message="it.unfinished, .*was not made by one; name another OUT")
+    refused(own, "--resume", message="it.unfinished, .*was not made by a run; name another OUT")
     other = own._replace(model=place.model)
-    refused(other, "--resume", message="it.unfinished, .*was not made by one; name another OUT")
+    refused(other, "--resume", message="it.unfinished, .*was not made by a run; name another OUT")
     assert contents(own.model) == contents(place.model)
 
 
@@ -213,7 +213,7 @@ def test_a_directory_that_no_run_made_is_never_removed(place: Place, tmp_path: P
     [
         (b"", "has 0 tokens"),
         (("w1 w2 " * 200).encode("utf-16"), "cannot be read as text: .*UTF-8"),
-        (("w1 w2 " * 200).encode("utf-16-le"), "cannot be read as text: it holds zero bytes"),
+        (("w1 w2 " * 200).encode("utf-16-le"), "cannot be read as text: it has zero bytes"),
     ],
     ids=["empty", "UTF-16", "UTF-16 without a mark"],
 )

@@ -76,7 +76,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
         result = run(*command(reference, out, "--log-json", log))
     assert result.exit_code == 130
     assert result.stderr == (
-        "magr-fx: interrupted; the same command with --resume goes on from what was saved last\n"
+        "magr-fx: interrupted; the same command with --resume continues from the last saved state\n"
     )
     assert not out.exists()
     # What is done so far can be looked at, by either name.
@@ -228,7 +228,7 @@ def test_what_cannot_be_written_is_no_file(
     assert len(result.stderr.splitlines()) == 1
     assert not out.exists()
     assert is_resumable(out) == saved
-    assert ("--resume goes on" in result.stderr) == saved
+    assert ("--resume continues" in result.stderr) == saved
     done(*command(reference, out, "--resume"))
     assert contents(out) == contents(reference / "wanted")
 

@@ -30,7 +30,8 @@ def test_what_is_wrong_is_the_one_line(kernels: bool, tmp_path: Path) -> None:
     ran = run("transform", missing, str(tmp_path / "out"), "--calib", "x", kernels=kernels)
     assert ran.returncode == 2
     assert ran.stderr == (
-        f"magr-fx: error: {missing} is no directory; give one, or a model's name on the Hub\n"
+        f"magr-fx: error: {missing} is not a directory; give a directory, or a model's "
+        "name on the Hub\n"
     )
     assert ran.stdout == ""
 

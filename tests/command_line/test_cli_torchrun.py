@@ -25,7 +25,7 @@ from magr_fx.errors import CalibrationError
 from magr_fx.passes.rewriting import checkpoint
 from magr_fx.passes.rewriting.checkpoint import Checkpoint
 
-SAVED = "the same command with --resume goes on from what was saved last"
+SAVED = "the same command with --resume continues from the last saved state"
 
 
 @pytest.fixture(scope="module")

@@ -107,11 +107,11 @@ WRONG: list[tuple[str, Callable[[Stored], Any], str]] = [
     ("llama", drop(NORM), f"lacks {NORM}"),
     ("llama", drop(HEAD), f"lacks {HEAD}"),
     ("llama", drop(UP, NORM), r"lacks \S+weight, .*1 more"),
-    ("llama", rename(UP, UP + "s"), f"lacks {UP}, .*{UP}s, which is there, is none of it"),
+    ("llama", rename(UP, UP + "s"), f"lacks {UP}, .*{UP}s, which the model lacks"),
     ("tied", drop(EMBEDDING), rf"lacks ({HEAD}|{EMBEDDING})"),
     ("bert", drop("pooler.dense.weight"), "lacks pooler.dense.weight"),
-    ("llama", put(UP.replace("0", "1"), 48, 32), r"layers.1.mlp.up_proj.weight in .*is no tensor"),
-    ("llama", put(NORM), rf"{NORM} in .* shape \[\], .*makes it \[32\]"),
+    ("llama", put(UP.replace("0", "1"), 48, 32), r"layers.1.mlp.up_proj.weight in .*not a tensor"),
+    ("llama", put(NORM), rf"{NORM} in .* shape \[\], .*it is \[32\]"),
     ("llama", put(NORM, 32, dtype=torch.bool), f"{NORM} in .* is stored as BOOL"),
     ("llama", put(UP, 48, 32, dtype=torch.float8_e4m3fn), f"{UP} in .* is stored as F8_E4M3"),
     ("llama", put("packed", 3, 4, dtype=torch.int32), "packed in .* is stored as I32"),
@@ -256,7 +256,7 @@ def test_what_a_class_leaves_out_is_told(
     edit(place.model / "config.json", as_class(kind))
     check(place.model)
     (told,) = [r.message for r in caplog.records if r.name == "magr_fx"]
-    assert told.startswith(f"{kind} leaves out what ")
+    assert told.startswith(f"{kind} does not use these tensors of ")
     assert all(part in told for part in left_out)
     assert "encoder" not in told
 
@@ -268,23 +268,23 @@ def test_what_a_class_leaves_out_is_told(
             "pretraining",
             "BertModel",
             put("bert.encoder.layer.1.output.dense.weight", 32, 48),
-            "bert.encoder.layer.1.output.dense.weight in .* is no tensor of BertModel",
+            "bert.encoder.layer.1.output.dense.weight in .* is not a tensor of BertModel",
         ),
         (
             "pretraining",
             "BertModel",
             put("bert.extra.weight", 3, 4),
-            "bert.extra.weight in .* is no tensor",
+            "bert.extra.weight in .* not a tensor",
         ),
         (
             "pretraining",
             "BertForMaskedLM",
             lambda stored: stored.update({POOLER: torch.ones(3, 4)}),
-            f"{POOLER} in .* is no tensor",
+            f"{POOLER} in .* not a tensor",
         ),
-        ("llama", "LlamaModel", put("model.norm.bias", 32), "model.norm.bias in .* is no tensor"),
-        ("llama", "LlamaForCausalLM", put("lm_head.bias", 64), "lm_head.bias in .* is no tensor"),
-        ("bert", "BertModel", put("extra.weight", 3, 4), "extra.weight in .* is no tensor"),
+        ("llama", "LlamaModel", put("model.norm.bias", 32), "model.norm.bias in .* not a tensor"),
+        ("llama", "LlamaForCausalLM", put("lm_head.bias", 64), "lm_head.bias in .* not a tensor"),
+        ("bert", "BertModel", put("extra.weight", 3, 4), "extra.weight in .* not a tensor"),
     ],
 )
 def test_what_no_class_has_is_refused(
@@ -303,7 +303,7 @@ def test_what_is_left_out_stays_in_the_files(verb: str, place_of: PlaceOf) -> No
     place = place_of("pretraining")
     edit(place.model / "config.json", as_class("BertModel"))
     told = done(verb, place.model, place.out, "--calib", place.text, *INT3, *SMALL).stderr
-    assert "BertModel leaves out what" in told
+    assert "BertModel does not use these tensors of" in told
     ours, original = tensors(place.out), tensors(place.model)
     heads = [name for name in original if name.startswith("cls.")]
     assert heads
@@ -316,8 +316,8 @@ def test_what_is_left_out_stays_in_the_files(verb: str, place_of: PlaceOf) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vocab_size": 32}, r"shape \[64, 32\], .*makes it \[32, 32\]"),
-        ({"num_hidden_layers": 0}, r"model.layers.0.\S+ in .* is no tensor of LlamaForCausalLM"),
+        ({"vocab_size": 32}, r"shape \[64, 32\], .*it is \[32, 32\]"),
+        ({"num_hidden_layers": 0}, r"model.layers.0.\S+ in .* is not a tensor of LlamaForCausalLM"),
         ({"hidden_size": "32"}, "cannot build the model .*hidden_size.*expected int"),
         ({"dtype": "float33"}, "cannot build the model .*float33"),
         ({"architectures": ["LlamaModel"]}, None),
@@ -373,10 +373,10 @@ def empty_index(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (index_with(other="model-00001-of-00003.safetensors"), "other is in no file, and .*says"),
+        (index_with(other="model-00001-of-00003.safetensors"), "other is in no file, but .*says"),
         (forget, f"{UP} is in model-0.* does not name it"),
         (misplace, f"{UP} is in model-0.* says that it is in model-0"),
-        (empty_index, "has no weights: .*names none"),
+        (empty_index, "has no weights: .*names no file"),
     ],
 )
 def test_an_index_that_is_wrong_is_refused(
@@ -422,14 +422,14 @@ def test_a_header_that_safetensors_cannot_read_is_refused(
     damage(header)
     text = json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
-    refused(place, message=".*is no whole safetensors file: ", command="quantize")
+    refused(place, message=".*is not a valid safetensors file: ", command="quantize")
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 200, b"\x03" + bytes(7) + b"[1]"])
 def test_a_file_of_something_else_is_refused(content: bytes, place_of: PlaceOf) -> None:
     place = place_of("llama")
     (place.model / "model.safetensors").write_bytes(content)
-    refused(place, message=".*is no whole safetensors file: ", command="quantize")
+    refused(place, message=".*is not a valid safetensors file: ", command="quantize")
 
 
 def no_unknown(made: Any) -> None:
@@ -442,7 +442,7 @@ def no_unknown(made: Any) -> None:
     [
         (
             lambda made: made["model"]["vocab"].update(w5=500),
-            "makes the id 500 of 'w5', and the model's embedding has 64 rows",
+            "uses the id 500 for 'w5', but the model's embedding has only 64 rows",
         ),
         (no_unknown, "tokenizer cannot read .*text.txt"),
     ],
@@ -458,11 +458,11 @@ def test_a_tokenizer_of_another_model_is_refused(
 def test_what_cannot_be_copied_is_found_first(place_of: PlaceOf) -> None:
     place = place_of("llama")
     (place.model / "LICENSE").symlink_to(place.model.parent / "nowhere")
-    refused(place, message="LICENSE, which is copied into OUT, cannot be read")
+    refused(place, message="LICENSE, which would be copied into OUT, cannot be read")
     (place.model / "LICENSE").unlink()
     (place.model / "more").mkdir()
     os.mkfifo(place.model / "more" / "pipe")
-    refused(place, message="more/pipe, which is copied into OUT, .*no regular file")
+    refused(place, message="more/pipe, which would be copied into OUT, .*not a regular file")
 
 
 def test_positions_are_counted_from_behind_the_padding(tmp_path: Path) -> None:
