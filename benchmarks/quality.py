@@ -4,8 +4,10 @@
     python benchmarks/quality.py                     # everything: hours on 2 CPU cores
     python benchmarks/quality.py --models minilm --bits 2 --groups 64 --seeds 0
 
-Models: SmolLM2-135M (perplexity on held-out speeches, and on a novel, unlike the calibration) and
-all-MiniLM-L6-v2 (1 - cosine of its sentence embeddings with the original's). Every method
+Models: SmolLM2-135M, on held-out speeches and on a novel, unlike the calibration: the divergence
+KL(original ‖ quantized) of the next token in nats, 1 - the share of equal top tokens, windows that
+collapse, and perplexity; and all-MiniLM-L6-v2 (1 - cosine of its sentence embeddings with the
+original's). Every method
 quantizes the same layers with IntxWeightOnlyConfig, asymmetric, and calibrates on the same tokens.
 
 Figures are added to benchmarks/quality.json as they are measured, and what is there already is not
@@ -20,6 +22,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -33,13 +36,13 @@ from torch import Tensor, nn
 from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerAxis, PerGroup, quantize_
 from torchao.quantization.quantize_.workflows import IntxChooseQParamsAlgorithm
 
-from magr_fx import MagRConfig, magr_quantize, solve_magr
+from magr_fx import MagRConfig, compare, magr_quantize, solve_magr
 from magr_fx.grams.gram import damped, output_error
 from magr_fx.passes.handover.torchao_rounding import TorchaoRounding
 from magr_fx.rounding.gptq import compensation
 from magr_fx.rounding.rounding import OnGrid
 
-from language_model import perplexity, token_batches  # isort: skip
+from language_model import token_batches  # isort: skip
 
 RESULTS = Path(__file__).with_suffix(".json")
 GPTQ_DAMPING = 0.01  # of GPTQ's code, as the authors of MagR use it
@@ -54,7 +57,7 @@ class Subject(NamedTuple):
     model: nn.Module
     calib: Callable[[int], Any]  # seed → calibration batches
     texts: dict[str, Any]  # batches of held-out text, and of text unlike the calibration
-    scores: Callable[[nn.Module], dict[str, float]]  # lower is better
+    scores: Callable[[nn.Module], dict[str, Any]]  # lower is better; lists are of each window
     quantizable: Callable[[nn.Module, str], bool]
 
     @property
@@ -136,7 +139,7 @@ def ours(run: Run, **options: Any) -> nn.Module:
 
 REFINE = 30
 METHODS: dict[str, Callable[[Run], nn.Module]] = {
-    "original": lambda run: run.subject.model,
+    "original": lambda run: copy.deepcopy(run.subject.model),
     "torchao alone": torchao_alone,
     "torchao, HQQ scales (symmetric)": lambda run: torchao_alone(run, hqq=True),
     "published MagR, nearest": lambda run: published(run, gptq=False),
@@ -208,7 +211,7 @@ def measure(subject: Subject, args: argparse.Namespace, name: str, results: Any)
                     print(key, results[key], flush=True)
 
 
-def _read() -> dict[str, dict[str, float]]:
+def _read() -> dict[str, dict[str, Any]]:
     """What has been measured so far."""
     found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     return dict(found)
@@ -236,7 +239,7 @@ def _published_weight(layer: Layer, group: int) -> Tensor:
     ).weight
 
 
-def tables(results: dict[str, dict[str, float]]) -> str:
+def tables(results: dict[str, dict[str, Any]]) -> str:
     """The figures as Markdown, a table for each model, bits and group size."""
     parts = [
         f"CPU, torch {torch.__version__}. Lower is better everywhere; mean ± standard deviation "
@@ -245,12 +248,13 @@ def tables(results: dict[str, dict[str, float]]) -> str:
         "SmolLM2's weights lie on a Q4_1 grid (groups of 32) from the start: figures per channel "
         "and for groups of 64 are meaningful, for groups of 32 at 4 bits they would not be.",
     ]
-    cells: dict[tuple[str, str, str], dict[str, list[dict[str, float]]]] = {}
+    cells: dict[tuple[str, str, str], dict[str, list[dict[str, Any]]]] = {}
     for key, figures in results.items():
         name, bits, group, method, _ = key.split("|")
         cells.setdefault((name, bits, group), {}).setdefault(method, []).append(figures)
     for (name, bits, group), methods in sorted(cells.items()):
         columns = list(dict.fromkeys(c for runs in methods.values() for c in runs[0]))
+        columns = [column for column in columns if not column.startswith("windows")]
         columns.sort(key=lambda column: (column == "CPU seconds", column.startswith("held")))
         rows = []
         for method in dict.fromkeys([*METHODS, *methods]):  # peers.py adds some
@@ -259,11 +263,49 @@ def tables(results: dict[str, dict[str, float]]) -> str:
                 rows.append([method, *(_cell([r[c] for r in runs if c in r]) for c in columns)])
         where = f"groups of {group}" if group != "0" else "per channel"
         parts += [f"### {name}, int{bits}, {where}", align(["", *columns], rows)]
+        parts += _differences(methods)
     return "\n\n".join(parts) + "\n"
 
 
-def summary(results: dict[str, dict[str, float]]) -> str:
-    """Perplexity of SmolLM2 on speeches / on the novel, by method, bits and granularity.
+def _differences(methods: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Which mean divergences differ by more than twice their error, and what 2% would take.
+
+    Both methods are measured with the same seeds on the same windows of both texts. With
+    d[seed, window] the difference of their divergences, and variances over seeds (of means over
+    windows) and over windows (of means over seeds), error² = var_seeds/S + var_windows/W.
+    """
+    known: dict[str, Tensor] = {}
+    for method, runs in methods.items():
+        windows = [
+            [each for t in run if t.startswith("windows") for each in run[t]] for run in runs
+        ]
+        if method in MAIN and all(windows):
+            known[method] = torch.tensor(windows, dtype=torch.float64)
+    rows = []
+    for one, other in combinations(known, 2):
+        seeds = min(len(known[one]), len(known[other]))
+        d = known[other][:seeds] - known[one][:seeds]
+        if seeds < 2:
+            continue
+        by_seed, by_window = float(d.mean(1).var()), float(d.mean(0).var())
+        level = float(known[one].mean())
+        error = (by_seed / seeds + by_window / d.shape[1]) ** 0.5
+        size = float(d.mean())
+        wanted = (0.01 * level) ** 2 / 2  # half of the variance from each: 2% is then two errors
+        rows.append([
+            f"{other} - {one}", f"{size / level:+.1%}", f"{error / level:.1%}",
+            "yes" if abs(size) > 2 * error else "no",
+            f"{max(1, by_seed / wanted):.0f}", f"{max(1, by_window / wanted):.0f}",
+        ])  # fmt: skip
+    if not rows:
+        return []
+    header = ["KL, both texts", "difference", "its error", "larger than two errors",
+              "seeds for 2%", "windows for 2%"]  # fmt: skip
+    return [align(header, rows)]
+
+
+def summary(results: dict[str, dict[str, Any]]) -> str:
+    """KL divergence of SmolLM2 on speeches / on the novel, by method, bits and granularity.
 
     And per channel, the output error of 2 bits on held-out tokens, and the seconds of 3 bits.
     """
@@ -274,7 +316,7 @@ def summary(results: dict[str, dict[str, float]]) -> str:
         "output error, int2",
         "CPU seconds, int3",
     ]
-    measured: dict[tuple[str, str, str], list[dict[str, float]]] = {}
+    measured: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for key, figures in results.items():
         name, bits, group, method, _ = key.split("|")
         if name == "smollm2":
@@ -292,10 +334,11 @@ def summary(results: dict[str, dict[str, float]]) -> str:
     return align(header, rows)
 
 
-def _both(runs: list[dict[str, float]]) -> str:
-    texts = ("perplexity, sotu_heldout", "perplexity, moby_dick")
+def _both(runs: list[dict[str, Any]]) -> str:
+    texts = ("KL, sotu_heldout", "KL, moby_dick")
+    runs = [run for run in runs if all(text in run for text in texts)]
     means = [mean(run[text] for run in runs) for text in texts] if runs else []
-    return " / ".join(f"{value:,.{1 if value < 100 else 0}f}" for value in means)
+    return " / ".join(f"{value:.3f}" for value in means)
 
 
 def _cell(values: list[float]) -> str:
@@ -328,14 +371,29 @@ def main() -> None:
 def language_model_subject() -> Subject:
     model, tokenizer = language_model()
     texts = {
-        name: token_batches(tokenizer, DATA / f"{name}.txt", tokens=4096, length=512, device="cpu")
+        name: token_batches(tokenizer, DATA / f"{name}.txt", tokens=8192, length=512, device="cpu")
         for name in ("sotu_heldout", "moby_dick")
     }
+
+    def scores(candidate: nn.Module) -> dict[str, Any]:
+        figures: dict[str, Any] = {}
+        for name, batches in texts.items():
+            found = compare(model, candidate, batches, progress=False).text
+            assert found is not None
+            figures |= {
+                f"KL, {name}": found.divergence.value,
+                f"1 - same top, {name}": 1 - found.same_top.value,
+                f"collapsed, {name}": float(len(found.collapsed)),
+                f"perplexity, {name}": found.perplexity.value,
+                f"windows, {name}": [round(window.divergence, 5) for window in found.windows],
+            }
+        return figures
+
     return Subject(
         model,
         lambda seed: random_windows(tokenizer, TEXT, count=32, seed=seed),
         texts,
-        lambda m: {f"perplexity, {name}": perplexity(m, text) for name, text in texts.items()},
+        scores,
         lambda module, name: isinstance(module, nn.Linear) and name != "lm_head",
     )
 
