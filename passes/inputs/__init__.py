@@ -1,4 +1,4 @@
 """The calibration: turns the user's ``calib`` into batches of arguments.
 
-This package may import errors, config and the packages from machine to known_layers.
+It may import the ground (errors, config) and the rooms from machine to known_layers.
 """
