@@ -1,4 +1,4 @@
-"""The calibration runs through the graphs, block by block, and each site's gram is summed.
+"""Run the calibration through the traced graphs, block by block, and sum each site's gram.
 
 It may import the ground (errors, config) and the rooms from machine to offloading.
 """

@@ -1,4 +1,4 @@
-"""Cut a traced graph into blocks (a transformer's layers), so that one is worked on at a time."""
+"""Cut a traced graph into blocks (a transformer's layers), which are worked on one at a time."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from magr_fx.passes.graphs.trace import Trace, attribute, is_mutation
 from magr_fx.passes.graphs.vmap import vmap_depth
 from magr_fx.passes.graphs.weight_views import COPIES, VIEWS
 
-_ALIASES = VIEWS | COPIES  # some copies are none where there is nothing to change
+_ALIASES = VIEWS | COPIES  # some copies, such as aten.to, return their input if nothing changes
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
     """Consecutive nodes of one trace.
 
-    ``label`` is the layer's module path, what started the block within the layer, and how often
-    the trace came back to both. ``nodes`` are in
-    running order; those not in ``run`` are only visited: their inputs matter, their result does
-    not. After a node has run, nobody reads the values ``dead_after[node]`` again.
+    ``label`` is the layer's module path and what started the block within the layer, with a count
+    of the blocks of the trace that have both in common. ``nodes`` are in running order. Those not
+    in ``run`` are not run: only their inputs are needed. After a node of ``dead_after``, no later
+    node reads the values listed for it.
     """
 
     trace: Trace
@@ -43,18 +43,18 @@ def cut_into_blocks(
     before: Mapping[fx.Node, Hashable] = MappingProxyType({}),
     reads: Mapping[fx.Node, Sequence[fx.Node]] = MappingProxyType({}),
 ) -> list[Block]:
-    """The part of the graph that the inputs of the calls depend on, in running order.
+    """The blocks of a graph in running order: the nodes that the inputs of the calls depend on.
 
-    A block starts where the module path enters another layer (``model.layers.3``); what lies
-    between two layers belongs to the one before it. What no call depends on, such as the logits
-    of a tied head, is not run at all.
+    A block starts where the module path enters another layer (``model.layers.3``). Nodes between
+    two layers belong to the first of them. Nodes that no call depends on, such as the logits of a
+    tied head, are left out.
 
     Args:
         trace: the graph.
-        calls: the matmuls whose inputs are wanted.
-        before: nodes that start another block of the same layer, and what the blocks of other
-            traces that belong to the same step have in common with it.
-        reads: for some calls' nodes, what else is looked at just before them.
+        calls: the matmuls whose inputs are captured.
+        before: nodes that start another block of the same layer, each with a mark. Blocks of other
+            traces with the same layer and mark belong to the same step.
+        reads: for the nodes of some calls, further nodes whose values are read just before them.
     """
     visited = {call.node for call in calls}
     looked_at: dict[fx.Node, list[fx.Node]] = defaultdict(list)
@@ -71,7 +71,7 @@ def cut_into_blocks(
         current = pieces[-1][0][0]
         layer = next((item for c, item in _numbered(node) if c in containers), current)
         inside, vmaps = vmaps, vmaps + vmap_depth(node)
-        if not inside and (layer != current or node in before):  # a region of vmap runs as one
+        if not inside and (layer != current or node in before):  # a vmap region is not cut
             pieces.append(((layer, before.get(node)), []))
         pieces[-1][1].append(node)
     pieces = [(name, nodes) for name, nodes in pieces if nodes]
@@ -101,10 +101,11 @@ def cut_into_blocks(
 
 
 def in_step(blocks_of_traces: Iterable[Sequence[Block]]) -> Iterator[list[Block]]:
-    """Blocks to be run next, one or more traces at a time, so that one layer is alive at a time.
+    """The steps of a run: each is the list of blocks, of one or more traces, that are run next.
 
-    Each trace keeps its own order. Traces that come to the same layer (text with and without an
-    image, say) do it in the same step; where their orders contradict each other they take turns.
+    Each trace keeps its own order. Traces that contain the same layer (for instance text with and
+    without an image) run it in the same step, so that only one layer has to be in memory. If their
+    orders contradict each other, a layer takes several steps.
     """
     queues = [list(blocks) for blocks in blocks_of_traces if blocks]
     while queues:
@@ -116,10 +117,10 @@ def in_step(blocks_of_traces: Iterable[Sequence[Block]]) -> Iterator[list[Block]
 
 
 def _ancestors(trace: Trace, calls: set[fx.Node], inputs: Iterable[fx.Node]) -> frozenset[fx.Node]:
-    """Everything that has to run so that the inputs of the calls are right."""
+    """All nodes that have to run to compute the inputs of the calls."""
     order = {node: at for at, node in enumerate(trace.graph_module.graph.nodes)}
     last = max(map(order.__getitem__, calls), default=-1)
-    # These have no reader that the graph shows; before the last call they may matter.
+    # Their effects are not edges of the graph; before the last call they may change an input.
     unread = (n for n in order if is_mutation(n) or vmap_depth(n))
     pending = [*inputs, *(n for n in unread if order[n] < last)]
     found: set[fx.Node] = set()
@@ -132,7 +133,7 @@ def _ancestors(trace: Trace, calls: set[fx.Node], inputs: Iterable[fx.Node]) -> 
 
 
 def _numbered(node: fx.Node) -> list[tuple[str, str]]:
-    """Each numbered module on the node's path, outermost first: (its container, itself)."""
+    """Each numbered module on the node's path, outermost first: (path of its container, path)."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return []
@@ -145,9 +146,9 @@ def _numbered(node: fx.Node) -> list[tuple[str, str]]:
 
 
 def _containers_of_layers(calls: Iterable[fx.Node]) -> set[str]:
-    """The containers that cut well: no item holds more than half of the container's calls.
+    """The containers whose items become layers: no item has more than half of the calls.
 
-    Sequential(model, head) does not, and leaves the cutting to the layers inside the model.
+    Sequential(model, head), for instance, is not one, so the layers inside the model are used.
     """
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for node in calls:
@@ -157,7 +158,7 @@ def _containers_of_layers(calls: Iterable[fx.Node]) -> set[str]:
 
 
 def read_by(blocks: Iterable[Block]) -> list[torch.Tensor]:
-    """The stored tensors that the blocks read, or something that may share their memory."""
+    """The model's tensors that the blocks read, directly or through views and possible copies."""
     found: dict[int, torch.Tensor] = {}
     for block in blocks:
         for node in block.nodes:

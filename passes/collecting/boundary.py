@@ -1,8 +1,8 @@
-"""Between two steps: what the later ones of a calibration run need of the earlier ones.
+"""The boundary between two steps: the values of the earlier steps that the later ones need.
 
-What can be had again is left out: the inputs, which the calibration has, and what both runs of the
-model computed alike, such as masks and positions. Not of a graph that works in place, where a value
-is more than its numbers: also whatever else lies in its memory.
+Values that can be recovered are not saved: the inputs, which the calibration has, and values that
+are equal in both runs of the model, such as masks and positions. In a graph with in-place ops all
+values are saved, because there it also matters which values share memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from magr_fx.passes.graphs.trace import is_mutation
 Environment = dict[fx.Node, Any]
 _VIEW, _SPILLED = "view of a stored tensor", "tensor of a device"
 _INPUT, _SAME_AS_FIRST = "as the calibration has it", "as the first run has it"
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes a number
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
 _COLLECTED = ("gram", "drift", "held", "tokens", "held_tokens", "padding_counted", "note")
 
 
@@ -34,17 +34,17 @@ def boundary(
     stored: Sequence[torch.Tensor],
     devices: Iterable[torch.device],
 ) -> dict[str, Any]:
-    """The values alive, by their nodes' names; grams that are not complete; state of the model.
+    """The state that later steps need: values by node name, unfinished grams, buffers, RNG state.
 
     Args:
-        streams: for each run of the model, the values alive of each batch.
+        streams: for each run of the model and each batch, the values that later blocks read.
         grams: all grams.
-        buffers: what the model writes in place.
-        stored: the model's tensors: a value that shares their memory is kept as a view of them.
+        buffers: the tensors that the model writes in place.
+        stored: the model's tensors. A value that shares their memory is saved as a view of them.
         devices: where random numbers are drawn.
     """
     places = {address(tensor): at for at, tensor in enumerate(stored)}
-    places.pop(None, None)  # of those that are empty, whose memory nothing shares
+    places.pop(None, None)  # empty tensors have no address
 
     def kept(value: Any) -> Any:
         if isinstance(value, SpilledTensor):
@@ -87,7 +87,7 @@ def boundary(
 
 
 def _same_value(first: Any, second: Any) -> bool:
-    """Whether two values of one node are the same bits, in memory of the same form."""
+    """Whether two values of one node have the same bits, dtypes, devices, shapes and strides."""
     (ones, form), (others, other_form) = tree_flatten(first), tree_flatten(second)
     return form == other_form and all(map(_same_bits, ones, others))
 
@@ -120,9 +120,10 @@ def restore(
     *,
     keep_spilled: bool,
 ) -> None:
-    """Put what :func:`boundary` gave in its places; ``graphs`` are those of the batches.
+    """Load a state that :func:`boundary` returned; ``graphs`` are the graphs of the batches.
 
-    With ``keep_spilled`` what was away from its device stays so: not all batches may fit there.
+    With ``keep_spilled`` spilled tensors are not moved to their device, which may not have enough
+    memory for all batches.
     """
 
     def is_described(value: Any) -> bool:

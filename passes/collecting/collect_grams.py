@@ -1,12 +1,12 @@
 """Run the traced graphs on the calibration, block by block, and sum each site's gram.
 
-Inputs are shared: q, k and v read one activation, gate and up another. Each distinct activation is
-taken once, where the first matmul is about to read it, and goes into one gram for all its sites.
+Sites share inputs: q, k and v read one activation, gate and up another. Each distinct activation is
+captured once, just before the first matmul that reads it, and added to one gram for all its sites.
 
-With ``propagate`` the model is run twice side by side: as it was, and with every weight quantized
-that has been solved so far. A block then ends before each matmul whose input is taken, so that what
-is taken there already passed through the quantized weights before it; the difference between the
-two runs is taken as well.
+With ``propagate`` the model is run twice side by side: the original model, and the model with all
+weights quantized that have been solved so far. A block then ends before each matmul whose input is
+captured, so that this input was computed with the quantized weights before it. The input error,
+the difference between the two runs, is collected as well.
 """
 
 from __future__ import annotations
@@ -55,22 +55,22 @@ from magr_fx.passes.graphs.vmap import vmap_depth
 from magr_fx.passes.offloading.resident import Resident, all_resident
 
 Take = Callable[[CapturedInput], None]
-Replacements = Mapping[nn.Parameter, torch.Tensor]  # what takes the place of parameters
+Replacements = Mapping[nn.Parameter, torch.Tensor]  # quantized tensors, by their parameters
 
 
 class CalibrationRun:
-    """The calibration batches on their way through the traced graphs.
+    """Runs the calibration batches through the traced graphs.
 
     Args:
-        batches: what to run, each with its trace.
-        sites: whose activations to take.
-        propagate: take what the model computes with what takes the place of each weight, see
-            :meth:`collect`, and by how much that misses what it computed originally.
-        holdout: the share of each activation's tokens, its last ones, that is kept aside.
-        resident: has those weights in memory that a block reads.
-        ranks: who shares the batches. Each knows all traces, so that all come to the same steps,
-            and runs its own batches; the grams that are yielded are everybody's.
-        spill: a directory to keep the values between blocks in; None keeps them in memory.
+        batches: the batches, each with its trace.
+        sites: the sites whose activations are captured.
+        propagate: also run the quantized model, see :meth:`collect`. Its activations go into the
+            grams, and their difference from the original model's into ``drift``.
+        holdout: the share of each activation's tokens, its last ones, that is held out.
+        resident: loads the weights that a block reads.
+        ranks: the ranks that share the batches. Each knows all traces, so that all have the same
+            steps, and runs its own batches. The grams that are yielded are sums over all ranks.
+        spill: a directory for the values between blocks; None keeps them in memory.
     """
 
     def __init__(
@@ -108,11 +108,11 @@ class CalibrationRun:
         self._runners = {trace: Runner(trace) for trace in self._traces}
 
     def steps(self) -> list[list[Block]]:
-        """What is run one after the other: of each step the blocks of all traces."""
+        """The steps in running order, each with the blocks of all traces that belong to it."""
         return list(in_step(self._blocks.values()))
 
     def _cut(self, calls: Mapping[Trace, list[Call]]) -> dict[Trace, list[Block]]:
-        """The blocks of each trace; what starts one and what it reads is of all traces."""
+        """The blocks of each trace; with ``propagate`` a block also ends before each capture."""
         reads = {
             node: [n for capture in captures for n in capture.reads]
             for node, captures in self._captures.items()
@@ -124,7 +124,7 @@ class CalibrationRun:
         }
 
     def check(self, *, progress: bool | None = None) -> None:
-        """Run every batch once and look at every activation, before anything is changed.
+        """Run every batch once and check every activation, before any weight is changed.
 
         Raises:
             CalibrationError: a counted token of an activation is NaN or Inf; the message names
@@ -136,7 +136,7 @@ class CalibrationRun:
             bar = tqdm(steps, "checking", unit="block", disable=_disable(progress))
             for number, step in enumerate(bar):
                 seen: list[tuple[str, int]] = []
-                finite: list[torch.Tensor] = []  # read together: one sync per step
+                finite: list[torch.Tensor] = []  # read together, for one sync per step
                 with self._resident(read_by(step), ahead=_read_after(steps, number)):
                     for block, batch, (environment,) in self._runs(step, streams):
                         look = partial(self._look, batch, seen, finite)
@@ -151,7 +151,7 @@ class CalibrationRun:
                         "nothing was changed. Look for overflow (float16?) or broken values "
                         "before that layer, or leave the batch out"
                     )
-                self._ranks.meet()  # where one found something all stop
+                self._ranks.meet()  # if one rank raises, all ranks stop
 
     def unfed(self) -> list[Site]:
         """After :meth:`check`: the sites that no counted token reaches, on any rank."""
@@ -162,7 +162,7 @@ class CalibrationRun:
 
     @property
     def notes(self) -> list[str]:
-        """What the report should say of the inputs: those that may be masks, and are not read."""
+        """Remarks for the report: inputs that may be masks but are not used as masks."""
         return self._masks.notes
 
     def collect(
@@ -172,28 +172,28 @@ class CalibrationRun:
         save: Callable[[int, Callable[[], Any], bool], None] | None = None,
         progress: bool | None = None,
     ) -> Generator[list[SharedGram], Replacements | None, None]:
-        """Sum the grams block by block; yields those whose last activation a block had, together.
+        """Sum the grams step by step, and yield those that a step completes.
 
-        One block's grams and one boundary (the values that later blocks read) per batch are
-        alive at a time. The caller may rewrite the yielded sites' weights at once: every call
-        that reads them has run. With ``propagate`` it sends back what takes the place of their
-        parameters, a torchao tensor for one; the quantized run goes on with that.
+        Only one block's grams, and per batch one boundary (the values that later blocks read), are
+        in memory at a time. The caller may rewrite the yielded sites' weights at once, because
+        every call that reads them has run. With ``propagate`` the caller sends back a replacement
+        for their parameters, for instance a torchao tensor, and the quantized run goes on with it.
 
         Args:
-            after: a step's number and its boundary, to go on after.
-            save: is called after each step with its number, with what makes its boundary, and
-                with whether it was the last.
-            progress: whether to show a bar.
+            after: the number and the boundary of the step after which to resume; None starts anew.
+            save: called after each step with its number, a function that returns its boundary, and
+                whether it was the last.
+            progress: whether to show a bar; None shows it on a terminal only.
         """
         streams = Streams(self.batches, self._traces, 1 + self.propagate)
         steps, waiting, done = self.steps(), list(self.grams), -1
-        cpu = torch.device("cpu")  # the device whose memory is shown, if it is the only one
+        cpu = torch.device("cpu")  # its memory is shown only if there is no other device
         shown = next((device for device in self._devices if device != cpu), cpu)
         with buffers_kept(self._blocks):
             if after is not None:
                 done, state = after
                 streams.restore(state, self.grams, keep_spilled=self._spill is not None)
-                after = state = None  # the streams have it now, and let go of it
+                after = state = None  # the streams hold it now, and free it as they go on
             bar = tqdm(steps, "magr", unit="block", disable=_disable(progress))
             for number, step in enumerate(bar):
                 finished, waiting = _finished(step, waiting)
@@ -210,22 +210,22 @@ class CalibrationRun:
                         replacements = yield finished
                         if self.propagate and replacements:
                             replaced = self._weights.by_view(replacements)
-                        replacements = None  # held no longer than the step
+                        replacements = None  # frees the quantized tensors after the step
                     for shared in finished:
                         shared.free_matrices()
                     if self.propagate:
                         self._run_quantized(step, streams, decisions, replaced)
-                    del replaced  # everything that reads them has run
+                    del replaced  # every node that reads them has run
                 if save is not None:
                     state_now = streams.state(self.grams, self._devices)
                     save(number, state_now, number + 1 == len(steps))
                 bar.set_postfix_str(f"peak {high_water_mark(shown):.0f} MiB", refresh=False)
 
     def _run_originals(self, step: list[Block], streams: Streams) -> list[Decisions]:
-        """Run the blocks of a step as they were, and take what reaches the sites.
+        """Run the blocks of a step with the original weights, and capture the sites' inputs.
 
-        With two runs what reaches them is taken of both before the original one goes ahead, while
-        the weights are what they were; returned is what it decides for each batch.
+        With ``propagate`` the inputs of both runs are captured, and only the original model is run.
+        Its decisions for each block and batch are returned.
         """
         if not self.propagate:
             for block, batch, (env,) in self._runs(step, streams):
@@ -241,7 +241,7 @@ class CalibrationRun:
     def _run_quantized(
         self, step: list[Block], streams: Streams, decisions: list[Decisions], replaced: Replaced
     ) -> None:
-        """Have the other run catch up, with what is in the places of weights."""
+        """Run the blocks of a step in the quantized run, with the replacements of weights."""
         streams.swap_buffers()
         for (block, batch, (env, _)), made in zip(
             self._runs(step, streams), decisions, strict=True
@@ -252,7 +252,7 @@ class CalibrationRun:
     def _runs(
         self, step: list[Block], streams: Streams
     ) -> list[tuple[Block, TracedBatch, list[Environment]]]:
-        """What a step runs: each of its blocks on each batch of its trace, with their values."""
+        """Each block of a step with each batch of its trace, and the batch's values in each run."""
         return [
             (block, batch, environments)
             for block in step
@@ -261,7 +261,7 @@ class CalibrationRun:
         ]
 
     def _marks(self) -> dict[fx.Node, Hashable]:
-        """For each matmul before which something is taken, what it is taken for, in all traces."""
+        """For each matmul with captures, the numbers of their grams, equal in all traces."""
         place = {id(shared): at for at, shared in enumerate(self.grams)}
         return {
             node: tuple(
@@ -276,16 +276,16 @@ class CalibrationRun:
     def _take_both(
         self, block: Block, batch: TracedBatch, env: Environment, original: Environment
     ) -> None:
-        """Take the activations that the block's first matmuls are about to read, of both runs."""
+        """Capture, in both runs, the activations that the block's first matmuls read."""
         self._fetch(env)
         self._fetch(original)
         for node in block.nodes:
             for capture in self._captures.get(node, ()):
                 for source in capture.reads:
-                    if source not in env:  # a stored tensor, which a block reads as it starts
+                    if source not in env:  # a tensor of the model, which is not kept in env
                         runner = self._runners[block.trace]
                         env[source] = original[source] = self._weights.value(source, runner, {})
-                # Both send each token the same way: the quantized run follows the decisions.
+                # Both runs route each token alike: the quantized run follows the decisions.
                 both = zip(capture.take(env, batch), capture.take(original, batch), strict=True)
                 for captured, was in both:
                     for shared in captured.grams:
@@ -295,7 +295,7 @@ class CalibrationRun:
                             original=was.tokens,
                             holdout=self.holdout,
                         )
-        self._keep(env)  # its turn comes when all batches have been taken
+        self._keep(env)  # the quantized run of this block starts after all batches are captured
 
     def _look(
         self,
@@ -304,7 +304,7 @@ class CalibrationRun:
         finite: list[torch.Tensor],
         captured: CapturedInput,
     ) -> None:
-        # One pass: a sum is finite only if all that it sums is.
+        # One pass over the tokens: a sum is finite only if all its terms are.
         good = captured.tokens.sum(-1, dtype=torch.float32).isfinite()
         seen.append((captured.grams[0].sites[0].name, batch.index))
         counted = good if captured.counted is None else good[captured.counted]
@@ -332,9 +332,9 @@ class CalibrationRun:
         record: Decisions | None = None,
         follow: Decisions | None = None,
     ) -> None:
-        """Run one block of one batch; ``env`` is left with what later blocks read.
+        """Run one block on one batch; afterwards ``env`` has the values that later blocks read.
 
-        ``record`` keeps what the run decides, for another run of the same block to ``follow``.
+        ``record`` stores the decisions of this run, and ``follow`` takes those of another run.
         """
         runner = self._runners[block.trace]
         self._fetch(env)
@@ -361,7 +361,7 @@ class CalibrationRun:
                 if record is not None and is_decision(env[node]) and not vmap_depth(node):
                     record.values[node] = env[node]
             for dead in block.dead_after.get(node, ()):
-                # Sizes cost nothing, and a weight's view may have to be taken anew with them.
+                # Sizes take no memory, and may be needed to recompute a view of a weight.
                 if not (self.propagate and isinstance(env.get(dead), int)):
                     env.pop(dead, None)
         self._keep(env)
@@ -377,7 +377,7 @@ class CalibrationRun:
             self._spill.keep(env)
 
     def _views_read(self, block: Block) -> list[fx.Node]:
-        """The views of weights that a block reads and an earlier one has taken."""
+        """The views of weights that a block reads but an earlier block computes."""
         reads = (v for n in block.nodes for v in (*n.all_input_nodes, *self._looked_at(n)))
         return self._weights.views_among(reads, but=set(block.nodes))
 
@@ -388,7 +388,7 @@ class CalibrationRun:
 def _finished(
     step: list[Block], waiting: list[SharedGram]
 ) -> tuple[list[SharedGram], list[SharedGram]]:
-    """The grams that wait for nothing after this step, and the others."""
+    """The waiting grams that are complete after this step, and those that are not."""
     visited = {node for block in step for node in block.nodes}
     for shared in waiting:
         shared.pending -= visited
@@ -396,7 +396,7 @@ def _finished(
 
 
 def _share(sites: list[Site]) -> list[SharedGram]:
-    """One gram for all sites that read exactly the same activations and are solved alike."""
+    """One gram for all sites with the same activations, and the same weight dtype and device."""
     shared: dict[Any, SharedGram] = {}
     for site in sites:
         weight = site.parameter
@@ -407,7 +407,7 @@ def _share(sites: list[Site]) -> list[SharedGram]:
 
 
 def _read_after(steps: list[list[Block]], number: int) -> list[torch.Tensor]:
-    """The stored tensors that the step after one reads; after the last one there are none."""
+    """The model's tensors that the step after ``number`` reads; none after the last step."""
     return read_by(steps[number + 1]) if number + 1 < len(steps) else []
 
 

@@ -1,4 +1,4 @@
-"""Experts that few tokens were sent to: their grams are filled up with what the others saw."""
+"""Experts that got few tokens: their grams are filled up with the mean gram of their stack."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from magr_fx.passes.collecting.shared_gram import SharedGram
 
 
 def fill_up(finished: Sequence[SharedGram]) -> None:
-    """Shrink the grams of experts with fewer tokens than inputs toward the pooled one, in place.
+    """Add the pooled gram to the grams of experts with fewer tokens than inputs, in place.
 
-    With n tokens for d inputs, n < d, the gram says nothing of at least d - n directions. It
-    becomes G + (d - n)·P, where P is the mean over the tokens of all experts of the same stack
-    (which became complete together with it): as if d - n average tokens had been sent there too.
-    An expert without any token keeps none, and so its weight.
+    With n tokens for d inputs, n < d, the gram G of an expert is singular: its rank is at most n.
+    It becomes G + (d - n)·P. P is the sum of the grams of all experts of the stack that are in
+    ``finished``, divided by their number of tokens. So G is as if d - n average tokens had been
+    sent to the expert too. An expert without any token gets no gram, and its weight stays.
     """
     stacks: dict[int, list[SharedGram]] = defaultdict(list)
     for shared in finished:

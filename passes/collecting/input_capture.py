@@ -1,4 +1,4 @@
-"""A value of the running graph → the tokens that reach each weight."""
+"""A value of the running graph → the tokens that each weight is multiplied with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from magr_fx.passes.graphs.trace import Trace, TracedBatch
 
 
 class CapturedInput(NamedTuple):
-    """Tokens ``[tokens, in]``, the indices of those that count (None: all), and whose they are."""
+    """Tokens ``[tokens, in]``, the indices of those that count (None: all), and their grams."""
 
     grams: list[SharedGram]
     tokens: torch.Tensor
@@ -26,13 +26,13 @@ class CapturedInput(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class InputCapture:
-    """One distinct activation, taken just before the first call that reads it.
+    """One distinct activation, which is captured just before the first call that reads it.
 
     Attributes:
         call: one of the calls that read it.
-        mask: which of its tokens are padding.
-        grams: whose it is: by the place of the matrix in its stack where the call has a route,
-            else all at one place.
+        mask: which of its tokens are padding; None: no mask is known.
+        grams: the grams it is added to. With a route, the keys are the positions of the matrices
+            in their stack; otherwise there is one key.
     """
 
     call: Call
@@ -41,15 +41,15 @@ class InputCapture:
 
     @property
     def reads(self) -> tuple[fx.Node, ...]:
-        """The nodes whose values :meth:`take` looks up."""
+        """The nodes whose values :meth:`take` needs."""
         return self.call.reads if self.mask is None else (*self.call.reads, *self.mask.gathers)
 
     def add(self, call: Call, gram: SharedGram) -> None:
-        """One more reader of the same activation, which then counts once more."""
+        """Add the activation to one more gram, or once more to the same gram."""
         self.grams.setdefault(_place(call), []).append(gram)
 
     def take(self, env: Mapping[fx.Node, Any], batch: TracedBatch) -> Iterator[CapturedInput]:
-        """The tokens among the values of a run."""
+        """The activation's tokens, from the values of a run; with a route, for each matrix."""
         rows = self.call.rows.of(env[self.call.input])
         keep = self._keep(rows, env, batch)
         route = self.call.route
@@ -60,7 +60,7 @@ class InputCapture:
         places = env[route.node]
         if route.ends:  # rows [tokens, in]
             rows, keep = rows.unsqueeze(1), None if keep is None else keep.unsqueeze(1)
-        elif places.dim() == 0:  # all go to one
+        elif places.dim() == 0:  # all rows go to one matrix
             rows, keep = rows.flatten(0, -2), None if keep is None else keep.flatten()
             rows, keep = rows.unsqueeze(0), None if keep is None else keep.unsqueeze(0)
         else:  # rows [*places, tokens, in], or broadcast to that
@@ -77,13 +77,13 @@ class InputCapture:
     def _keep(
         self, rows: torch.Tensor, env: Mapping[fx.Node, Any], batch: TracedBatch
     ) -> torch.Tensor | None:
-        """``[..., tokens]``: which of the rows count; None where all do."""
+        """Which rows count, bool ``[..., tokens]``; None: all of them."""
         if self.mask is None:
             return None
         keep = self.mask.keep(batch, rows.device, env)
         if keep is not None:
             every, single = rows.shape[:-1], rows.shape[self.call.rows.stacked : -1]
-            if keep.numel() in (every.numel(), single.numel()):  # of all, or of each in the stack
+            if keep.numel() in (every.numel(), single.numel()):  # of the stack, or of one matrix
                 shape = every if keep.numel() == every.numel() else single
                 return keep.reshape(shape).expand(every)
         if self.mask.misses_padding(batch, rows[..., 0].numel()):
@@ -98,7 +98,7 @@ class InputCapture:
         keep: torch.Tensor | None,
         batch: TracedBatch,
     ) -> CapturedInput:
-        """What meets one matrix of a stack, which the call's batch picks."""
+        """The tokens that one matrix is multiplied with; ``call.batch`` is its index in a stack."""
         for axis, index in enumerate(reversed(self.call.batch)):  # from the innermost dimension
             dim = rows.dim() - 3 - axis
             if index >= 0 and dim >= 0:
@@ -106,7 +106,8 @@ class InputCapture:
                 rows = rows.narrow(dim, place, 1)
                 keep = None if keep is None else keep.narrow(dim, place, 1)
         tokens = rows.reshape(-1, rows.shape[-1])
-        if self.call.stacked:  # a stack that all tokens run through is given zeros for the others'
+        # An expert that runs on all tokens gets zeros in place of those of other experts.
+        if self.call.stacked:
             own = tokens.any(-1)
             return CapturedInput(
                 grams, tokens, rows_that_count(own if keep is None else keep.reshape(-1) & own)
@@ -122,16 +123,16 @@ def place_captures(
     grams: Sequence[SharedGram],
     masks: Mapping[Call, TokenMask],
 ) -> dict[fx.Node, list[InputCapture]]:
-    """What to take before each node of a graph, each activation once, for all that read it.
+    """The captures to make before each node of a graph: one for each distinct activation.
 
     Args:
         trace: the graph.
-        calls: its calls of sites.
-        grams: of all sites; each waits for the calls of its own from then on.
-        masks: of the calls that have one.
+        calls: the calls of sites in this graph.
+        grams: the grams of all sites. The nodes of the calls are added to their ``pending``.
+        masks: the masks of the calls that have one.
     """
     gram_of = {id(call): gram for gram in grams for s in gram.sites for call in s.calls}
-    # Sites of one gram read the same as often: the calls of one of them tell how often.
+    # All sites of a gram read an activation equally often, so only the first site's calls count.
     counted = {id(call) for gram in grams for call in gram.sites[0].calls}
     order = {node: at for at, node in enumerate(trace.graph_module.graph.nodes)}
     placed: dict[fx.Node, list[InputCapture]] = defaultdict(list)
@@ -150,16 +151,16 @@ def place_captures(
 def _counted(
     keep: torch.Tensor | None, split: list[tuple[int, torch.Tensor]]
 ) -> list[torch.Tensor | None]:
-    """For each matrix that rows are sent to: which of those count; None where all do.
+    """For each matrix of ``split``: the indices of its tokens that count; None: all of them.
 
     Args:
-        keep: ``[rows, tokens]``: whether each token of each row counts.
-        split: the matrices, and the indices of the rows that are sent to each.
+        keep: bool ``[rows, tokens]``: whether each token of each row counts.
+        split: the matrices, each with the indices of the rows that are sent to it.
     """
     if keep is None or not split:
         return [None] * len(split)
     kept = keep[torch.cat([index for _, index in split]).to(keep.device)]  # in the matrices' order
-    counts = [0, *kept.flatten(1).sum(1).cumsum(0).tolist()]  # one sync for all of them
+    counts = [0, *kept.flatten(1).sum(1).cumsum(0).tolist()]  # one sync for all matrices
     places, tokens = kept.flatten().nonzero().squeeze(1), kept.shape[1:].numel()
     result: list[torch.Tensor | None] = []
     start = 0
@@ -173,5 +174,5 @@ def _counted(
 
 
 def _place(call: Call) -> int:
-    """Of the call's matrix in the stack that a route leads to; a stack of one has no index."""
+    """The position of the matrix in its stack, 0 in a stack of one; -1 without a route."""
     return -1 if call.route is None else max(call.batch[-1], 0)

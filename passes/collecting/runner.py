@@ -1,4 +1,4 @@
-"""Run the nodes of a traced graph, also with torchao's tensors in the place of weights."""
+"""Run the nodes of a traced graph, also with torchao's tensors in place of weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from magr_fx.passes.graphs.unsupported_weights import blame
 
 
 class Runner(fx.Interpreter):
-    """Runs single nodes; their inputs are read from ``env``."""
+    """Runs single nodes, with their inputs from ``env``."""
 
     def __init__(self, trace: Trace) -> None:
         super().__init__(trace.graph_module, garbage_collect_values=False)
@@ -24,10 +24,10 @@ class Runner(fx.Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is torch.ops.aten.linear.default:
-            target = functional.linear  # torchao's tensors run in this, not in the op it calls
+            target = functional.linear  # torchao's tensors implement this, but not the aten op
         elif target is torch.ops.aten.view.default and self._pure:
-            # On another device than it was traced on, what it views may have other strides; a copy
-            # is as good, where nothing is written to.
+            # On another device than that of the trace, the input may have other strides and need a
+            # copy. Without in-place ops a copy gives the same result.
             target = torch.ops.aten.reshape.default
         return super().call_function(target, args, kwargs)
 
@@ -36,18 +36,18 @@ def run_node(runner: Runner, node: fx.Node, batch: TracedBatch, *, quantized: bo
     """The node's value.
 
     Args:
-        runner: has the values of its inputs.
-        node: what to run.
-        batch: the calibration batch, for the message.
-        quantized: whether the weights before it are quantized.
+        runner: has the values of the node's inputs.
+        node: the node to run.
+        batch: the calibration batch, for the error message.
+        quantized: whether the weights before the node are quantized.
 
     Raises:
-        CalibrationError: whatever the op raises, with the layer and the batch.
+        CalibrationError: the op raised an error; the message names the layer and the batch.
     """
     try:
         with autocast_of(node):
             return runner.run_node(node)
-    except Exception as error:  # whatever an op raises on real values
+    except Exception as error:  # an op may raise anything on real values
         if is_out_of_memory(error):
             raise
         stack = list((node.meta.get("nn_module_stack") or {}).values())
@@ -55,7 +55,7 @@ def run_node(runner: Runner, node: fx.Node, batch: TracedBatch, *, quantized: bo
         remedy = "Check that the model itself runs on this batch"
         if quantized:
             remedy = (
-                "The weights before it were quantized by the target; calibrate with "
+                "The weights before this layer were quantized by the target; calibrate with "
                 "propagate=False, or choose another target"
             )
         read = ((str(n.target), attribute(batch.trace, n)) for n in node.all_input_nodes)

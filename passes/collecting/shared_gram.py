@@ -1,4 +1,4 @@
-"""SharedGram: what was taken of one activation, for all the sites that read it."""
+"""SharedGram: the gram of the activations that several sites read."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from magr_fx.passes.finding.find_linears import Site
 
 @dataclass(eq=False)
 class SharedGram:
-    """The gram of everything that these sites read: G = XᵀX, ``[in, in]`` float32.
+    """The gram of all activations X ``[tokens, in]`` that these sites read: G = XᵀX.
 
     Attributes:
-        sites: who reads it.
-        pending: where activations are still to be taken.
-        gram: G; None before the first activation, and after :meth:`free_matrices`.
-        drift: X̂ᵀ(X - X̂), where X̂ are the activations and X those of the original model; None
-            where they are the same.
-        held: the gram of the tokens that were kept aside; None where there were none.
-        tokens, held_tokens: how many tokens are in ``gram``, and in ``held``.
-        padding_counted: there was padding, but no way to tell it in these activations.
-        note: what else is worth knowing of the gram.
+        sites: the sites that read the activations.
+        pending: the nodes before which activations are still to be captured.
+        gram: G, ``[in, in]`` float32; None before the first activation, and after
+            :meth:`free_matrices`.
+        drift: X̂ᵀ(X - X̂), ``[in, in]`` float32. X̂ are the activations of the quantized model, which
+            ``gram`` is then made of, and X the original ones; None without propagation.
+        held: the gram of the held-out tokens, ``[in, in]`` float32; None if there are none.
+        tokens, held_tokens: the number of tokens in ``gram``, and in ``held``.
+        padding_counted: True if ``gram`` has padding tokens, because no mask fits the activations.
+        note: a further remark for the report.
     """
 
     sites: list[Site]
@@ -42,9 +43,13 @@ class SharedGram:
 
     @property
     def collected(self) -> torch.Tensor:
-        """The gram of a site that a token has reached, until the caller is done with it."""
+        """The gram, which must exist: an activation was added, and the matrices are not freed.
+
+        Raises:
+            RuntimeError: there is no gram.
+        """
         if self.gram is None:
-            raise RuntimeError("no activation was taken, or the gram was let go of")
+            raise RuntimeError("no activation was added, or the gram was freed")
         return self.gram
 
     def add(
@@ -59,10 +64,11 @@ class SharedGram:
 
         Args:
             tokens: X, or X̂ of a model that is partly quantized.
-            counted: the indices of the rows that count, ascending; None where all do.
+            counted: the indices of the rows that count, ascending; None: all of them.
             original: X of the original model, for ``drift``.
-            holdout: the share of the tokens that count which goes into ``held`` instead: the last
-                ones, since single tokens here and there would be too much like their neighbours.
+            holdout: the share of the counted tokens that goes into ``held`` instead of ``gram``.
+                These are the last ones, because single held-out tokens would be too similar to
+                their neighbours in ``gram``.
         """
         count = len(tokens) if counted is None else len(counted)
         fitted = count - held_out(count, holdout)
@@ -82,22 +88,22 @@ class SharedGram:
             self.held_tokens += count - fitted
 
     def damping(self, config: MagRConfig) -> float:
-        """The share of mean(diag G) that is added to G to solve with, by the number of tokens."""
+        """The share of mean(diag G) that is added to G's diagonal; depends on the tokens."""
         return config.regularisation(self.tokens, self.sites[0].shape[1])
 
     @property
     def notes(self) -> str:
-        """What the report should say of the gram."""
+        """The remarks on the gram for the report, separated by semicolons."""
         padding = "padding is counted: the input's shape does not tell which tokens are padding"
         notes = (padding if self.padding_counted else "", self.note)
         return "; ".join(note for note in notes if note)
 
     def free_matrices(self) -> None:
-        """Free the matrices: the sites are done with."""
+        """Free the matrices when the sites are done."""
         self.gram = self.drift = self.held = None
 
     def zeros(self, device: torch.device) -> torch.Tensor:
-        """A matrix ``[in, in]`` to sum in."""
+        """A matrix of zeros, ``[in, in]`` float32."""
         size = self.sites[0].shape[1]
         return torch.zeros(size, size, dtype=torch.float32, device=device)
 
@@ -107,9 +113,9 @@ _NUMBERS = ("tokens", "held_tokens", "padding_counted")
 
 
 def add_up(grams: Sequence[SharedGram], ranks: Ranks) -> None:
-    """Give each of them what was taken on all ranks, on every rank.
+    """Replace the matrices and counts of each gram by their sums over all ranks, on every rank.
 
-    The matrices are summed in float32. Where nothing was taken on any rank there is still none.
+    The matrices are summed in float32. A matrix that no rank has stays None.
     """
     if ranks.world == 1 or not grams:
         return
@@ -135,12 +141,12 @@ def add_up(grams: Sequence[SharedGram], ranks: Ranks) -> None:
 
 
 def held_out(count: int, holdout: float) -> int:
-    """How many of so many tokens of one activation are kept aside: never all of them."""
+    """How many of the ``count`` tokens of one activation are held out; never all of them."""
     return min(int(holdout * count), max(count - 1, 0))
 
 
 def _part(
     tokens: torch.Tensor, counted: torch.Tensor | None, part: slice
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Of the tokens that count, those in ``part``: an activation, and which of its rows."""
+    """The part of the counted tokens: an activation, and the indices of its rows (None: all)."""
     return (tokens[part], None) if counted is None else (tokens, counted[part])

@@ -1,9 +1,9 @@
-"""Activations between blocks on the disk: memory that the system may take back at any time.
+"""Keeps the activations between blocks on disk, to save memory.
 
-Each value that a later block reads becomes a memory map of a file. Its pages are read when they
-are needed, and written when memory is; the file has no name any more, so that nothing is left of
-it, however the process ends. A value on a device cannot be one: it is away until the next block
-that runs on its batch, when it comes back to its device.
+Each value that a later block reads is moved to a memory map of a file. The system reads its pages
+when they are used, and writes them back when it needs the memory. The file's name is removed at
+once, so that no file remains, however the process ends. Device memory cannot be such a map: the
+bytes of a value on a device are copied to a map, and back for the next block on its batch.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from magr_fx.machine.disk import folder_named, preallocate
 from magr_fx.machine.memory import is_out_of_memory
 from magr_fx.passes.graphs.torch_private import tree_map, version_of
 
-LEAST = 2**16  # bytes: what is smaller stays in memory
-MAPPED = frozenset({"cpu"})  # the devices on which memory can be a file
+LEAST = 2**16  # bytes: smaller values stay in memory
+MAPPED = frozenset({"cpu"})  # the devices whose memory can be a map of a file
 
 
 @dataclass(frozen=True, eq=False)
 class SpilledTensor:
-    """A tensor of a device that is not there now.
+    """A tensor of a device whose values were moved to a file.
 
     Attributes:
-        values: the bytes of its whole memory, on the CPU; one tensor for all views of one memory.
-        device, dtype, size, stride, offset: of the tensor.
+        values: the bytes of its whole storage, on the CPU; views of one storage share this tensor.
+        device, dtype, size, stride, offset: those of the tensor.
     """
 
     values: torch.Tensor
@@ -45,16 +45,20 @@ class SpilledTensor:
     offset: int
 
     def within(self, memory: torch.Tensor) -> torch.Tensor:
-        """The tensor, as a view of its bytes on the device; an in-place change is one of them."""
+        """The tensor as a view of ``memory``, the bytes of its storage on the device.
+
+        All views of one storage see each other's in-place changes.
+        """
         whole = memory.numel() // self.dtype.itemsize * self.dtype.itemsize
         return memory[:whole].view(self.dtype).as_strided(self.size, self.stride, self.offset)
 
 
 def load_spilled(values: dict[fx.Node, Any]) -> dict[StorageWeakRef, tuple[torch.Tensor, int]]:
-    """Have what is away on its device again; views of one memory remain that.
+    """Copy spilled tensors back to their devices, in place; views of one storage stay views of one.
 
     Returns:
-        For each memory on a device the bytes that it was made of, and its tensors' version then.
+        For each new storage on a device: the spilled bytes, and the tensor's version after the
+        copy.
     """
     memories: dict[StorageWeakRef, torch.Tensor] = {}
     known: dict[StorageWeakRef, tuple[torch.Tensor, int]] = {}
@@ -75,11 +79,11 @@ def load_spilled(values: dict[fx.Node, Any]) -> dict[StorageWeakRef, tuple[torch
 
 
 class Spill:
-    """Keeps values in files.
+    """Moves the values between blocks to files.
 
     Args:
-        folder: where; it is made if there is none.
-        stored: the model's tensors, whose memory is left where it is.
+        folder: the directory for the files; it is created if it does not exist.
+        stored: the model's tensors, which are not moved.
 
     Raises:
         ConfigError: the folder cannot be written to, or the system is Windows.
@@ -89,8 +93,8 @@ class Spill:
         self.folder = folder_named(folder, "spill_dir")
         if sys.platform == "win32":
             raise ConfigError(
-                "spill_dir needs a system on which a file may lose its name while it is mapped, "
-                "which Windows is not; leave spill_dir out"
+                "spill_dir needs a system that can delete a file while it is mapped, which Windows "
+                "cannot; leave spill_dir out"
             )
         self._stored = {memory_of(tensor) for tensor in stored}
         self._in_files: dict[StorageWeakRef, tuple[torch.Tensor, int]] = {}
@@ -103,11 +107,11 @@ class Spill:
             ) from error
 
     def fetch(self, values: dict[fx.Node, Any]) -> None:
-        """Have those of these values that are away on their devices, until :meth:`keep`."""
+        """Copy the spilled tensors among the values back to their devices, until :meth:`keep`."""
         self._in_files |= load_spilled(values)
 
     def keep(self, values: dict[fx.Node, Any]) -> None:
-        """Move the memory of these values, of all that is large, to files."""
+        """Move the values of at least ``LEAST`` bytes to files, in place."""
         moved: dict[StorageWeakRef, torch.UntypedStorage] = {}
 
         def on_disk(value: Any) -> Any:
@@ -117,9 +121,9 @@ class Spill:
             if storage.nbytes() < LEAST or at in self._stored or storage.filename is not None:
                 return value
             known, version = self._in_files.get(at, (None, 0))
-            if known is not None and version == version_of(value):  # its file still tells
+            if known is not None and version == version_of(value):  # its file is still valid
                 moved[at] = known.untyped_storage()
-            elif at not in moved:  # views of one memory remain that
+            elif at not in moved:  # views of one storage stay views of one
                 moved[at] = self._mapped(storage)
             size, stride, offset = value.size(), value.stride(), int(value.storage_offset())
             if value.device.type in MAPPED:
@@ -140,14 +144,14 @@ class Spill:
         try:
             descriptor, name = tempfile.mkstemp(dir=self.folder, prefix="activations-")
             try:
-                # A map of a file that has no room would end in a signal when it is written to.
+                # Without this, writing to the map would raise SIGBUS when the disk is full.
                 with open(descriptor, "r+b", closefd=False) as file:
                     preallocate(file, size)
                 mapped: Any = torch.UntypedStorage.from_file(name, shared=True, nbytes=size)
             finally:
                 os.close(descriptor)
                 os.unlink(name)
-        except (OSError, RuntimeError) as error:  # torch tells what the system says of a map
+        except (OSError, RuntimeError) as error:  # from_file raises RuntimeError
             if is_out_of_memory(error):
                 raise
             raise CheckpointError(
@@ -159,5 +163,5 @@ class Spill:
 
 
 def memory_of(tensor: torch.Tensor) -> StorageWeakRef:
-    """Tells memory from memory, also while there is none or after it was freed."""
+    """A key for the tensor's storage; stays unique while it has no memory or after it is freed."""
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]

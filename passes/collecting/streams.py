@@ -1,4 +1,4 @@
-"""The batches between two blocks: the values alive in each run of the model, and its buffers."""
+"""The state between two steps, for each run of the model: values of each batch, and buffers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Streams:
     """One run of the model over the calibration, or two side by side.
 
     Args:
-        batches: what is run.
-        traces: all graphs; what they write in place each run has for itself.
-        runs: how many there are. The first is the one that is worked on.
+        batches: the batches that are run.
+        traces: all graphs. Each run has its own values of the buffers that they write in place.
+        runs: 1, or 2: then the first is the quantized run, and the second the original one.
 
     Attributes:
-        runs: for each run, the values alive of each batch.
+        runs: for each run and each batch, the values that later blocks read.
     """
 
     def __init__(self, batches: Sequence[TracedBatch], traces: Iterable[Trace], runs: int) -> None:
@@ -38,11 +38,12 @@ class Streams:
         self.runs = [[_inputs(batch) for batch in batches] for _ in range(runs)]
         self._stored = [t for trace in traces for t in attributes(trace.graph_module)]
         self._changed = written_in_place(traces)
-        self._other = [buffer.detach().clone() for buffer in self._changed]  # of the second run
+        # The quantized run's values. The buffers themselves have those of the other run.
+        self._other = [buffer.detach().clone() for buffer in self._changed]
 
     @torch.no_grad()
     def swap_buffers(self) -> None:
-        """Have the other run's values in the buffers."""
+        """Exchange the values in the buffers with those of the other run."""
         for buffer, values in zip(self._changed, self._other, strict=True):
             kept = buffer.detach().clone()
             buffer.copy_(values)
@@ -51,12 +52,12 @@ class Streams:
     def state(
         self, grams: Sequence[SharedGram], devices: Iterable[torch.device]
     ) -> partial[dict[str, Any]]:
-        """Makes what a later run needs to go on from here, see :func:`boundary`."""
+        """A function that returns the state to resume from, see :func:`boundary`."""
         written = [*self._changed, *self._other]
         return partial(boundary, self.runs, grams, written, self._stored, devices)
 
     def restore(self, saved: Any, grams: Sequence[SharedGram], *, keep_spilled: bool) -> None:
-        """Go on from what :meth:`state` made; ``keep_spilled`` is as for :func:`restore`."""
+        """Load a state of :meth:`state`; ``keep_spilled`` is as for :func:`restore`."""
         written = [*self._changed, *self._other]
         restore(
             saved, self.runs, self._graphs, grams, written, self._stored, keep_spilled=keep_spilled
@@ -67,6 +68,6 @@ def _inputs(batch: TracedBatch) -> Environment:
     graph = batch.trace.graph_module.graph
     values = batch.values
     if any(is_mutation(node) for node in graph.nodes):
-        # The model may work in place on its inputs, which are the caller's tensors.
+        # The model may change its inputs in place, and they are the caller's tensors.
         values = tuple(v.clone() if isinstance(v, torch.Tensor) else v for v in values)
     return dict[fx.Node, Any](zip(graph.find_nodes(op="placeholder"), values, strict=True))

@@ -1,7 +1,8 @@
-"""The nodes that read a weight, or are made of weights alone: what to run anew for another one.
+"""The nodes that read a weight, or are computed from weights alone, and how to recompute them.
 
-No value of theirs is kept between blocks: it would hold the memory of weights that are somewhere
-else by then. With the quantized weights in their places they have other values.
+Weights and their views are not kept between blocks, because they would keep the memory of weights
+that are offloaded by then. After a weight is replaced by a quantized one, the nodes computed from
+it are recomputed.
 """
 
 from __future__ import annotations
@@ -17,50 +18,50 @@ from magr_fx.passes.graphs.trace import Trace, attribute, is_mutation
 from magr_fx.passes.graphs.unsupported_weights import is_plain
 from magr_fx.passes.graphs.weight_views import VIEWS, WeightView
 
-Replaced = Mapping[WeightView, torch.Tensor]  # what to read in the place of parameters
+Replaced = Mapping[WeightView, torch.Tensor]  # quantized tensors to read in place of parameters
 
 
 class WeightNodes:
-    """What the traced graphs read of the model.
+    """Which nodes of the traced graphs read weights, or are computed from weights alone.
 
     Args:
         traces: the graphs.
-        replaceable: whether weights will be replaced: only then is it known which.
+        replaceable: whether weights will be replaced; if not, only views are looked for.
     """
 
     def __init__(self, traces: Iterable[Trace], *, replaceable: bool) -> None:
         self._reads: dict[fx.Node, WeightView] = {}  # a parameter, as it is stored
         self._made_of: dict[fx.Node, set[WeightView]] = {}
-        self._views: set[fx.Node] = set()  # of a parameter, and of nothing else
-        self._as_stored: dict[nn.Parameter, WeightView] = {}  # before they are in memory
+        self._views: set[fx.Node] = set()  # views of one parameter
+        self._as_stored: dict[nn.Parameter, WeightView] = {}  # before they are loaded
         for trace in traces:
             self._find_views(trace)
             if replaceable:
                 self._find_reads(trace)
 
     def by_view(self, replacements: Mapping[nn.Parameter, torch.Tensor]) -> Replaced:
-        """What takes the place of parameters, by what they are whatever memory they are in."""
+        """The replacements, by keys that do not change when a weight is loaded to a device."""
         return {self._as_stored[p]: value for p, value in replacements.items()}
 
     def is_recomputed(self, node: fx.Node) -> bool:
-        """Whether its value is not kept between blocks."""
+        """Whether the node is run again in each block that needs it, and its value is not kept."""
         return node.op == "get_attr" or node in self._views
 
     def views_among(self, nodes: Iterable[fx.Node], *, but: set[fx.Node]) -> list[fx.Node]:
-        """The views of weights among these, each once, and none of ``but``."""
+        """The views of weights among ``nodes``, each once, without those in ``but``."""
         return [n for n in dict.fromkeys(nodes) if n in self._views and n not in but]
 
     def replacement(self, node: fx.Node, replaced: Replaced) -> torch.Tensor | None:
-        """What is in the place of the parameter that the node reads, if it reads such."""
+        """The replacement of the parameter that the node reads; None if there is none."""
         view = self._reads.get(node)
         return None if view is None else replaced.get(view)
 
     def is_made_of(self, node: fx.Node, replaced: Replaced) -> bool:
-        """Whether its value is another once these are replaced."""
+        """Whether the node is computed from a weight that is replaced."""
         return not self._made_of.get(node, set()).isdisjoint(replaced)
 
     def value(self, node: fx.Node, runner: Runner, replaced: Replaced) -> Any:
-        """What a node reads of the model, or its view of that."""
+        """The value of a node that is a tensor of the model, or a view of one."""
         instead = self.replacement(node, replaced)
         if instead is not None:
             return instead
@@ -70,7 +71,7 @@ class WeightNodes:
     def recompute(
         self, node: fx.Node, env: Mapping[fx.Node, Any], runner: Runner, replaced: Replaced
     ) -> Any:
-        """What was made of weights in an earlier block, a view or a cast, now of the replaced."""
+        """The value of a view or cast from an earlier block, computed from replaced weights."""
         instead = self.replacement(node, replaced)
         if instead is not None:
             return instead

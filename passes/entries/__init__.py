@@ -1,4 +1,4 @@
-"""The ways in: the run that all share, the fx pass, torchao's own flow, and the plan.
+"""The entry points: the common run, MagRPass, torchao's prepare and convert flow, and the plan.
 
 It may import the ground (errors, config) and the rooms from machine to rewriting.
 """

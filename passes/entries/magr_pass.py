@@ -28,20 +28,21 @@ logger = logging.getLogger("magr_fx")
 class MagRPass(PassBase):
     """Rewrite, in place, every weight that the graph multiplies with its inputs.
 
-    The graph itself stays as it is: the same nodes, the same Parameter objects, other values. A
-    graph from ``torch.export`` is analysed and run as it stands; any other GraphModule (from
-    ``symbolic_trace``) is exported first, which shares its parameters. The report is at
-    ``graph_module.meta["magr"]``.
+    Only the values of the parameters change: the graph keeps its nodes and its Parameter objects.
+    A graph from ``torch.export`` is analysed and run directly. Any other GraphModule (from
+    ``symbolic_trace``) is exported first, and the exported graph shares its parameters. The report
+    is stored in ``graph_module.meta["magr"]``.
 
     Args:
         calib, config, target, propagate, holdout, filter_fn, trace, calibrate_all_experts, strict,
-            progress: as for :func:`magr_fx.magr_transform`; a ``calib`` that can be iterated only
-            once serves only one call of the pass. In an exported graph the modules are bare
-            containers: ``filter_fn`` should go by the name.
+            progress: as for :func:`magr_fx.magr_transform`. A ``calib`` that can be iterated only
+            once works for one call of the pass only. In an exported graph the original module
+            classes are lost, so ``filter_fn`` should decide by the name.
 
     Raises:
-        CalibrationError: a calibration input does not fit the graph's shapes; also what
-            :func:`magr_fx.magr_transform` raises. Nothing was changed then.
+        ModelError: the argument is not a GraphModule.
+        CalibrationError: a calibration input does not fit the graph's shapes; nothing was changed.
+        MagRError: any error that :func:`magr_fx.magr_transform` raises, under the same conditions.
 
     Example:
         >>> import torch
@@ -81,7 +82,7 @@ class MagRPass(PassBase):
         )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Rewrite the graph's weights; ``modified`` says whether there were any."""
+        """Rewrite the graph's weights; ``modified`` is True if at least one was rewritten."""
         meta = getattr(graph_module, "meta", {})
         with out_of_memory_told(lambda: meta.get("magr")):
             return self._call(graph_module)
@@ -90,7 +91,7 @@ class MagRPass(PassBase):
         if not isinstance(graph_module, fx.GraphModule):
             raise ModelError(
                 f"MagRPass takes a torch.fx GraphModule, got {type(graph_module).__name__}; "
-                "for a module that is not traced use magr_transform"
+                "call magr_transform for a module that is not traced"
             )
         check_model(graph_module, self.request.filter_fn)
         check_not_frozen(graph_module)
@@ -99,7 +100,7 @@ class MagRPass(PassBase):
         try:
             run(graph_module, batches, self.request, Execution(), Ledger(report))
         finally:
-            if report.sites:  # also of a run that was cut short
+            if report.sites:  # a run that failed half way also leaves its report
                 graph_module.meta["magr"] = report
         logger.info("%s", report.totals())
         graph_module.graph.lint()

@@ -1,4 +1,4 @@
-"""model without weights → what a run would rewrite, and what it would cost; nothing is run."""
+"""Model without weights → the sites a run would rewrite, and its costs; no forward pass is run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,15 @@ from magr_fx.passes.tracing.trace_batches import Tracing
 
 @dataclass(frozen=True)
 class Plan:
-    """Sites, what is left alone and why, the number of blocks, costs, and the largest problem."""
+    """What a run would do.
+
+    Attributes:
+        sites: the weights that it would rewrite.
+        rejections: the weights that it would leave as they are, each with the reason.
+        blocks: the number of blocks that are worked on one after the other.
+        costs: time and memory.
+        largest: the largest weight, by the number of its elements.
+    """
 
     sites: list[Site]
     rejections: list[Rejection]
@@ -53,17 +61,17 @@ def plan(
     stored: int | None = None,
     copies: int = 2,
 ) -> Plan:
-    """Trace a model that has no weights, and count.
+    """Trace a model without weights, and count its sites and the costs of a run.
 
     Args:
-        model: on the meta device; it gets parameters on the CPU that take up no memory.
-        tokens: of the calibration.
+        model: on the meta device. Its parameters are replaced by CPU parameters without memory.
+        tokens: the number of calibration tokens.
         window: ``[batch, length]`` of each batch of token ids.
-        method: how it is solved.
+        method: how the weights are solved.
         filter_fn: as for :func:`magr_fx.magr_transform`.
         routed: the share of the tokens that reach each expert of a stack.
-        stored: bytes of the weights on the disk; None counts the model's own.
-        copies: how many copies of the weights the disk holds at most, beside the model.
+        stored: bytes of the weights on the disk; None counts the model's parameters.
+        copies: the largest number of copies of the weights on the disk, not counting the model.
 
     Raises:
         MagRError: the model cannot be traced, or has nothing to rewrite.
@@ -79,7 +87,7 @@ def plan(
     steps = run.steps()
     shapes = {id(shared): _shape(shared, routed) for shared in run.grams}
     every = list(shapes.values())
-    batches = tokens / math.prod(window)  # of which one was traced
+    batches = tokens / math.prod(window)  # the boundary was measured on one
     boundary = int(max(_boundary_bytes(steps)) * batches) * method.runs
     bytes_of = {id(p): p.nbytes for p in model.parameters()}
     total = stored or sum(bytes_of.values())
@@ -95,14 +103,14 @@ def plan(
         ),
         solver=max(solver_bytes(shape, method) for shape in every),
         boundary=boundary,
-        disk=copies * total + 2 * boundary,  # the last state stays until the next is whole
+        disk=copies * total + 2 * boundary,  # a saved state is kept until the next is complete
     )
     largest = max(every, key=lambda shape: shape.rows * shape.inputs)
     return Plan(found.sites, found.rejections, len(steps), costs, largest)
 
 
 def _reserve(model: nn.Module) -> None:
-    """Give every parameter and buffer an address on the CPU, with no memory behind it."""
+    """Replace every parameter by a CPU parameter without memory, every meta buffer by zeros."""
     known: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for key, parameter in module._parameters.items():
@@ -116,15 +124,16 @@ def _reserve(model: nn.Module) -> None:
 
 
 def _shape(shared: SharedGram, routed: float) -> Shape:
+    """Rows of all the sites of a gram, their inputs, and the share of the tokens they read."""
     rows = sum(site.shape[0] for site in shared.sites)
-    of_a_stack = "[" in shared.sites[0].name  # which is named with an index
+    of_a_stack = "[" in shared.sites[0].name  # a matrix of a stack is named with its index
     return Shape(rows, shared.sites[0].shape[1], routed if of_a_stack else 1.0)
 
 
 def _grams_in_memory(
     steps: Sequence[list[Block]], grams: list[SharedGram]
 ) -> list[list[SharedGram]]:
-    """Which grams there are in each step: from their first activation to their last."""
+    """The grams in memory in each step: a gram is kept from its first activation to its last."""
     visited = [{node for block in step for node in block.nodes} for step in steps]
     alive: list[list[SharedGram]] = [[] for _ in steps]
     for shared in grams:
@@ -135,7 +144,7 @@ def _grams_in_memory(
 
 
 def _boundary_bytes(steps: Sequence[list[Block]]) -> list[int]:
-    """Bytes of the activations that later blocks read, after each step, for the traced batch."""
+    """After each step: bytes of the traced batch's activations that later blocks read."""
     alive: dict[fx.Node, int] = {}
     sizes = []
     for step in steps:
@@ -150,7 +159,7 @@ def _boundary_bytes(steps: Sequence[list[Block]]) -> list[int]:
 
 
 def _bytes(node: fx.Node) -> int:
-    """Of a node's tensor, for the traced batch; in the graph its sizes may be open."""
+    """Bytes of a node's tensor for the traced batch; a symbolic size counts with its hint."""
     value: Any = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return 0

@@ -1,4 +1,4 @@
-"""model and calibration → rewritten weights: what every entry does, from the trace on."""
+"""Model and calibration → rewritten weights: the run that every entry point starts."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def run(
     execution: Execution,
     ledger: Ledger,
 ) -> list[QuantizableWeight]:
-    """Trace the model, find its weights, and rewrite them; nothing is quantized yet.
+    """Trace the model, find its sites, and rewrite them; the model is not quantized yet.
 
     Args:
         model: unwrapped and checked.
         batches: the calibration.
-        request: what was asked for.
-        execution: where the work is done.
-        ledger: what is done; its report is filled, also by a run that fails half way.
+        request: the caller's options.
+        execution: the ranks and the device that do the work.
+        ledger: records the rewrites. A run that fails half way also fills its report.
 
     Returns:
-        What the target is to quantize, where it does.
+        The weights that the target will quantize; empty if the request quantizes nothing.
 
     Raises:
         MagRError: see :func:`magr_fx.magr_transform`.
@@ -78,10 +78,13 @@ def _select_quantizable(
     execution: Execution,
     report: MagRReport,
 ) -> tuple[Found, list[QuantizableWeight]]:
-    """Leave out what the target cannot quantize, having tried it; what it is to quantize.
+    """Try the target, and leave out the weights that it cannot quantize.
+
+    Returns:
+        The remaining sites, and the weights that the target will quantize.
 
     Raises:
-        ConfigError: the target fails, or nothing is left.
+        ConfigError: the target fails, or no site is left.
     """
     config, quantizer = request.config, request.quantizer
     weights: list[QuantizableWeight] = []
@@ -95,7 +98,7 @@ def _select_quantizable(
         )
     check_group_size(found.sites, config.group_size)
     candidates: list[Site | QuantizableWeight] = [*found.sites, *weights]
-    if execution.resident is all_resident:  # others were looked at where they are
+    if execution.resident is all_resident:  # offloaded and sharded weights are checked before
         check_finite((one.name, one.weight) for one in candidates)
     if request.target is None:
         return found, weights
@@ -112,12 +115,12 @@ def _select_quantizable(
 def _try_each_kind(
     candidates: list[Site | QuantizableWeight], target: Target, execution: Execution
 ) -> None:
-    """Have the target quantize a copy of one weight of each shape and dtype."""
+    """Quantize a copy of one weight of each shape and dtype, to see whether the target can."""
     kinds: dict[Any, Site | QuantizableWeight] = {}
     for one in candidates:
         kinds.setdefault((one.weight.shape, one.weight.dtype), one)
     with execution.resident([one.weight for one in kinds.values()]):
-        # Looked at only now: where a weight is depends on its being in memory.
+        # ``weight`` is read only here: an offloaded one changes device when it is loaded.
         matrices = [(one.name, one.weight) for one in kinds.values()]
         try_target(matrices, target.config, gptq=target.options.rounding == "gptq")
 
@@ -129,11 +132,11 @@ def _checkpoint(
     request: Request,
     execution: Execution,
 ) -> Checkpoint | None:
-    """Where the run is saved; several ranks also see to it that they are at the same one.
+    """The run's checkpoint, or None; several ranks also check that their runs are the same.
 
     Raises:
         CheckpointError: the directory belongs to another run, or cannot be used.
-        DistributedError: the ranks were called otherwise.
+        DistributedError: the ranks were called with different arguments.
     """
     folder, ranks, target = request.folders.checkpoint, execution.ranks, request.target
     if folder is None and ranks.world == 1:

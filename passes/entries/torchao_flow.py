@@ -1,6 +1,6 @@
 """MagRConfig in torchao's own quantize_: prepare sums grams, convert solves and quantizes.
 
-This sees what module hooks see: nn.Linear, each by itself, on the inputs of the original model.
+No graph is traced. A forward pre-hook on each nn.Linear sees the inputs of the original model.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ from magr_fx.passes.rewriting.pipeline import resolve_config, rewrite_alone, tar
 from magr_fx.reporting.report import SiteReport
 
 logger = logging.getLogger("magr_fx")
-# Where a prepared linear holds its GramHook: a plain attribute, which no state_dict knows.
+# A prepared linear holds its GramHook in this attribute, which is not part of its state_dict.
 _HOOK_ATTRIBUTE = "_magr_gram"
 
 
 class GramHook:
-    """A forward pre-hook that adds what its nn.Linear reads to G = XᵀX; no input is kept.
+    """A forward pre-hook that adds the inputs X of its nn.Linear to the gram G = XᵀX.
 
-    It is copied and pickled with its module, and then belongs to the copy.
+    The inputs themselves are not kept. When the module is copied or pickled, the copy gets a copy
+    of the hook.
 
     Attributes:
         gram: G, ``[in, in]`` float32, on the device of the first input; None before that.
-        tokens: how many tokens are in it.
-        handle: takes the hook off the module.
+        tokens: the number of tokens in G.
+        handle: removes the hook from the module.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -47,17 +48,17 @@ class GramHook:
         self.tokens = 0
         self.handle: RemovableHandle = linear.register_forward_pre_hook(self, with_kwargs=True)
 
-    # It runs between the graphs: its sums are no part of the model.
+    # The sums must not become part of a compiled graph: the hook runs between the graphs.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Add the input ``[..., in]``."""
-        if torch.compiler.is_exporting():  # what is traced there has no values
+        """Add the input ``[..., in]`` to the gram."""
+        if torch.compiler.is_exporting():  # the inputs of an export have no values
             return
         activation = args[0] if args else kwargs["input"]
         size = activation.shape[-1]
         tokens = activation.reshape(-1, size)
         if self.gram is None:
-            # A tensor made in inference mode could not be added to outside of it.
+            # Outside of inference mode, a tensor that was made in it cannot be changed in place.
             with torch.inference_mode(False):
                 self.gram = torch.zeros(size, size, dtype=torch.float32, device=tokens.device)
         add_to_gram(self.gram, tokens)
@@ -65,35 +66,39 @@ class GramHook:
 
 
 def prepare_or_convert(module: nn.Module, config: MagRConfig) -> nn.Module:
-    """What torchao's ``quantize_`` does to each module that its ``filter_fn`` lets through.
+    """Handle a MagRConfig in torchao's ``quantize_``, for each module that its ``filter_fn`` takes.
 
     ``step="prepare"`` puts a :class:`GramHook` on the nn.Linear. The forward passes that follow,
-    under ``torch.no_grad`` or not, sum its gram G = XᵀX ``[in, in]``; preparing it once more
-    starts anew. ``step="convert"`` takes the hook off, makes of the weight ``[out, in]`` what
-    :func:`magr_fx.magr_transform` does with ``target=config.base_config, propagate=False,
-    holdout=0``, and lets torchao quantize that with ``base_config``. It works on a copy of the
-    weight, so that an embedding or another linear that shares it keeps its values. A linear that
-    no token reached is quantized by ``base_config`` alone, with a warning; one that is quantized
-    already is left as it is, so that a conversion that stopped can go on.
+    under ``torch.no_grad`` or not, sum its gram G = XᵀX ``[in, in]``. Preparing a linear again
+    starts a new gram.
 
-    Weights are found by their modules and no graph is seen: nn.Linear only, each with a gram of
-    its own, padding counted, nothing made up for between layers. Prepare before torch.compile,
-    whose code does not look for hooks that come later; the grams are then summed between graphs,
-    which ``fullgraph=True`` refuses.
+    ``step="convert"`` removes the hook, rewrites the weight ``[out, in]`` as
+    :func:`magr_fx.magr_transform` does with ``target=config.base_config, propagate=False,
+    holdout=0``, and lets torchao quantize the result with ``base_config``. It rewrites a copy of
+    the weight, so that an embedding or another linear that shares the weight keeps its values. A
+    linear that no token reached is quantized by ``base_config`` alone, with a warning. A linear
+    that is quantized already is left as it is, so that ``convert`` can be called again after an
+    error.
+
+    No graph is traced. Therefore only nn.Linear is supported, each linear has its own gram,
+    padding tokens count, and no input error is compensated. Prepare before torch.compile: compiled
+    code ignores hooks that are added later. The hook causes a graph break, which
+    ``fullgraph=True`` does not allow.
 
     Args:
         module: the nn.Linear.
-        config: with a ``step``; how to solve is read from the one that converts.
+        config: with a ``step``. The options of the solve are read in the convert step.
 
     Returns:
-        ``module`` when it was prepared, what torchao makes of it when it was converted.
+        ``module`` after prepare, and the quantized module that torchao returns after convert.
 
     Raises:
-        ConfigError: ``module`` is no nn.Linear, or not prepared, or torchao cannot quantize it
-            with ``base_config`` on this machine; ``config`` has no step, or an alpha of 0.
-        ModelError: the weight cannot be worked with (computed from others, quantized, meta, NaN).
-        CalibrationError: the inputs held NaN or Inf.
-        The module is as it was then; those before it in the model are prepared, or converted.
+        ConfigError: ``module`` is not an nn.Linear, or is not prepared, or torchao cannot quantize
+            it with ``base_config`` on this machine; ``config`` has no step, or an alpha of 0.
+        ModelError: the weight is computed from other parameters, quantized, on the meta device,
+            or holds NaN or Inf.
+        CalibrationError: the inputs hold NaN or Inf.
+        ``module`` is unchanged then. The modules before it stay prepared or converted.
 
     Example:
         >>> import torch
@@ -109,14 +114,15 @@ def prepare_or_convert(module: nn.Module, config: MagRConfig) -> nn.Module:
     """
     if config.step is None:
         raise ConfigError(
-            'in quantize_ a MagRConfig needs a step: step="prepare", then the calibration is run, '
-            'then step="convert" with a base_config; or call magr_quantize(model, calib, target)'
+            'in quantize_ a MagRConfig needs a step: step="prepare" first, and step="convert" with '
+            "a base_config after the calibration was run; or call magr_quantize(model, calib, "
+            "target)"
         )
     if not isinstance(module, nn.Linear):
         raise ConfigError(
             f"a MagRConfig takes nn.Linear modules, got {type(module).__name__}; give quantize_ a "
-            "filter_fn that lets no others through, or call magr_transform, which finds weights "
-            "in any module"
+            "filter_fn that selects only nn.Linear, or call magr_transform, which finds the "
+            "weights of any module"
         )
     if config.step == "prepare":
         _prepare(module)
@@ -127,8 +133,8 @@ def prepare_or_convert(module: nn.Module, config: MagRConfig) -> nn.Module:
 def _prepare(linear: nn.Linear) -> None:
     if "weight" not in linear._parameters:
         raise ModelError(
-            f"the weight of {_name(linear)} is computed from other parameters; fold them in first, "
-            "with torch.nn.utils.parametrize.remove_parametrizations for instance"
+            f"the weight of {_name(linear)} is computed from other parameters; make it a parameter "
+            "first, for instance with torch.nn.utils.parametrize.remove_parametrizations"
         )
     check_model(linear)
     reason = why_unsupported(linear.weight)
@@ -159,7 +165,7 @@ def _convert(linear: nn.Linear, config: MagRConfig) -> nn.Module:
     if hook.gram is None or not hook.tokens:
         logger.warning(
             "no calibration token reached %s: %s alone quantizes it. If the model is compiled, "
-            "prepare it before torch.compile",
+            "run the prepare step before torch.compile",
             _name(linear),
             type(base).__name__,
         )
@@ -167,8 +173,8 @@ def _convert(linear: nn.Linear, config: MagRConfig) -> nn.Module:
         if not bool(hook.gram.isfinite().all()):
             raise CalibrationError(
                 f"the calibration inputs of {_name(linear)} hold NaN or Inf, or overflow float32. "
-                'Run step="prepare" again with finite ones, or leave the layer out with filter_fn; '
-                "linears before it are converted already"
+                'Run step="prepare" again with finite inputs, or leave the layer out with '
+                "filter_fn. The linears before it are converted already"
             )
         own = nn.Parameter(weight.clone(), requires_grad=False)
         site = Site(_name(linear), own, linear, "", WeightView.of(own))
@@ -180,7 +186,7 @@ def _convert(linear: nn.Linear, config: MagRConfig) -> nn.Module:
 
 
 def _remove_hook(linear: nn.Linear) -> None:
-    """Take the hook off a linear that has one, and its gram with it."""
+    """Remove the hook and its gram from a linear that has one."""
     hook: GramHook | None = getattr(linear, _HOOK_ATTRIBUTE, None)
     if hook is not None:
         hook.handle.remove()
@@ -188,7 +194,7 @@ def _remove_hook(linear: nn.Linear) -> None:
 
 
 def _name(linear: nn.Linear) -> str:
-    """torchao does not tell a module's name."""
+    """A description for messages: torchao does not pass on a module's name."""
     return f"nn.Linear {(linear.out_features, linear.in_features)}"
 
 

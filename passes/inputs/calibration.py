@@ -1,4 +1,4 @@
-"""calib → batches: read the calibration iterable once, in one form, on the model's device."""
+"""calib → batches: read the calibration iterable once, onto the model's device."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from magr_fx.passes.inputs.tensors_only import PLAIN
 
 logger = logging.getLogger("magr_fx")
 
-# More batches than any calibration has use for: whoever gives so many gives them without an end.
+# No useful calibration has more batches: an iterable that yields so many has no end.
 MOST_BATCHES = 2**16
 _ENDLESS = (
-    "If calib has no end, or is a whole training set, take some of it: itertools.islice(calib, 128)"
+    "If calib has no end, or is a whole training set, pass a part: itertools.islice(calib, 128)"
 )
-_SHARED = ("mask", "position", "bias", "cache")  # what batches have in common by right
+_SHARED = ("mask", "position", "bias", "cache")  # inputs that batches may well have in common
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The arguments of one forward call, and the batch's place in the calibration.
+    """The arguments of one forward call.
 
-    ``notes`` are what the report should say of the batch.
+    ``index`` is the batch's place in the calibration. ``notes`` are remarks for the report.
     """
 
     index: int
@@ -50,34 +50,39 @@ class Batch:
 
 
 def read_calib(calib: Any, model: nn.Module, device: torch.device | None = None) -> list[Batch]:
-    """Read ``calib`` once and return its batches, their tensors on ``device``, or the model's own.
+    """Read ``calib`` once and return its batches.
 
-    The inputs are held until the run ends: each batch is run through the model block by block. What
-    is not a list or a tuple may fill the same memory with one batch after the other, so that its
-    tensors, arrays and other objects are copied as they come.
+    All inputs stay in memory until the run ends, because each block is run on all batches before
+    the next block. An iterable that is neither a list nor a tuple may write every batch to the same
+    buffer, so its tensors, arrays and other objects are copied when they are read.
+
+    Args:
+        calib: an iterable of model inputs: a tensor, a tuple or list, or a mapping each.
+        model: the batches are arguments of its ``forward``.
+        device: where the tensors are put; None is the device of the model's first parameter.
 
     Raises:
-        CalibrationError: ``calib`` is no iterable of model inputs, is empty, holds NaN or Inf, has
-            more than ``MOST_BATCHES`` batches, or does not fit into memory.
+        CalibrationError: ``calib`` is not an iterable of model inputs, is empty, holds NaN or Inf,
+            has more than ``MOST_BATCHES`` batches, or does not fit into memory.
     """
     refuse_calib(calib)
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
     switch = _position_of_use_cache(model)
-    lasting = type(calib) in (list, tuple)  # all of it is there at once
+    lasting = type(calib) in (list, tuple)  # no batch is overwritten by the next one
     room, memory = available(device) if not lasting else 0.0, _Memory()
     batches: list[Batch] = []
     index, empty = -1, 0
     for index, item in enumerate(calib):
         if not lasting and index >= MOST_BATCHES:
             raise CalibrationError(
-                f"calib has yielded {MOST_BATCHES:,} batches, and there is no end. {_ENDLESS}"
+                f"calib has yielded {MOST_BATCHES:,} batches and has not ended. {_ENDLESS}"
             )
         args, kwargs = _arguments(item, index)
         notes = suspicious_labels(model, item, index) if not batches else ""
         args, kwargs = _plain((args, kwargs))
         refuse_contents(args, kwargs, index)
         if switch is not None and len(args) <= switch:
-            kwargs["use_cache"] = False  # a cache in the outputs is memory that nobody reads
+            kwargs["use_cache"] = False  # a cache in the outputs only takes memory
         with dataclasses_open((args, kwargs)):
             _check_values((args, kwargs), index)
             if lasting:
@@ -90,9 +95,9 @@ def read_calib(calib: Any, model: nn.Module, device: torch.device | None = None)
         if room < 0:
             raise CalibrationError(
                 f"the first {index + 1} batches of calib do not fit into the memory of {device}, "
-                f"in which all of them are held. {_ENDLESS}"
+                f"which has to hold all batches. {_ENDLESS}"
             )
-        if _is_empty((args, kwargs)):  # which some models do not run on
+        if _is_empty((args, kwargs)):  # some models do not run on an empty batch
             empty += 1
         else:
             batches.append(Batch(index, args, kwargs, (notes,) if notes else ()))
@@ -104,7 +109,7 @@ def read_calib(calib: Any, model: nn.Module, device: torch.device | None = None)
     if not batches:
         raise CalibrationError(
             "calib is empty: give at least one model input (a generator that was "
-            "iterated before yields nothing; make it a list)"
+            "iterated before yields nothing more; make it a list)"
         )
     left_out = f"{empty} of {index + 1} calibration batches are empty" if empty else ""
     found = tuple(note for note in (memory.note, left_out) if note)
@@ -115,14 +120,14 @@ def read_calib(calib: Any, model: nn.Module, device: torch.device | None = None)
 
 
 class _Memory:
-    """Finds entries of a list that lie in the same memory: all hold what the last one did."""
+    """Finds batches of a list that share memory, so that all have the values of the last one."""
 
     def __init__(self) -> None:
         self._first: dict[Any, int] = {}
         self.note = ""
 
     def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> None:
-        """Look at one more entry."""
+        """Compare one more batch with those before; fills ``note`` at the first shared memory."""
         named = [(name, t) for name, t in named_leaves({"": args, **kwargs}) if _is_tensor(t)]
         named = [(name, t) for name, t in named if t.numel() and not t.is_nested]
         found: list[tuple[bool, int]] = []
@@ -134,22 +139,22 @@ class _Memory:
                 found.append((own, before))
         if found and not self.note and (any(own for own, _ in found) or len(found) == len(named)):
             self.note = (
-                f"calibration batches {found[0][1]} and {index} lie in the same memory, so that "
-                "they hold the same values. If calib was made of a generator that fills one "
-                "buffer, all batches hold its last values: clone each as it comes, or pass the "
+                f"calibration batches {found[0][1]} and {index} lie in the same memory, so they "
+                "have the same values. If calib is a list made from a generator that reuses one "
+                "buffer, every batch has the last batch's values: clone each batch, or pass the "
                 "generator itself"
             )
 
 
 def _is_empty(inputs: Any) -> bool:
-    """Whether there are tensors, and all of them have a size of 0."""
+    """Whether the inputs hold tensors, and none of these has an element."""
     tensors = [leaf for leaf in tree_leaves(inputs) if _is_tensor(leaf)]
     return bool(tensors) and not any(tensor.numel() for tensor in tensors)
 
 
 def _position_of_use_cache(model: nn.Module) -> int | None:
-    """Where ``forward`` takes ``use_cache``; None where it does not, or not any more."""
-    if isinstance(model, fx.GraphModule):  # a value that the graph was made with
+    """The position of ``use_cache`` among the parameters of ``forward``; None: it has none."""
+    if isinstance(model, fx.GraphModule):  # the value is fixed in the graph
         return None
     names = list(inspect.signature(model.forward).parameters)
     return names.index("use_cache") if "use_cache" in names else None
@@ -160,16 +165,19 @@ def _arguments(item: Any, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (item,), {}
     if isinstance(item, Mapping):
         refuse_keys(item, index)
-        # Sorted, so that two batches with the same keys are one input signature.
+        # Sorted, so that batches with the same keys have the same input signature.
         return (), {key: item[key] for key in sorted(item)}
     if isinstance(item, (tuple, list)):
         return tuple(item), {}
     refuse_item(item, index)
-    raise AssertionError  # it never returns
+    raise AssertionError  # not reached: refuse_item always raises
 
 
 def _plain(value: Any) -> Any:
-    """``value`` with dicts for other mappings (a BatchEncoding), which hide their tensors."""
+    """``value`` with dicts in place of other mappings (BatchEncoding), which pytree does not open.
+
+    Subclasses of dict are kept.
+    """
     if isinstance(value, Mapping) and (type(value) is dict or not isinstance(value, dict)):
         return {key: _plain(inner) for key, inner in value.items()}
     if type(value) in (tuple, list):
@@ -178,7 +186,7 @@ def _plain(value: Any) -> Any:
 
 
 def _is_built_in(item: Any) -> bool:
-    """Whether an entry holds its values itself; others may make them as they are asked for."""
+    """Whether all containers of a batch are built in; others may make their values on access."""
     if type(item) is dict:
         return all(map(_is_built_in, item.values()))
     if isinstance(item, tuple) or type(item) is list:
@@ -187,9 +195,9 @@ def _is_built_in(item: Any) -> bool:
 
 
 def _on_device(value: Any, device: torch.device, index: int, *, copied: bool) -> Any:
-    """The inputs as they are held, in one memory layout, which a trace depends on.
+    """The inputs on the device, all contiguous: a trace depends on the memory layout.
 
-    What is one and the same tensor stays so: self-attention, for one, asks that.
+    A tensor that is passed twice stays one tensor: self-attention, for instance, checks that.
     """
     known: dict[int, Any] = {}
 
@@ -207,11 +215,11 @@ def _leaf_on_device(leaf: Any, device: torch.device, index: int, *, copied: bool
     if not _is_tensor(leaf):
         try:
             return copy.deepcopy(leaf) if copied else leaf
-        except Exception as error:  # whatever the object's own code raises
+        except Exception as error:  # the object's own code may raise anything
             raise CalibrationError(
                 f"calibration batch {index} holds a {type(leaf).__name__}, which cannot be copied "
                 f"({type(error).__name__}: {error}) and may change with the next batch; make calib "
-                "a list, of batches that have their own"
+                "a list in which each batch has its own object"
             ) from error
     if isinstance(leaf, nn.Parameter) or leaf.requires_grad:
         leaf = leaf.detach()
@@ -236,18 +244,18 @@ def _check_values(inputs: Any, index: int) -> None:
             )
         if leaf.is_floating_point() or leaf.is_complex():
             values = leaf.float() if leaf.is_floating_point() and leaf.itemsize == 1 else leaf
-            # An additive attention mask holds -inf on purpose; NaN and +inf never are.
+            # An additive attention mask may hold -inf; NaN and +inf are always errors.
             bad = torch.isnan(values)
             bad |= torch.isinf(values) if leaf.is_complex() else torch.isposinf(values)
             if bool(bad.any()):
                 raise CalibrationError(
                     f"calibration batch {index} holds {int(bad.sum())} NaN or Inf values in an "
-                    f"input of shape {tuple(leaf.shape)}; remove or repair it"
+                    f"input of shape {tuple(leaf.shape)}; remove or repair the batch"
                 )
 
 
 def _strange_kind(tensor: torch.Tensor) -> str:
-    """What keeps a tensor from being an ordinary one; empty where nothing does."""
+    """Why a tensor is not an ordinary one, as the end of a sentence; empty if it is."""
     if tensor.is_nested:
         return "is nested: pad it (torch.nested.to_padded_tensor), with an attention_mask"
     if tensor.is_meta:
@@ -258,17 +266,17 @@ def _strange_kind(tensor: torch.Tensor) -> str:
         return f"has the layout {tensor.layout}"
     if tensor.is_quantized:
         return f"is quantized ({tensor.dtype})"
-    # One that has ways of its own with every op, and mostly lacks some of them.
+    # A subclass that implements every op itself, and usually lacks some.
     own = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
     return f"is a {type(tensor).__name__}" if own else ""
 
 
 def _shape(tensor: torch.Tensor) -> str:
-    if tensor.is_nested:  # which has none
+    if tensor.is_nested:  # it has no shape: only its first size is known
         return f"{tensor.size(0)} x {'?, ' * (tensor.dim() - 1)}".rstrip(", ")
     return str(tuple(tensor.shape))
 
 
 def notes_of(batches: Iterable[Batch]) -> list[str]:
-    """What the report should say of the batches."""
+    """The remarks on all batches, for the report."""
     return [note for batch in batches for note in batch.notes]

@@ -1,4 +1,4 @@
-"""Forms that a calibration is often given in and cannot have: what to do about each."""
+"""Common wrong forms of a calibration, and the remedy that the error message gives for each."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _ROWS = (
     "torch DataLoader"
 )
 _ALONE = "pass the images alone: [images for images, _ in loader]"
-_LABELS = f"of (images, labels), as a DataLoader gives them, {_ALONE}"
+_LABELS = f"for batches of (images, labels), as from a DataLoader, {_ALONE}"
 _ONE_MAPPING = (
-    "a mapping is taken as keyword arguments; where forward takes the mapping itself as its one "
+    "a mapping is passed as keyword arguments; if forward takes the mapping itself as its only "
     "argument, pass it in a tuple: (features,)"
 )
-# What 1-D integers beside images are by right.
+# Parts of the names of parameters that may rightly get a 1-D integer tensor beside the images.
 _INDICES = ("label", "target", "length", "size", "time", "step", "class", "id", "ind", "offs", "y")
 _TOKENS = ("input_ids", "attention_mask", "inputs_embeds", "pixel_values", "token_type_ids")
 
 
 def refuse_calib(calib: Any) -> None:
-    """Refuse what is no iterable of model inputs.
+    """Refuse a ``calib`` that is not an iterable of model inputs.
 
     Raises:
         CalibrationError: with the remedy.
@@ -51,7 +51,7 @@ def refuse_calib(calib: Any) -> None:
     elif isinstance(calib, Dataset) or (_has_items(calib) and not isinstance(calib, single)):
         remedy = "Wrap a dataset in a torch DataLoader"
     elif callable(calib) and not isinstance(calib, (nn.Module, type)):
-        remedy = "A function that yields inputs has to be called: calib()"
+        remedy = "If it is a function that yields inputs, it has to be called: calib()"
     raise CalibrationError(
         f"calib must be an iterable of model inputs, each {FORMS}; got "
         f"{type(calib).__name__}. {remedy}"
@@ -59,10 +59,10 @@ def refuse_calib(calib: Any) -> None:
 
 
 def refuse_item(item: Any, index: int) -> None:
-    """Refuse a batch that is in none of the forms.
+    """Refuse a batch that is neither a tensor nor a tuple, list or mapping.
 
     Raises:
-        CalibrationError: with the remedy.
+        CalibrationError: always, with the remedy.
     """
     remedies: list[tuple[Any, str]] = [
         ((str, bytes), _TEXT),
@@ -73,7 +73,7 @@ def refuse_item(item: Any, index: int) -> None:
     ]
     remedy = next((r for kinds, r in remedies if isinstance(item, kinds)), "")
     if not remedy and not isinstance(item, (type(None), set, frozenset)):
-        remedy = "where forward takes such an object, pass it in a tuple: (batch,)"
+        remedy = "if forward takes such an object, pass it in a tuple: (batch,)"
     raise CalibrationError(
         f"calibration batch {index} is a {type(item).__name__}; each must be {FORMS}"
         + (f". Remedy: {remedy}" if remedy else "")
@@ -89,13 +89,15 @@ def refuse_keys(item: Mapping[Any, Any], index: int) -> None:
     strange = next((key for key in item if not isinstance(key, str)), None)
     if strange is not None:
         raise CalibrationError(
-            f"calibration batch {index} is a mapping with the key {strange!r}, which is no name of "
+            f"calibration batch {index} is a mapping with the key {strange!r}, which cannot name "
             f"an argument: {_ONE_MAPPING}"
         )
 
 
 def refuse_contents(args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> None:
-    """Refuse a batch without a tensor that has something else in the place of one.
+    """Refuse a batch with lists of numbers, arrays or text in place of tensors.
+
+    A batch that has a tensor is refused only if this is so for one of the ``_TOKENS``.
 
     Raises:
         CalibrationError: with the remedy.
@@ -114,7 +116,7 @@ def refuse_contents(args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -
 
 
 def describe_failure(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """What may be wrong with the form of a batch on which the model fails; empty: nothing known."""
+    """Remedies for the form of a batch on which the model fails; empty if none is known."""
     leaves = tree_leaves((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     found = [remedy for leaf in (*args, *kwargs.values()) if (remedy := _remedy(leaf))]
@@ -131,28 +133,28 @@ def describe_failure(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 def describe_misfit(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str:
-    """What to do about arguments that ``forward`` does not take; empty: nothing is known."""
+    """A remedy for arguments that do not fit ``forward``; empty if none is known."""
     positional = [p for p in signature.parameters.values() if p.kind <= p.POSITIONAL_OR_KEYWORD]
     required = [p.name for p in positional if p.default is p.empty]
     given = set(kwargs) - {"use_cache"}
     if given and not args and len(required) == 1 and required[0] not in given:
-        return f". Or: {_ONE_MAPPING}"
+        return f". Possible remedy: {_ONE_MAPPING}"
     if len(args) <= len(positional):
         return ""
     if not any(isinstance(one, torch.Tensor) for one in args):
-        return f". Or: {_remedy(args) or _NUMBERS}"
-    return f". Or: {_LABELS}; a list that is one argument goes in a tuple: (batch,)"
+        return f". Possible remedy: {_remedy(args) or _NUMBERS}"
+    return f". Possible remedy: {_LABELS}; if forward takes the list as one argument, pass (batch,)"
 
 
 def suspicious_labels(model: nn.Module, item: Any, index: int) -> str:
-    """A word on labels that ``forward`` would take for an option; empty where there are none."""
+    """A warning about labels that ``forward`` would take as an option; empty if there are none."""
     if type(item) not in (list, tuple) or len(item) < 2:
         return ""
     if not all(isinstance(one, torch.Tensor) for one in item) or not _is_label(item[0], item[-1]):
         return ""
     parameters = _parameters(model)
     if len(item) > len(parameters):
-        return ""  # refused where it is bound
+        return ""  # an error is raised where the arguments are bound to forward
     parameter = parameters[len(item) - 1]
     name = parameter.name.lower()
     words = name.split("_")
@@ -161,18 +163,18 @@ def suspicious_labels(model: nn.Module, item: Any, index: int) -> str:
     ):
         return ""
     return (
-        f"calibration batch {index} is a list whose last tensor, one whole number for each of "
-        f"{len(item[0])} inputs, forward takes as {parameter.name!r}. If those are labels, {_ALONE}"
+        f"the last tensor of calibration batch {index} has one integer for each of {len(item[0])} "
+        f"inputs, and forward takes it as {parameter.name!r}. If those are labels, {_ALONE}"
     )
 
 
 def _has_items(calib: Any) -> bool:
-    """Whether it is like a list, which may or may not end where it is iterated over."""
+    """Whether it has items and a length, like a data set; it may have no end when iterated."""
     return hasattr(type(calib), "__getitem__") and hasattr(type(calib), "__len__")
 
 
 def _remedy(value: Any) -> str:
-    """For numbers in lists, arrays or text in the place of a tensor; else empty."""
+    """The remedy for numbers in lists, arrays or text in place of a tensor; else empty."""
     if not isinstance(value, (list, tuple, Mapping, np.ndarray)):
         return ""
     leaves = list(_flat(value))
@@ -201,6 +203,7 @@ def _flat(value: Any) -> Iterator[Any]:
 def _named(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors among the arguments, each with its parameter's name; "" if it is unknown."""
     names = [parameter.name for parameter in _parameters(model)] + [""] * len(args)
     for name, value in (*zip(names, args, strict=False), *kwargs.items()):
         if isinstance(value, torch.Tensor):
@@ -208,7 +211,7 @@ def _named(
 
 
 def _is_row(named: tuple[str, torch.Tensor]) -> bool:
-    """Whether an input has one dimension less than such inputs have."""
+    """Whether an input seems to lack the batch dimension, going by its name and shape."""
     name, value = named
     least = {"inputs_embeds": 3, "pixel_values": 4}.get(name, 2)
     image = value.dim() == 3 and value.is_floating_point() and value.shape[0] in (1, 3, 4)
@@ -216,20 +219,20 @@ def _is_row(named: tuple[str, torch.Tensor]) -> bool:
 
 
 def _is_label(first: torch.Tensor, last: torch.Tensor) -> bool:
-    """Whether the last is one whole number for each of the first's floating inputs."""
+    """Whether ``last`` has one integer for each row of ``first``, which is floating point."""
     whole = not (last.is_floating_point() or last.is_complex() or last.dtype is torch.bool)
     of_inputs = first.is_floating_point() and first.dim() > 1
     return whole and of_inputs and tuple(last.shape) == tuple(first.shape[:1])
 
 
 def _takes_one_argument(model: nn.Module) -> bool:
-    """Whether forward takes one argument, or anything."""
+    """Whether forward requires exactly one argument, or names none (``*args``)."""
     given = _parameters(model)
     required = [p for p in given if p.default is p.empty]
     return len(required) == 1 or not given
 
 
 def _parameters(model: nn.Module) -> list[inspect.Parameter]:
-    """Those of forward that are taken by their places."""
+    """The parameters of forward that may be passed by position."""
     parameters = inspect.signature(model.forward).parameters.values()
     return [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

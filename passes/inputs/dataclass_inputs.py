@@ -1,4 +1,4 @@
-"""Dataclasses among a model's inputs, taken apart: their tensors are inputs as any others are."""
+"""Lets torch's pytree find the tensors in dataclasses among a model's inputs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.utils import _pytree as pytree
 
 @contextlib.contextmanager
 def dataclasses_open(values: Any) -> Iterator[None]:
-    """Inside of the context torch's trees go through the dataclasses among ``values``.
+    """Register the dataclasses among ``values`` with torch's pytree inside the context.
 
-    Everything private that this relies on: that a type can be taken out of the registry again, so
-    that the caller's own trees are what they were.
+    This relies on private functions of torch, because only those can remove a type again: the
+    registry is the same before and after.
     """
     with contextlib.ExitStack() as registered:
         for kind in _kinds(values):
@@ -26,7 +26,7 @@ def dataclasses_open(values: Any) -> Iterator[None]:
 
 
 def _kinds(values: Any) -> list[type[Any]]:
-    """The dataclasses that no tree goes through yet, those inside of others included."""
+    """The types of the dataclasses that pytree treats as leaves, with those nested in them."""
     found: dict[type[Any], None] = {}
     pending = pytree.tree_leaves(values)
     while pending:
@@ -39,7 +39,7 @@ def _kinds(values: Any) -> list[type[Any]]:
 
 
 def _is_its_fields(value: Any) -> bool:
-    """Whether the fields are all that it holds."""
+    """Whether a dataclass holds all its fields, and no other attribute."""
     names = {field.name for field in fields(value)}
     held = set(getattr(value, "__dict__", names))
     return held <= names and all(hasattr(value, name) for name in names)
@@ -53,7 +53,7 @@ def _register(kind: type[Any], names: list[str]) -> None:
         return [(pytree.GetAttrKey(name), getattr(value, name)) for name in names], names
 
     def unflatten(children: Iterable[Any], context: Any) -> Any:
-        made = object.__new__(kind)  # its __init__ may compute something else
+        made = object.__new__(kind)  # its __init__ may change the values
         for name, child in zip(context, children, strict=True):
             object.__setattr__(made, name, child)
         return made

@@ -1,4 +1,4 @@
-"""A call of a model as a function of its tensors alone, which is what tracers take."""
+"""A model call as a function of tensors only: tracers need one."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from torch import nn
 from magr_fx.passes.graphs.module_calls import CallLog
 from magr_fx.passes.graphs.torch_private import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-# Constants that cannot change, and that print all that they are (a NumPy array does neither).
+# Types of immutable constants whose repr shows the whole value (neither is true of NumPy arrays).
 PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
 
 
 def own_arguments(arguments: Any) -> Any:
-    """Copies of a call's arguments, of whatever forward could change: tensors, caches, lists.
+    """A call's arguments, with copies of all that forward could change: tensors, caches, lists.
 
-    What is one object stays one: self-attention, for one, asks which arguments are the same.
+    An object that is passed twice is copied once: self-attention, for instance, checks whether its
+    arguments are the same tensor.
     """
     leaves, spec = tree_flatten(arguments)
     copies: dict[int, Any] = {}
@@ -33,10 +34,10 @@ def own_arguments(arguments: Any) -> Any:
 
 
 class TensorsOnly(nn.Module):
-    """``model`` as a function of its input tensors alone, everything else frozen.
+    """``model`` as a function of its input tensors; all other arguments are constants.
 
-    Export then sees one flat list of tensors: names, nesting, ``**kwargs`` and constants of the
-    model's signature make no difference, nor does the type that the model returns.
+    It takes a flat list of tensors and returns one, so that export does not depend on the names,
+    nesting, ``**kwargs`` and constants of the model's signature, nor on the type of its output.
     """
 
     def __init__(self, model: nn.Module, leaves: list[Any], spec: TreeSpec) -> None:
@@ -44,9 +45,9 @@ class TensorsOnly(nn.Module):
         self.model = model
         self.signature = inspect.signature(model.forward)
         self.spec = spec
-        self.log = CallLog()  # of modules that are given an input as it is
+        self.log = CallLog()  # the modules that get an input tensor unchanged
         self.is_tensor = [isinstance(x, torch.Tensor) for x in leaves]
-        # Copies of whatever forward could change: a cache would keep the tracer's fake tensors.
+        # Copies of all that forward could change: a cache would keep the tracer's fake tensors.
         self.constants = [
             None if tensor else x if isinstance(x, PLAIN) else copy.deepcopy(x)
             for x, tensor in zip(leaves, self.is_tensor, strict=True)

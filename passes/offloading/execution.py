@@ -1,4 +1,4 @@
-"""Where the work is done: on which ranks and device, with which weights in memory."""
+"""The ranks and the device that do the work, and how weights are brought into memory."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from magr_fx.passes.offloading.sharded import device_of_shards, is_sharded, shar
 
 @dataclass(frozen=True)
 class Execution:
-    """Where the work is done.
+    """The ranks and the device that do the work, and how weights are brought into memory.
 
     Attributes:
-        ranks: those that share it, and end with the same weights and report.
-        resident: has those weights in memory that are worked on.
-        device: where blocks are run and solved; None is wherever their weights are.
+        ranks: the ranks that share the work; all end with the same weights and report.
+        resident: loads the weights that are worked on.
+        device: where blocks are run and solved; None is the device of their weights.
     """
 
     ranks: Ranks = ALONE
@@ -34,7 +34,7 @@ class Execution:
     device: torch.device | None = None
 
     def names_of_devices(self, model: nn.Module) -> str:
-        """Where each rank works, as text: what a run has saved is of these devices."""
+        """The devices of each rank, as text: a checkpoint is valid for the same devices only."""
         places = {str(p.device) for p in model.parameters()}
         if self.device is not None:
             places = {str(self.device)}
@@ -43,19 +43,19 @@ class Execution:
 
 
 def is_offloaded_or_sharded(model: object) -> bool:
-    """Whether weights of the model are offloaded, or sharded over ranks."""
+    """Whether some weights of the model are offloaded, or sharded over ranks."""
     return is_offloaded(model) or is_sharded(model)
 
 
 @contextlib.contextmanager
 def execution_of(model: nn.Module, ranks: Ranks) -> Iterator[Execution]:
-    """Where a model is worked on, for as long as it is open; see the two ways it may be stored.
+    """Give the :class:`Execution` of a model.
 
-    An offloaded model has addresses for its weights meanwhile (:mod:`offloaded`), a
-    sharded one whole parameters (:mod:`sharded`); any other stays as it is.
+    Inside the context an offloaded (:mod:`offloaded`) or sharded (:mod:`sharded`) model has
+    placeholders for its weights. Any other model stays as it is.
 
     Raises:
-        ModelError: the weights cannot be had, or are NaN or Inf.
+        ModelError: the weights cannot be read, or hold NaN or Inf.
     """
     if is_sharded(model):
         device = device_of_shards(model)

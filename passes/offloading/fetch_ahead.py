@@ -1,4 +1,4 @@
-"""Weights on their way to a device, while it works on those before them."""
+"""Loads the next block's weights to a device while it works on the current block."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 
 class FetchAhead:
-    """Loads weights in a thread of its own and, to CUDA, copies them on a stream of its own.
+    """Loads weights in a separate thread and copies them to CUDA on a separate stream.
 
-    What is fetched takes up the device's memory beside what is worked on: one block more.
+    The loaded weights take the memory of one more block on the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -37,17 +37,20 @@ class FetchAhead:
         self._thread.shutdown(cancel_futures=True)
 
     def begin(self, key: Hashable, load: Callable[[], torch.Tensor]) -> None:
-        """Let ``load`` run, and its result be brought to the device."""
+        """Start ``load`` in the thread, and copy its result to the device."""
         if key not in self._coming:
             self._coming[key] = self._thread.submit(self._fetch, load)
 
     def take(self, key: Hashable) -> torch.Tensor | None:
-        """What was begun, on the device; None where nothing was. Raises what ``load`` raised."""
+        """The loaded tensor on the device, or None if ``begin`` was not called for ``key``.
+
+        Raises any error that ``load`` raised.
+        """
         coming = self._coming.pop(key, None)
         if coming is None:
             return None
         values = coming.result()
-        if self._stream is not None:  # its memory is not to be used anew before this one is done
+        if self._stream is not None:  # do not reuse its memory before the current stream is done
             values.record_stream(torch.cuda.current_stream(self.device))
         return values
 
@@ -57,9 +60,9 @@ class FetchAhead:
             return load().to(self.device)
         with torch.cuda.stream(self._stream):
             values = load()
-            with contextlib.suppress(RuntimeError):  # of a machine that has none to give
-                # Only a copy from pinned memory leaves the device's other work undisturbed.
+            with contextlib.suppress(RuntimeError):  # the machine has no pinned memory left
+                # Only a copy from pinned memory runs beside the device's other work.
                 values = values.pin_memory() if values.device.type == "cpu" else values
             values = values.to(self.device, non_blocking=True)
-        self._stream.synchronize()  # so that the memory that it came from, too, is free
+        self._stream.synchronize()  # afterwards the host memory of the copy can be freed
         return values

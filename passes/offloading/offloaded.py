@@ -1,7 +1,7 @@
-"""Models whose weights accelerate keeps elsewhere, in memory or on the disk.
+"""Models whose weights accelerate offloads to CPU memory or to disk.
 
-See :mod:`resident` for how they are worked on. accelerate's hooks, which fetch the
-weights of each module as it runs, are off meanwhile.
+:mod:`resident` explains how such a model is worked on. Meanwhile accelerate's hooks, which load
+the weights of each module when it runs, are removed.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from magr_fx.passes.offloading.resident import (
 
 
 def is_offloaded(model: object) -> bool:
-    """Whether accelerate keeps some of the model's weights elsewhere."""
+    """Whether accelerate offloads some of the model's weights."""
     return isinstance(model, nn.Module) and any(map(offloading_hook, model.modules()))
 
 
 def execution_device(model: nn.Module) -> torch.device | None:
-    """Where accelerate would run an offloaded model, the first part of it; None for the CPU.
+    """The device on which accelerate would run an offloaded model's first part; None for the CPU.
 
     Raises:
-        ModelError: torch has no such device here.
+        ModelError: torch cannot use that device on this machine.
     """
     for module in model.modules():
         hook = offloading_hook(module)
@@ -60,16 +60,20 @@ def execution_device(model: nn.Module) -> torch.device | None:
 def offloaded_weights_loaded(
     model: nn.Module, device: torch.device | None = None
 ) -> Iterator[Resident]:
-    """Give every offloaded weight an address, and a way to its values, for as long as it is open.
+    """Inside the context, replace every offloaded weight by a placeholder that can be loaded.
 
-    accelerate's hooks are off meanwhile. The model has its own Parameter objects back afterwards.
+    accelerate's hooks are removed meanwhile. Afterwards the model has its hooks and its own
+    Parameter objects again.
 
     Args:
-        model: any; one that is not offloaded stays as it is.
-        device: where weights are needed, those that are in memory as well; None is the CPU.
+        model: any model; one that is not offloaded stays as it is.
+        device: where weights are needed, also those that are not offloaded; None is the CPU.
+
+    Yields:
+        What loads weights: see :class:`Resident`.
 
     Raises:
-        ModelError: the weights cannot be had, or are NaN or Inf. The model is as it was then.
+        ModelError: the weights cannot be read, or hold NaN or Inf. The model is unchanged then.
     """
     if not is_offloaded(model):
         yield all_resident
@@ -81,7 +85,7 @@ def offloaded_weights_loaded(
             restored.callback(module._buffers.__setitem__, key, module._buffers[key])
             module._buffers[key] = buffer
         for module in model.modules():
-            # Models that read a child's weights themselves ask for its hook.
+            # Models that read a child's weights themselves look for its hook.
             hook = module.__dict__.pop("_hf_hook", None)
             if hook is not None:
                 restored.callback(setattr, module, "_hf_hook", hook)
@@ -94,12 +98,12 @@ def offloaded_weights_loaded(
 
 @dataclass(frozen=True, eq=False)
 class _Weight:
-    """An offloaded weight: where its values are kept, and what stands for it."""
+    """An offloaded weight: where its values are stored, and its placeholder."""
 
     name: str
-    kept: list[tuple[Any, str]]  # the mappings, and the keys in them
+    kept: list[tuple[Any, str]]  # accelerate's mappings, and the keys in them
     placeholder: PlaceholderParameter
-    ahead: FetchAhead | None  # to the device where it is needed, if that is not the CPU
+    ahead: FetchAhead | None  # None: the weight is needed on the CPU
 
     def load(self) -> torch.Tensor:
         fetched = None if self.ahead is None else self.ahead.take(self)
@@ -116,7 +120,7 @@ class _Weight:
             try:
                 _store(values, key, weight)
             except BaseException:
-                if stored:  # several names of one weight: it is what it was under all of them
+                if stored:  # a weight with several names: restore it under all of them
                     former = values[key].clone()
                     for other in stored:
                         _store(*other, former)
@@ -139,16 +143,16 @@ class _Weight:
 
 @runtime_checkable
 class Storing(Protocol):
-    """Weights that know themselves where to keep new values; see :func:`keep_in`."""
+    """A mapping of weights that stores new values itself; see :func:`keep_in`."""
 
     def store(self, name: str, weight: torch.Tensor) -> None: ...
 
 
 def _find(model: nn.Module, ahead: FetchAhead | None) -> list[Place]:
-    """The offloaded weights; what several names share, in the model or where it is kept, is one."""
+    """The places of the offloaded weights; names that share one tensor share one weight."""
     weights: dict[Any, _Weight] = {}
     places: list[Place] = []
-    tied = tied_names(model)  # accelerate keeps two copies
+    tied = tied_names(model)  # accelerate stores a copy for each name
     for hook, module, prefix, path in _hooked(model):
         for key, parameter in module._parameters.items():
             if parameter is None or not parameter.is_meta:
@@ -166,7 +170,7 @@ def _find(model: nn.Module, ahead: FetchAhead | None) -> list[Place]:
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
-    """The offloaded buffers, which are small, with their values."""
+    """The offloaded buffers with their values, which are small enough to be kept in memory."""
     for hook, module, prefix, path in _hooked(model):
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
@@ -176,9 +180,9 @@ def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
 
 
 def _hooked(model: nn.Module) -> Iterator[tuple[Any, nn.Module, str, str]]:
-    """Each module that is offloaded: the hook, itself, the name of the hook's module, and the rest.
+    """Each offloaded module: (hook, module, name of the hook's module, path from there).
 
-    The names end in a dot where they are not empty.
+    A name or path that is not empty ends in a dot.
     """
     known: set[nn.Module] = set()
     for name, outer in model.named_modules():
@@ -193,16 +197,16 @@ def _hooked(model: nn.Module) -> Iterator[tuple[Any, nn.Module, str, str]]:
 
 def _check_kept(name: str, values: Any, key: str) -> None:
     if values is None or key not in values:
-        raise ModelError(f"{name} is offloaded by accelerate, but its values are nowhere to be had")
+        raise ModelError(f"{name} is offloaded by accelerate, but has no values; reload the model")
     if not isinstance(values, dict) and key not in values.state_dict and not values.save_folder:
         raise ModelError(
-            f"{name} is offloaded by accelerate to a file that is not to be written to; give the "
-            "model a folder to offload to: offload_folder in from_pretrained"
+            f"{name} is offloaded by accelerate to the checkpoint's own file, which must not be "
+            "changed; give the model a folder to offload to: offload_folder in from_pretrained"
         )
 
 
 def offloading_hook(module: nn.Module) -> Any:
-    """accelerate's hook that fetches the module's weights, or None."""
+    """accelerate's hook that loads the module's weights, or None."""
     hook: Any = getattr(module, "_hf_hook", None)
     for one in getattr(hook, "hooks", (hook,)):  # a SequentialHook has several
         if getattr(one, "offload", False):
@@ -211,7 +215,7 @@ def offloading_hook(module: nn.Module) -> Any:
 
 
 def offloaded_weights(model: nn.Module) -> Any:
-    """accelerate's OffloadedWeightsLoader, which all modules of a model share.
+    """accelerate's OffloadedWeightsLoader, which all modules of the model share.
 
     Raises:
         ModelError: no weight is offloaded.
@@ -224,21 +228,21 @@ def offloaded_weights(model: nn.Module) -> Any:
 
 
 def keep_in(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Let a model that is offloaded to disk have its weights from these.
+    """Make a model that is offloaded to disk read its weights from ``weights``.
 
     Args:
         model: all of its modules share accelerate's OffloadedWeightsLoader.
-        weights: what takes its place, with its ``index``, ``state_dict`` and ``save_folder``; if it
-            is :class:`Storing`, weights that change go there.
+        weights: replaces that loader, and has its ``index``, ``state_dict`` and ``save_folder``. If
+            it is :class:`Storing`, changed weights are passed to its ``store``.
     """
     for hook, *_ in _hooked(model):
         hook.weights_map.dataset = weights
 
 
 def run_on(model: nn.Module, device: torch.device) -> None:
-    """Let a model that is offloaded run on another device than it was loaded for.
+    """Make an offloaded model run on another device than it was loaded for.
 
-    accelerate's hooks bring weights and inputs there; buffers, which stay in memory, are moved.
+    accelerate's hooks then move weights and inputs there. Buffers that are in memory are moved now.
     """
     for module in model.modules():
         hook: Any = getattr(module, "_hf_hook", None)
@@ -246,19 +250,19 @@ def run_on(model: nn.Module, device: torch.device) -> None:
             if hasattr(one, "execution_device"):
                 one.execution_device = device
         for key, buffer in module._buffers.items():
-            if buffer is not None and not buffer.is_meta:  # one that is, is offloaded
+            if buffer is not None and not buffer.is_meta:  # a meta buffer is offloaded
                 module._buffers[key] = buffer.to(device)
 
 
 def _unprefixed(values: Any, key: str) -> tuple[Any, str]:
-    """The dict, or accelerate's OffloadedWeightsLoader, that has the values, and the key there."""
+    """The dict or OffloadedWeightsLoader behind accelerate's prefixed views, and the key in it."""
     while hasattr(values, "prefix"):
         values, key = values.dataset, values.prefix + key
     return values, key
 
 
 def _identity(values: Any, key: str) -> Any:
-    """What is equal for two names of one weight."""
+    """A value that is equal for two names of the same stored weight, and for no others."""
     in_memory = values if isinstance(values, dict) else values.state_dict
     if key in in_memory:
         at = address(in_memory[key])
@@ -270,7 +274,7 @@ def _identity(values: Any, key: str) -> Any:
 
 
 def _store(values: Any, key: str, weight: torch.Tensor) -> None:
-    """Write a weight where it is kept; a checkpoint's own file is left as it is."""
+    """Write a weight to where it is stored; a checkpoint's own file is never changed."""
     in_memory = values if isinstance(values, dict) else values.state_dict
     if key in in_memory:
         in_memory[key].copy_(weight)
@@ -278,8 +282,8 @@ def _store(values: Any, key: str, weight: torch.Tensor) -> None:
     if isinstance(values, Storing):
         values.store(key, weight)
         return
-    # As accelerate stores it, but not through a memory map, which a full disk ends with a signal.
-    # First under another name: what is there under this one is always whole.
+    # accelerate's format, but not written through a memory map: there a full disk raises SIGBUS.
+    # Written under another name first, so that the file of this name is always complete.
     folder = Path(values.save_folder)
     unfinished = folder / f"{key}.unfinished"
     try:

@@ -1,7 +1,7 @@
-"""Graphs that were traced on the CPU, to run on another device.
+"""Makes graphs that were traced on the CPU run on another device.
 
-Weights come there with the block that reads them (see :mod:`resident`); all else
-does here: the calibration, buffers and constants, and what nodes make on a device of their own.
+This moves the calibration, buffers and constants, and changes the device arguments of nodes.
+Weights are moved later, with the block that reads them (see :mod:`resident`).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from magr_fx.passes.graphs.trace import TracedBatch, all_nodes
 
 
 def on_device(batches: list[TracedBatch], device: torch.device) -> list[TracedBatch]:
-    """The batches on a device, where their traces run from now on; the model stays where it is.
+    """The batches on a device. Their traces are changed to run there; the model is not moved.
 
     Args:
         batches: traced on the CPU.
         device: where to run them.
 
     Raises:
-        ModelError: a graph reads a weight's memory under another name than the weight's.
+        ModelError: a graph reads a weight's memory through a tensor that is not a parameter.
     """
-    copies: dict[int, torch.Tensor] = {}  # one for what several traces read, and may write to
+    copies: dict[int, torch.Tensor] = {}  # traces that share a buffer also share its copy
     for trace in dict.fromkeys(batch.trace for batch in batches):
         _move_attributes(trace.graph_module, device, copies)
         for node in all_nodes(trace.graph_module):
@@ -43,22 +43,22 @@ def on_device(batches: list[TracedBatch], device: torch.device) -> list[TracedBa
 def _move_attributes(
     graph_module: fx.GraphModule, device: torch.device, copies: dict[int, torch.Tensor]
 ) -> None:
-    """Have copies of buffers and constants there in their places."""
+    """Replace buffers and constants by copies on the device."""
     read = list(_attributes(graph_module))
     weights = {address(t) for *_, t in read if isinstance(t, nn.Parameter)} - {None}
     for owner, key, tensor in read:
         if isinstance(tensor, nn.Parameter):
             continue
         if tensor.numel() and address(tensor) in weights:
-            raise ModelError(  # its values would not come with the weight's
+            raise ModelError(  # loading the weight would not load the values of this tensor
                 f"the model reads a weight of shape {tuple(tensor.shape)} through a tensor that is "
-                "no parameter; load it as a whole in place of offloading or sharding it"
+                "no parameter; load the whole model instead of offloading or sharding it"
             )
         setattr(owner, key, copies.setdefault(id(tensor), tensor.to(device)))
 
 
 def _attributes(graph_module: fx.GraphModule) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
-    """What the graph and its sub-graphs read of modules: who has it, by what name, and itself."""
+    """The tensors that the graph and its sub-graphs read: (owning module, attribute, tensor)."""
     found: dict[tuple[nn.Module, str], torch.Tensor] = {}
     for module in graph_module.modules():
         if not isinstance(module, fx.GraphModule):
@@ -73,7 +73,7 @@ def _attributes(graph_module: fx.GraphModule) -> Iterator[tuple[nn.Module, str, 
 
 
 def _move(node: fx.Node, device: torch.device) -> None:
-    """Let a node that says where it works, as the CPU it was traced on, say this device."""
+    """Replace the CPU by ``device`` in a node's arguments and autocast regions."""
 
     def there(given: torch.device) -> torch.device:
         return device if given.type == "cpu" else given

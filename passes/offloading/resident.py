@@ -1,10 +1,11 @@
-"""Weights that are kept elsewhere, and in memory only while a block needs them.
+"""Offloaded and sharded weights, which are in memory only while a block needs them.
 
-While we work on such a model, each of its weights is an ordinary CPU tensor whose addresses hold
-no memory yet, an anonymous mapping that nobody has written to. So it can be traced and looked for
-as any other. To use a weight is to copy its values there; afterwards they go back to where they
-came from, if they changed, and the mapping's pages to the system. Where the model is to run on
-another device, the parameter has its values there in the meantime.
+While such a model is worked on, each of its weights is replaced by a placeholder: an ordinary CPU
+parameter on an anonymous memory map that takes no memory until it is written to. The model can
+then be traced, and its weights found, as in any other model. To load a weight, its values are
+copied into the map. Afterwards they are written back to where they are stored, if they changed,
+and the map's pages are freed. If the model runs on another device, the placeholder's data is a
+tensor on that device while the weight is loaded.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from magr_fx.passes.graphs.unsupported_weights import why_unsupported
 
 
 class Resident(Protocol):
-    """Has the values of these weights in memory while it is open; all others are left as they are.
+    """A context in which the values of the given weights are in memory.
 
-    ``ahead`` are those that will be asked for next, which can begin to come.
+    ``ahead`` are the weights that will be needed next: loading them may begin in the background.
     """
 
     def __call__(
@@ -39,26 +40,26 @@ class Resident(Protocol):
 def all_resident(
     tensors: Iterable[torch.Tensor], *, ahead: Iterable[torch.Tensor] = ()
 ) -> AbstractContextManager[None]:
-    """The :class:`Resident` of a model that is in memory as a whole."""
+    """The :class:`Resident` of a model whose weights are all in memory; it does nothing."""
     del tensors, ahead
     return contextlib.nullcontext()
 
 
 class PlaceholderParameter:
-    """Stands for a weight: a parameter on the CPU, without memory until its values are there.
+    """Takes a weight's place: a CPU parameter that needs no memory until its values are loaded.
 
     Raises:
-        ModelError: the system has no such memory (Windows).
+        ModelError: the system has no such memory maps (Windows).
     """
 
     def __init__(self, like: torch.Tensor) -> None:
         if not hasattr(mmap, "MAP_PRIVATE") or not hasattr(mmap.mmap, "madvise"):
             raise ModelError(
-                "a model that is offloaded or sharded, and a plan, need memory maps of Unix, which "
-                "this system does not have; load the model as a whole, or work under Linux"
+                "an offloaded or sharded model, and a plan, need Unix memory maps, which this "
+                "system does not have; load the whole model into memory, or use Linux"
             )
         size = like.numel() * like.element_size()
-        # Private: of a shared mapping MADV_DONTNEED frees nothing.
+        # Private, because MADV_DONTNEED frees no memory of a shared mapping.
         self._pages = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         raw = torch.frombuffer(self._pages, dtype=torch.uint8)[:size]
         self._empty = raw.view(like.dtype).view(like.shape)
@@ -66,29 +67,29 @@ class PlaceholderParameter:
 
     @property
     def address(self) -> int:
-        """Where it is on the CPU, whether its values are there or not."""
+        """Its address on the CPU, whether its values are loaded or not."""
         return self._empty.untyped_storage().data_ptr()
 
     def fill(self, values: torch.Tensor, device: torch.device | None) -> None:
-        """Have the values at the parameter's own address, or on a device."""
+        """Load the values into the parameter's own memory, or onto ``device``."""
         if device is None:
             self.parameter.copy_(values)
         else:
             there = values.to(device, self._empty.dtype).contiguous()
             if there.untyped_storage().nbytes() != there.nbytes:
-                there = there.clone()  # where it lies in its memory is to be as in the outline
+                there = there.clone()  # the storage offset must be 0, as in the placeholder
             self.parameter.data = there
 
     def empty(self) -> None:
-        """Let go of the values' memory."""
+        """Free the memory of the values."""
         self.parameter.data = self._empty
         self._pages.madvise(mmap.MADV_DONTNEED)
 
 
 class NotStoredError(CheckpointError):
-    """Weights that changed could not be written to where they are kept.
+    """Some changed weights could not be written back to where they are stored.
 
-    ``names`` are theirs; they are what they were. All others are stored.
+    The weights ``names`` keep their original values. All other changed weights are stored.
     """
 
     def __init__(self, failed: dict[str, BaseException]) -> None:
@@ -97,16 +98,16 @@ class NotStoredError(CheckpointError):
         on_disk = isinstance(error, OSError)
         why = f"{error}. Free some space" if on_disk else f"{type(error).__name__}: {error}"
         super().__init__(
-            f"{len(failed)} rewritten weights, {first} for one, cannot be written to where they "
-            f"are kept, and are what they were: {why}"
+            f"{len(failed)} rewritten weights, {first} for one, cannot be written back to where "
+            f"they are stored, and keep their original values: {why}"
         )
         self.__cause__ = error
 
 
 class OffloadedWeight(Protocol):
-    """A weight that is kept elsewhere: an outline stands for it.
+    """A weight that is stored elsewhere and has a placeholder in the model.
 
-    ``load`` gives its values, ``store`` keeps new ones, ``prefetch`` says that they will be loaded.
+    ``load`` returns its values, ``store`` writes new ones, ``prefetch`` may start to load them.
     """
 
     @property
@@ -124,7 +125,7 @@ class OffloadedWeight(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class InMemory:
-    """A weight that is in memory, on whatever device, beside others that are not."""
+    """A weight that is in memory, on any device, in a model of which other weights are not."""
 
     name: str
     own: nn.Parameter
@@ -141,16 +142,16 @@ class InMemory:
             self.own.detach().copy_(weight)
 
     def prefetch(self) -> None:
-        """Nothing: it is there."""
+        """Do nothing: the weight is in memory."""
 
 
 class Weights:
-    """Has the weights in memory that are asked for.
+    """Loads and stores the weights behind the placeholders of a model.
 
     Args:
-        weights: all of them.
-        device: where they are needed; None is the CPU, each at its own address.
-        before: what is done before some are loaded.
+        weights: all weights that have a placeholder.
+        device: where they are needed; None is the CPU, each in its placeholder's own memory.
+        before: called before each loading.
     """
 
     def __init__(
@@ -162,13 +163,13 @@ class Weights:
         self._weights, self._device, self._before = weights, device, before
         self._by_parameter = {weight.placeholder.parameter: weight for weight in weights}
         self._by_address = {weight.placeholder.address: weight for weight in weights}
-        self._versions: dict[OffloadedWeight, int] = {}  # of those in memory, as they were loaded
+        self._versions: dict[OffloadedWeight, int] = {}  # of each loaded weight, when loaded
 
     def check(self) -> None:
-        """Load every weight once.
+        """Load every weight once, and check its values.
 
         Raises:
-            ModelError: one is NaN or Inf.
+            ModelError: a weight holds NaN or Inf.
         """
         for weight in self._weights:
             parameter = weight.placeholder.parameter
@@ -183,13 +184,13 @@ class Weights:
     def resident(
         self, tensors: Iterable[torch.Tensor], *, ahead: Iterable[torch.Tensor] = ()
     ) -> Iterator[None]:
-        """Have these weights, or those that these are views of, in memory; see Resident.
+        """Load the weights that ``tensors`` are, or are views of; see :class:`Resident`.
 
         Raises:
-            NotStoredError: at the end, whatever some could not be stored for. An interrupt has it
-                as its cause.
+            NotStoredError: at the end, if some changed weights could not be stored. If an interrupt
+                stopped the storing, that is raised, with a NotStoredError as its cause.
         """
-        # In the order they were asked for, which is the same on all ranks.
+        # In the order of ``tensors``, which is the same on all ranks: loading may be collective.
         weights = [weight for weight in self._weights_of(tensors) if weight not in self._versions]
         self._before()
         try:
@@ -197,7 +198,7 @@ class Weights:
                 for weight in weights:
                     weight.placeholder.fill(weight.load(), self._device)
                     self._versions[weight] = version_of(weight.placeholder.parameter)
-            trim()  # of what was read
+            trim()  # return the memory that loading has freed to the system
             for weight in self._weights_of(ahead):
                 if weight not in weights:
                     weight.prefetch()
@@ -209,7 +210,7 @@ class Weights:
                 try:
                     if version is not None and version_of(parameter) != version:
                         weight.store(parameter.detach())
-                except BaseException as error:  # what one meets is not to cost the others
+                except BaseException as error:  # the other weights are stored all the same
                     failed[weight.name] = error
                 weight.placeholder.empty()
             trim()
@@ -229,9 +230,8 @@ class Weights:
         return list(dict.fromkeys(weight for weight in found if weight is not None))
 
 
-Place = tuple[
-    nn.Module, str, OffloadedWeight
-]  # a module, the name of its parameter, and its weight
+# A module, the name of its parameter, and the weight that the parameter is.
+Place = tuple[nn.Module, str, OffloadedWeight]
 
 
 @contextlib.contextmanager
@@ -241,17 +241,20 @@ def with_placeholders(
     device: torch.device | None = None,
     before: Callable[[], None] = lambda: None,
 ) -> Iterator[Resident]:
-    """Have outlines in the places of weights that are kept elsewhere, for as long as it is open.
+    """Inside the context, replace weights that are stored elsewhere by placeholders.
 
     Args:
-        model: has its own Parameter objects and buffers back afterwards.
-        places: of these weights.
-        device: where they are needed; None is the CPU. For another device the whole model is on
-            the CPU meanwhile, also weights and buffers that are in memory elsewhere.
-        before: what is done before some are loaded.
+        model: gets its own Parameter objects and buffers back afterwards.
+        places: where in the model these weights are.
+        device: where they are needed; None is the CPU. With another device all other weights get
+            placeholders too, and buffers are copied to the CPU, so that the model is traced there.
+        before: called before each loading.
+
+    Yields:
+        What loads weights: see :class:`Resident`.
 
     Raises:
-        ModelError: one is NaN or Inf.
+        ModelError: a weight holds NaN or Inf, or two tensors that are not offloaded share memory.
     """
     with contextlib.ExitStack() as restored:
         if device is not None:
@@ -271,10 +274,10 @@ def with_placeholders(
 
 
 def _in_memory(model: nn.Module, others: list[Place]) -> Iterator[Place]:
-    """All other weights of the model.
+    """The places of the model's other weights, which are in memory.
 
     Raises:
-        ModelError: two of them, or one and a buffer, share memory, which outlines would not.
+        ModelError: two of them, or one and a buffer, share memory, which placeholders could not.
     """
     known = {(module, key) for module, key, _ in others}
     weights: dict[nn.Parameter, InMemory] = {}
@@ -291,9 +294,9 @@ def _in_memory(model: nn.Module, others: list[Place]) -> Iterator[Place]:
                 other = owners.setdefault(own.untyped_storage().data_ptr(), full)
                 if other != full and own.numel():
                     raise ModelError(
-                        f"{full} and {other} are two tensors in one memory, in a model of which a "
-                        "part is offloaded or sharded; make them one Parameter, give each its own "
-                        "memory (clone), or load the model as a whole"
+                        f"{full} and {other} are two tensors in one memory, which is not supported "
+                        "in a partly offloaded or sharded model; make them one Parameter, give "
+                        "each its own memory (clone), or load the whole model into memory"
                     )
                 weights[own] = InMemory(full, own)
             yield module, key, weights[own]

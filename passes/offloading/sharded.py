@@ -1,8 +1,8 @@
-"""Models whose weights are sharded over ranks, as DTensors, by FSDP2 for one: gathered in turn.
+"""Models whose weights are sharded over ranks as DTensors, for instance by FSDP2.
 
-See :mod:`resident` for how they are worked on. To use a weight is to gather its
-shards, on all ranks at once; afterwards each rank writes its own shard back, if the weight changed.
-The model is run as it would be on one rank: the hooks that gather weights, and cut inputs, are off
+:mod:`resident` explains how such a model is worked on. Loading a weight gathers its shards on all
+ranks at once. If the weight changed, each rank then writes its own shard back. The model runs as
+on a single rank: torch.distributed's hooks, which gather weights and split inputs, are removed
 meanwhile.
 """
 
@@ -31,7 +31,7 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 def is_sharded(model: object) -> bool:
-    """Whether some of the model's weights are DTensors, or FSDP2 makes them such between calls."""
+    """Whether some of the model's weights are DTensors, or FSDP2 shards them between calls."""
     if not (isinstance(model, nn.Module) and dist.is_available() and dist.is_initialized()):
         return False
     from torch.distributed.fsdp import FSDPModule
@@ -42,14 +42,14 @@ def is_sharded(model: object) -> bool:
 
 
 def is_shard(parameter: torch.Tensor) -> bool:
-    """Whether the parameter is one rank's part of a weight."""
+    """Whether the parameter is a DTensor, of which this rank has a part."""
     from torch.distributed.tensor import DTensor
 
     return isinstance(parameter, DTensor)
 
 
 def device_of_shards(model: nn.Module) -> torch.device | None:
-    """Where a sharded model runs on this rank; None for the CPU."""
+    """The device on which a sharded model runs on this rank; None for the CPU."""
     for parameter in model.parameters():
         if is_shard(parameter):
             kind = parameter.device_mesh.device_type  # type: ignore[attr-defined]
@@ -63,24 +63,27 @@ def device_of_shards(model: nn.Module) -> torch.device | None:
 def sharded_weights_gathered(
     model: nn.Module, ranks: Ranks, device: torch.device | None = None
 ) -> Iterator[Resident]:
-    """Give every sharded weight an address, and a way to its values, for as long as it is open.
+    """Inside the context, replace every sharded weight by a placeholder that can be loaded.
 
-    The model has its own Parameter objects and hooks back afterwards.
+    Afterwards the model has its own Parameter objects and hooks again.
 
     Args:
         model: sharded.
-        ranks: those that work together.
+        ranks: the ranks that share the work.
         device: where weights are needed; None is the CPU.
 
+    Yields:
+        What loads weights: see :class:`Resident`.
+
     Raises:
-        ModelError: the weights are on other ranks than those that work together, or NaN or Inf.
-            The model is as it was then.
+        ModelError: a rank that does not share the work holds shards, or weights hold NaN or Inf.
+            The model is unchanged then.
     """
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # the outermost keeps its weights whole after a forward pass
+            module.reshard()  # the outermost keeps its weights gathered after a forward pass
     weights: dict[nn.Parameter, _Weight] = {}
     for name, parameter in model.named_parameters():
         if is_shard(parameter):
@@ -105,7 +108,7 @@ def sharded_weights_gathered(
 
 @dataclass(frozen=True, eq=False)
 class _Weight:
-    """A weight: its name, this rank's part of it, what stands for the whole, where it is needed."""
+    """A sharded weight: its name, this rank's DTensor, its placeholder, and its device."""
 
     name: str
     shard: Any  # DTensor
@@ -113,15 +116,15 @@ class _Weight:
     device: torch.device | None
 
     def load(self) -> torch.Tensor:
-        """The whole; every rank has to ask for it."""
+        """The gathered weight; a collective call that every rank has to make."""
         shard = self.shard.detach()
-        if self.device is not None:  # FSDP2 may keep shards in the memory of the CPU
+        if self.device is not None:  # FSDP2 may offload shards to the CPU
             shard = shard.to(self.device)
         whole: torch.Tensor = shard.full_tensor()
         return whole
 
     def store(self, weight: torch.Tensor) -> None:
-        """Keep this rank's part: all ranks have the same whole, so that none has to be sent."""
+        """Keep this rank's part; nothing is sent, because every rank has the whole weight."""
         from torch.distributed.tensor import distribute_tensor
 
         mesh, placements = self.shard.device_mesh, self.shard.placements
@@ -130,7 +133,7 @@ class _Weight:
             self.shard.to_local().copy_(new.to_local())
 
     def prefetch(self) -> None:
-        """Nothing: it is in the ranks' memory."""
+        """Do nothing: the shards are in the ranks' memory."""
 
 
 def _check(name: str, shard: Any, ranks: Ranks) -> None:
@@ -139,8 +142,8 @@ def _check(name: str, shard: Any, ranks: Ranks) -> None:
         own = set(dist.get_process_group_ranks(ranks.group))
     if not set(shard.device_mesh.mesh.flatten().tolist()) <= own:
         raise ModelError(
-            f"{name} is sharded over ranks that do not take part; every rank that holds a shard "
-            "has to: leave process_group out, or give the group of all of them"
+            f"{name} is sharded over ranks that do not take part, but every rank that holds a "
+            "shard has to; leave process_group out, or give a group of all these ranks"
         )
 
 

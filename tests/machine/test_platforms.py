@@ -81,7 +81,7 @@ def test_python_works_on_models_in_memory(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     offloaded, spilled = ran.stdout.splitlines()
     assert "offloaded: a model that is offloaded or sharded" in offloaded
-    assert "load the model as a whole" in offloaded
+    assert "load the whole model into memory" in offloaded
     assert "spilled: spill_dir needs a system" in spilled
 
 
