@@ -1,7 +1,8 @@
 """sites → what torchao can quantize: whole parameters that still run as torchao's tensors.
 
-``quantize_`` skips in silence what it does not know, and some of what it takes does not run
-afterwards. Here such a site becomes a reported skip: it is neither quantized nor rewritten.
+``quantize_`` silently skips the modules that it does not know, and some modules that it quantizes
+do not run afterwards. Such sites are neither quantized nor rewritten; the report lists each as
+skipped, with its reason.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def leave_out_unquantizable(
     """Move the sites that ``target`` cannot quantize to the rejections, each with its reason.
 
     Returns:
-        What is left, and what torchao is to quantize: the sites that are left, and the linears
-        that calibration never reached, which it quantizes alone.
+        The remaining sites, and the weights that torchao is to quantize: those of the remaining
+        sites, and the linears that no calibration input reaches, which torchao quantizes alone.
 
     Raises:
         ConfigError: no site is left.
@@ -54,7 +55,7 @@ def leave_out_unquantizable(
     for unreached in (r for r in found.rejections if r.reason == UNREACHED):
         parameter = unreached.parameter
         if unreached.shape != tuple(parameter.shape):
-            continue  # a part of one
+            continue  # it is a slice of a parameter
         weight = QuantizableWeight(unreached.name, parameter, places[WeightView.of(parameter)])
         if (
             parameter.dim() == 2
@@ -76,9 +77,9 @@ def leave_out_unrunnable(
 ) -> tuple[Found, list[QuantizableWeight]]:
     """Move the sites whose readers cannot work with a quantized weight to the rejections.
 
-    A weight can meet its input in F.linear, and so be a site, and still be out of the reach of
-    torchao's tensors: inside F.multi_head_attention_forward, or where F.linear takes it by keyword.
-    No graph shows that; ``trial`` runs the model to see.
+    A weight that meets its input in F.linear is a site. Still, torchao's tensors may fail there:
+    inside F.multi_head_attention_forward, or where F.linear gets the weight by keyword. The graph
+    does not show that, so ``trial`` runs the model.
 
     Raises:
         ConfigError: no site is left.
@@ -88,7 +89,7 @@ def leave_out_unrunnable(
         name: f"not rewritten: the model does not run with it quantized: {why}"
         for name, why in trial.refusals(model, weights, target).items()
     }
-    # What calibration does not reach was not read. Its like was, in another layer.
+    # A weight that no input reaches was not read; another layer's weight of the same kind was.
     kinds = {kind_of(model, weight): weight.name for weight in weights if weight.name in reasons}
     sites = {site.name for site in found.sites}
     for weight in weights:
@@ -101,14 +102,14 @@ def leave_out_unrunnable(
 def _in_rebuilt_modules(
     model: nn.Module, found: Found, group_size: int | None
 ) -> list[QuantizableWeight]:
-    """The weights that linears will hold, in modules that are built anew.
+    """The weights of modules that are replaced by the same with nn.Linear.
 
-    All of a module's weights are then quantized: also those of experts that saw no token.
+    All weights of such a module are quantized, including those of experts that no token reaches.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     sites = {site.view: site.name for site in found.sites}
     refused = {id(r.parameter) for r in found.rejections if r.reason != UNREACHED}
-    # What is the model itself has nothing that holds it, and that could hold another.
+    # The model itself cannot be replaced: no parent module holds it.
     modules = [rebuilt for rebuilt in rebuildable(model) if rebuilt.module is not model]
     holders: dict[WeightView, set[nn.Module]] = defaultdict(set)
     for rebuilt in modules:
@@ -132,7 +133,7 @@ def _in_rebuilt_modules(
 
 
 def _read_within(model: nn.Module, holders: set[nn.Module], site: Site) -> bool:
-    """Whether nobody but these modules reads the weight, which will be elsewhere."""
+    """Whether only these modules read the weight, which moves into a new module."""
     names = [name for name, m in model.named_modules(remove_duplicate=False) if m in holders]
     for call in site.calls:
         stack = list((call.node.meta.get("nn_module_stack") or {}).values())
@@ -147,13 +148,14 @@ def keep_stacks(
 ) -> list[QuantizableWeight]:
     """Leave fused experts fused where torchao's tensor of the whole stack runs in their forward.
 
-    The stack is then one parameter that is quantized by its name. Whether its tensor runs there
-    depends on the target and on how the experts are implemented: the model is run to see.
+    The stack is then one parameter, quantized by its name. Whether its tensor runs depends on the
+    target and on the experts' implementation, so the model is run to find out.
 
     Args:
-        weights: what is to be quantized.
-        model, target: the model, and torchao's config.
-        trial: runs it.
+        weights: those to be quantized.
+        model: the model.
+        target: torchao's config.
+        trial: runs the model with quantized weights.
     """
     if not takes_parameter_names(target):
         return weights
@@ -172,7 +174,7 @@ def keep_stacks(
 
 
 def _stacks(rebuilt: Rebuilt, own: list[QuantizableWeight]) -> list[QuantizableWeight]:
-    """The parameters ``[experts, out, in]`` of a module; none where it holds anything else."""
+    """The parameters ``[experts, out, in]`` of a module; empty if it has weights of other forms."""
     matrices: dict[nn.Parameter, list[str]] = defaultdict(list)
     for held, weight in zip(rebuilt.weights, own, strict=True):
         matrices[held.parameter].append(weight.name)
@@ -193,7 +195,7 @@ def _stacks(rebuilt: Rebuilt, own: list[QuantizableWeight]) -> list[QuantizableW
 
 
 def _places(model: nn.Module) -> dict[WeightView, list[Place]]:
-    """Where each matrix of the model is held: by its memory, which tied parameters share."""
+    """The modules that hold each matrix. Tied parameters share memory, and so one key."""
     places: dict[WeightView, list[Place]] = defaultdict(list)
     for module_name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -223,7 +225,7 @@ def _cannot_quantize(site: Site, places: list[Place], target: AOBaseConfig) -> s
 
 
 def _without(reasons: dict[str, str], found: Found) -> Found:
-    """What was found, with these sites moved to the rejections."""
+    """``found`` with the sites named in ``reasons`` moved to the rejections."""
     rejected = [site.rejected(reasons[site.name]) for site in found.sites if site.name in reasons]
     sites = [site for site in found.sites if site.name not in reasons]
     if not sites:

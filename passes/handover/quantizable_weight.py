@@ -30,10 +30,11 @@ class Place(NamedTuple):
 
 
 class QuantizableWeight(NamedTuple):
-    """A weight that torchao is to quantize: a whole parameter, and every place that holds it.
+    """A weight that torchao is to quantize.
 
-    Or a part of one, or one that is stored transposed: then ``rebuilt`` is the module that has to
-    be built anew with linears, and ``path`` the linear in it that will hold the weight.
+    It is a whole parameter with all places that hold it. Or it is a slice of a parameter, or stored
+    transposed: then ``rebuilt`` is the module to be replaced by the same with nn.Linear, and
+    ``path`` the linear in it that will hold the weight.
     """
 
     name: str

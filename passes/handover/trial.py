@@ -34,10 +34,10 @@ class Trial:
     """Runs the model with torchao's tensors in the place of weights, before anything is changed.
 
     Attributes:
-        batches: one for each way that the model runs.
-        traces: which tell what the model writes to.
-        resident: has weights in memory that are elsewhere.
-        device: where the model runs, if not where its parameters are.
+        batches: one for each different graph.
+        traces: the graphs, from which is read which buffers the model writes to.
+        resident: loads weights that are offloaded.
+        device: where the model runs; None is where its parameters are.
     """
 
     batches: list[Batch]
@@ -53,7 +53,7 @@ class Trial:
         resident: Resident,
         device: torch.device | None,
     ) -> Trial:
-        """One batch for all whose graphs have the same ops in the same modules."""
+        """Take one batch of all those whose graphs have the same ops in the same modules."""
         ways: dict[Any, Batch] = {}
         known: dict[Trace, Any] = {}
         for batch, one in zip(batches, traced, strict=True):
@@ -68,7 +68,7 @@ class Trial:
     def refusals(
         self, model: nn.Module, weights: list[QuantizableWeight], target: AOBaseConfig
     ) -> dict[str, str]:
-        """The names of the weights that the model does not run with once quantized, and why.
+        """The weights with which the model fails once they are quantized: name → the error.
 
         Raises:
             ModelError: the model itself does not run.
@@ -100,8 +100,8 @@ class Trial:
                 ) from error
         reads.end()
         refused = dict(reads.refused)
-        # The same once more with torchao's tensors in the modules themselves, of one weight of
-        # each kind: for code that asks for their type, and what reads a weight as nothing else.
+        # Again with torchao's tensors in the modules themselves, one weight of each kind: some
+        # code asks for the type of a weight, and some reads it in another way than seen above.
         kinds: dict[Any, list[QuantizableWeight]] = defaultdict(list)
         for weight in weights:
             if weight.name not in refused:
@@ -120,7 +120,7 @@ class Trial:
     def _error(
         self, model: nn.Module, weights: list[QuantizableWeight], target: AOBaseConfig
     ) -> str | None:
-        """What the model raises with quantized copies in the place of these weights."""
+        """The error of the model with quantized copies in place of these weights, or None."""
         stand_ins: dict[str, torch.Tensor] = {}
         for weight in weights:
             with self.resident([weight.weight]):
@@ -128,9 +128,9 @@ class Trial:
             stand_ins.update((place.name, copy) for place in weight.places)
         try:
             for batch in self.batches if weights else ():
-                with self._reads(model, {}, target):  # which fetches other weights
+                with self._reads(model, {}, target):  # loads the other weights
                     run_apart(model, batch, stand_ins, self.device)
-        except Exception as error:  # whatever torchao, or the model itself, raises
+        except Exception as error:  # torchao and the model's own code can raise anything
             if is_out_of_memory(error):
                 raise
             return brief(error)

@@ -1,4 +1,4 @@
-"""What was done so far: the report's rows, torchao's tensors, and what is to be saved of them."""
+"""The results of a run so far: rows of the report, torchao's tensors, and what is not yet saved."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ logger = logging.getLogger("magr_fx")
 
 @dataclass
 class Step:
-    """What one step of the calibration has made of its sites so far.
+    """The results of the current step of the calibration.
 
     Attributes:
-        rows: what happened to each, in the order in which it was done.
-        tensors: with GPTQ torchao's tensors, by the names of their sites.
-        replaced: what the calibration goes on with in the place of a parameter.
+        rows: one for each site that is done, in that order.
+        tensors: with GPTQ, torchao's tensors by the names of their sites.
+        replaced: parameter → the tensor that the calibration reads in its place from now on.
     """
 
     rows: list[SiteReport] = field(default_factory=list)
@@ -37,20 +37,20 @@ class Step:
     replaced: dict[nn.Parameter, torch.Tensor] = field(default_factory=dict)
 
     def value_of(self, parameter: nn.Parameter) -> torch.Tensor:
-        """What the calibration goes on with: what is in the parameter's place, or else itself."""
+        """The tensor that the calibration reads for a parameter: its replacement, or itself."""
         return self.replaced.get(parameter, parameter)
 
 
 class Ledger:
-    """What a run has done: of the steps that have ended, and of the one at hand.
+    """The results of a run: those of all steps that have ended, and of the current step.
 
     Args:
-        report: has all rows once the run has ended, however it ends.
-        tensors: takes torchao's tensors (GPTQ) as soon as a step has made them; None is a dict.
+        report: gets all rows when the run ends, also by an error.
+        tensors: gets torchao's tensors (GPTQ) at the end of each step; None makes a dict.
         checkpoint: where steps are saved; None saves nothing.
 
     Attributes:
-        step: the one at hand.
+        step: the current step.
         tensors: those of the steps that have ended.
     """
 
@@ -68,21 +68,21 @@ class Ledger:
 
     @property
     def rows(self) -> list[SiteReport]:
-        """Of every site that is done."""
+        """The rows of all sites that are done."""
         return [*self._rows, *self.step.rows]
 
     def timed(self, stage: str) -> AbstractContextManager[Callable[[], float]]:
-        """Add the time spent inside to the report's; what it gives tells the seconds afterwards."""
+        """Add the time spent inside to the report. Yields a function that returns the seconds."""
         return self.report.timed(stage)
 
     def saved(self) -> dict[str, Any] | None:
-        """What an earlier run saved last, to go on from."""
+        """The last state of an interrupted run, or None."""
         return None if self.checkpoint is None else self.checkpoint.last()
 
     def restore(
         self, saved: dict[str, Any] | None, sites: list[Site], resident: Resident, *, gptq: bool
     ) -> None:
-        """Write again what an earlier run made of its sites; with GPTQ, take its tensors."""
+        """Write the weights that an interrupted run has saved; with GPTQ, take its tensors."""
         if saved is None or self.checkpoint is None:
             return
         logger.info("going on after step %d of %s", saved["step"], self.checkpoint.folder)
@@ -98,10 +98,13 @@ class Ledger:
         self._rows = saved["rows"]
 
     def end_step(self, finished: Iterable[SharedGram]) -> dict[nn.Parameter, torch.Tensor]:
-        """Have the step at hand among those that have ended; what it has put in whose place.
+        """Add the current step to those that have ended, and start the next.
 
         Args:
-            finished: the grams of its sites, whose weights are in memory still.
+            finished: the grams of the step's sites, whose weights are still in memory.
+
+        Returns:
+            Parameter → the tensor that the calibration reads in its place from now on.
         """
         step, self.step = self.step, Step()
         if self.checkpoint is not None and self.checkpoint.keeps_weights:
@@ -115,34 +118,34 @@ class Ledger:
         return step.replaced
 
     def save(self, number: int, boundary: Callable[[], Any], last: bool) -> None:
-        """Write what a step that has ended has made; it is not held in memory any longer."""
+        """Save the results since the last save, and drop them from memory."""
         if self.checkpoint is not None:
             self.checkpoint.save(number, boundary, self._rows, self._unsaved, last)
             self._unsaved.clear()
 
     def interrupted(self, error: BaseException, *, gptq: bool) -> None:
-        """Keep the rows of what is rewritten: with GPTQ of none, since tensors wait for the end."""
+        """Keep the rows of rewritten sites; with GPTQ none: nothing is written before the end."""
         if gptq:
             self._rows, self.step = [], Step()
             logger.error("interrupted: nothing was changed")
             return
         lost = error if isinstance(error, NotStoredError) else error.__cause__
         names = lost.names if isinstance(lost, NotStoredError) else frozenset[str]()
-        # A weight that could not be stored is what it was.
+        # A weight that could not be stored has its old values.
         self._rows = [row for row in self.rows if row.name.partition("[")[0] not in names]
         self.step = Step()
         done = [row.name for row in self._rows if row.outcome == "rewritten"]
         logger.error("interrupted after rewriting %d sites: %s", len(done), ", ".join(done))
 
     def close(self, rejections: Iterable[Rejection]) -> None:
-        """Have all rows in the report, those of what was left out last."""
+        """Put all rows into the report: rewritten, failed, then skipped."""
         report = self.report
         report.sites = self.rows
         skipped = [SiteReport(r.name, r.shape, "skipped", r.reason) for r in rejections]
         report.sites = [*report.rewritten, *report.failed, *report.skipped, *skipped]
 
     def count_saved(self, ranks: Ranks) -> None:
-        """Have in the report how much was written, by all ranks."""
+        """Note in the report how many bytes all ranks have saved."""
         if self.checkpoint is not None:
             self.report.states = self.checkpoint.states
             self.report.saved_bytes = sum(ranks.gather(self.checkpoint.written))

@@ -37,7 +37,7 @@ logger = logging.getLogger("magr_fx")
 
 
 def resolve_config(config: MagRConfig | None, target: Any, *, required: bool = False) -> MagRConfig:
-    """The options to solve with: the given or the default ones, with what the target says.
+    """``config``, or the default one, completed by the target: its group size, and alpha="auto".
 
     Raises:
         ConfigError: ``config`` or ``target`` is of the wrong type, or they disagree.
@@ -68,16 +68,18 @@ def resolve_config(config: MagRConfig | None, target: Any, *, required: bool = F
 def target_for_rewriting(
     config: MagRConfig, target: Any, propagate: bool | None, holdout: float
 ) -> Target | None:
-    """How the target takes part in rewriting the weights; None where it only sets the groups.
+    """The target, where it takes part in rewriting the weights; None where it only sets the groups.
 
     Raises:
         ConfigError: the options do not go together.
     """
     options = QuantizeOptions(propagate=propagate is not False, holdout=holdout)
     if config.alpha == 0:
-        raise ConfigError("alpha=0 shrinks nothing, so that there is nothing to transform")
+        raise ConfigError("alpha=0 shrinks nothing, so there is nothing to transform")
     if target is None and propagate:
-        raise ConfigError("propagate needs a target: what is propagated is what it quantizes")
+        raise ConfigError(
+            "propagate=True needs a target: each layer is fitted to the quantized layers before it"
+        )
     if config.alpha != "auto" and not propagate:
         return None
     return Target(target, options)
@@ -92,15 +94,15 @@ def rewrite_sites(
 ) -> None:
     """Check the calibration, then solve and rewrite every site, block by block.
 
-    Nothing is written before every batch has run once and every activation was finite. Should
-    the work be interrupted after that, the report holds exactly the sites that were rewritten.
+    Nothing is written before every batch has run once and every activation was finite. If the work
+    is interrupted after that, the report holds exactly the sites that were rewritten.
 
     Args:
         traced: the calibration batches, each with its trace.
         found: the sites.
         request: what was asked for.
         execution: where the work is done.
-        ledger: what is done, and its report; a run that was cut short goes on from its checkpoint.
+        ledger: collects the results; an interrupted run is resumed from its checkpoint.
 
     Raises:
         CalibrationError: an activation is NaN or Inf, or no token counts.
@@ -134,7 +136,7 @@ def rewrite_sites(
 
 
 def _describe(run: CalibrationRun, traced: list[TracedBatch], report: MagRReport) -> None:
-    """Put into the report what it says of the calibration."""
+    """Note the number of batches and traces, the tracer, and notes on the calibration."""
     report.batches = len(traced)
     report.traces = len({batch.trace for batch in traced})
     report.tracer, report.refusal = traced[0].trace.tracer, traced[0].trace.refusal
@@ -142,9 +144,7 @@ def _describe(run: CalibrationRun, traced: list[TracedBatch], report: MagRReport
 
 
 def _check(run: CalibrationRun, found: Found, request: Request, report: MagRReport) -> None:
-    """Look at the whole calibration before anything is changed.
-
-    What is unclear of the inputs is logged.
+    """Check the whole calibration before anything is changed; log what is unclear about inputs.
 
     Raises:
         CalibrationError: an activation is NaN or Inf, or no token counts.
@@ -172,9 +172,9 @@ def _rewrite_blocks(
     ranks: Ranks,
     ledger: Ledger,
 ) -> None:
-    """Take one step of the calibration after the other, and rewrite the sites that each ends.
+    """Run the calibration step by step, and rewrite the sites whose grams each step completes.
 
-    ``saved`` is what an earlier run saved last, which loses its boundary to this one.
+    ``saved`` is the last state of an interrupted run, if any; its boundary is taken from it.
     """
     steps = run.collect(
         after=None if saved is None else (saved["step"], saved.pop("boundary")),
@@ -183,10 +183,10 @@ def _rewrite_blocks(
     )
     finished: list[SharedGram] | None = None
     started = perf_counter()
-    with closing(steps):  # gives the model its buffers back, whatever happens here
+    with closing(steps):  # restores the model's buffers, also after an error
         while True:
             with ledger.timed("grams"):
-                try:  # what takes the place of weights is held by nobody but the run
+                try:  # only the run keeps a reference to what replaces the weights
                     finished = steps.send(None if finished is None else ledger.end_step(finished))
                 except StopIteration:
                     return
@@ -204,7 +204,7 @@ def _rewrite(finished: list[SharedGram], request: Request, ledger: Ledger, ranks
     whole, owners, split = plan(finished, target, ranks)
     own = [shared for shared, owner in zip(whole, owners, strict=True) if owner == ranks.rank]
     device = finished[0].sites[0].parameter.device.type
-    with torch.autocast(device, enabled=False):  # the caller's is for the forward
+    with torch.autocast(device, enabled=False):  # a caller's autocast is for forward passes
         for together in batch_same_shape(own):
             if target is None:
                 solve_and_rewrite(together, config, ledger)
@@ -217,7 +217,7 @@ def _rewrite(finished: list[SharedGram], request: Request, ledger: Ledger, ranks
                 solve_and_rewrite([shared], config, ledger, ranks)
             else:
                 quantize_and_rewrite(shared, config, target, ledger, ranks)
-    if split:  # each has its own seconds, and memory
+    if split:  # seconds and memory differ between ranks: all report the first rank's
         step.rows = ranks.gather(step.rows)[0]
 
 
@@ -233,16 +233,16 @@ def _warn_of_overfitting(report: MagRReport) -> None:
 
 
 def rewrite_alone(shared: SharedGram, config: MagRConfig, target: Target | None) -> SiteReport:
-    """Solve and rewrite the one site of a gram that is complete, outside of any graph.
+    """Solve and rewrite a single site, whose gram was collected without a graph.
 
     Args:
-        shared: its site, its gram and the number of tokens in that.
+        shared: the site, its gram and the number of tokens.
         config: how to solve, resolved for the target.
-        target: what will quantize the site, and takes part, without propagation and to the
-            nearest; None rewrites without it.
+        target: what will quantize the site, rounding to nearest and without propagation; None
+            rewrites without regard to a target.
 
     Returns:
-        What happened to the site. A failed one keeps its weight.
+        The site's row of the report. A failed site keeps its weight.
     """
     ledger = Ledger(MagRReport(config))
     with torch.autocast(shared.sites[0].parameter.device.type, enabled=False):

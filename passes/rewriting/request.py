@@ -1,4 +1,4 @@
-"""What the caller asked for, in one object that every step can read and none can change."""
+"""What the caller asked for, in one immutable object that is passed through all steps."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Folders:
     """Where a run may write.
 
     Attributes:
-        checkpoint: what is saved to go on from after a crash; None saves nothing.
-        spill: the activations between blocks; None keeps them in memory.
+        checkpoint: states to resume from after a crash; None saves none.
+        spill: activations between blocks; None keeps them in memory.
     """
 
     checkpoint: PathLike | None = None
@@ -32,8 +32,8 @@ class Request:
 
     Attributes:
         config: how to solve, at the group size of the target.
-        target: what will quantize the weights, and takes part in rewriting them; None where they
-            are rewritten without it.
+        target: the torchao config that will quantize the weights, where it takes part in
+            rewriting them; None rewrites them without regard to a target.
         tracing: how to trace.
         filter_fn: which weights to take; None takes all but those that an embedding shares.
         strict: whether every weight that meets an input has to be rewritten.
@@ -64,21 +64,21 @@ class Request:
 
     @property
     def makes_tensors(self) -> bool:
-        """Whether torchao's tensors are made at once (GPTQ), and no weight is rewritten."""
+        """Whether torchao's tensors are made directly (GPTQ), so that no weight is rewritten."""
         return self.target is not None and self.target.options.rounding == "gptq"
 
     @property
     def propagates(self) -> bool:
-        """Whether each layer is calibrated behind the quantized ones."""
+        """Whether each layer is fitted to the outputs of the quantized layers before it."""
         return self.target is not None and self.target.options.propagate
 
     @property
     def holdout(self) -> float:
-        """The share of the tokens that no weight is fitted to."""
+        """The share of the tokens that is held out to judge the result."""
         return 0.0 if self.target is None else self.target.options.holdout
 
     def without_values(self) -> Request:
-        """The same for a model whose weights are elsewhere while it is traced.
+        """The same request for a model whose weights are offloaded while it is traced.
 
         Raises:
             ConfigError: the tracer that was asked for runs the model.

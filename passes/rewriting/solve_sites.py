@@ -29,15 +29,15 @@ from magr_fx.solver.row_scale import row_scale
 from magr_fx.solver.solver import problems_at_once, solve_magr
 
 logger = logging.getLogger("magr_fx")
-# The output error of one alpha for all rows, before any quantization, from which on it is told: as
-# much as quantizing to 3 bits costs.
+# A warning is logged if a fixed alpha alone costs more than this output error: as much as
+# quantizing to 3 bits costs.
 MOST_LOST = 0.2
 
 
 def batch_same_shape(finished: list[SharedGram]) -> list[list[SharedGram]]:
-    """What to solve at once: alike problems that are too small to fill the device by themselves.
+    """Group problems of the same shape, so that small ones fill the device together.
 
-    The experts of a layer are such: as many grams as experts, all of one shape.
+    The experts of a layer are an example: one gram for each expert, all of one shape.
     """
     same: dict[tuple[int, int, torch.dtype, torch.device], list[SharedGram]] = defaultdict(list)
     for shared in finished:
@@ -54,9 +54,9 @@ def batch_same_shape(finished: list[SharedGram]) -> list[list[SharedGram]]:
 def solve_and_rewrite(
     together: list[SharedGram], config: MagRConfig, ledger: Ledger, ranks: Ranks = ALONE
 ) -> None:
-    """Solve the sites of each gram as one stacked problem, and alike problems as one batch.
+    """Solve the sites of each gram as one stacked problem, and problems of one shape as one batch.
 
-    Several ranks solve a part of its rows each, of one gram only.
+    With several ranks there is one gram only, and each rank solves a part of its rows.
     """
     fed = [shared for shared in together if _is_fed(shared, ledger.step)]
     if not fed:
@@ -67,7 +67,7 @@ def solve_and_rewrite(
     except DistributedError:
         raise
     except UNSOLVABLE as error:
-        if len(fed) > 1:  # one of them is to blame: the others are solved all the same
+        if len(fed) > 1:  # solve one by one, so that only those that fail are left out
             for shared in fed:
                 solve_and_rewrite([shared], config, ledger)
             return
@@ -80,7 +80,7 @@ def solve_and_rewrite(
             parts = _split(solution, [site.shape[0] for site in shared.sites])
             damping = shared.damping(config)
             for site, part in zip(shared.sites, parts, strict=True):
-                # Noted one by one: an interruption may come between two writes.
+                # Appended one by one: the run may be interrupted between two writes.
                 ledger.step.rows.append(
                     _write(site, part, shared, damping, seconds * site.shape[0])
                 )
@@ -140,21 +140,21 @@ def quantize_and_rewrite(
 
 
 def go_on_with(site: Site, tensor: torch.Tensor, step: Step) -> None:
-    """Have the calibration read torchao's tensor, or its values, in place of the site's weight."""
+    """Let the calibration read torchao's tensor, or its values, in place of the site's weight."""
     if not (site.view.covers(site.parameter) and all(call.direct for call in site.calls)):
-        # Not F.linear with the whole parameter, which is all that torchao's tensors run in.
+        # torchao's tensors run only in F.linear, and as whole parameters.
         tensor = laid_out(site, dequantized(tensor), step.value_of(site.parameter))
     step.replaced[site.parameter] = tensor
 
 
 def go_on_with_torchao_alone(site: Site, target: Target, step: Step) -> None:
-    """A site that failed keeps its weight, which torchao will quantize."""
+    """Let the calibration read what torchao alone makes of a failed site's weight."""
     if target.options.propagate:
         go_on_with(site, quantized_copy(site.weight, target.config), step)
 
 
 def _is_fed(shared: SharedGram, step: Step) -> bool:
-    """Whether a token reached these sites; if not they are noted."""
+    """Whether a token reached these sites; if not, they are noted as skipped."""
     if int(shared.tokens) > 0:
         return True
     reason = "no calibration token reaches it: there are none, or all are padding"
@@ -187,7 +187,7 @@ def _solve(together: list[SharedGram], config: MagRConfig, ranks: Ranks) -> list
         row_scale=None if config.is_published else row_scale(stacked),
         all_gather_rows=ranks.concat if ranks.world > 1 else None,
     )
-    if grams[0].device.type != "cpu":  # or the report would have the seconds of a launch
+    if grams[0].device.type != "cpu":  # else the report would time the kernel launch alone
         torch.accelerator.synchronize(grams[0].device)
     if single:
         return [Solution(*(ranks.concat(getattr(solution, f.name)) for f in fields(Solution)))]
@@ -215,7 +215,7 @@ def _untouched(
 def _write(
     site: Site, solution: Solution, shared: SharedGram, damping: float, seconds: float
 ) -> SiteReport:
-    """Write one site's solution if it may be written, and say what happened."""
+    """Write one site's solution, unless it is refused; the row of the report."""
     tokens = int(shared.tokens)
     reason = refusal(solution)
     if reason is not None:
@@ -242,7 +242,7 @@ def _rewritten(
     *,
     judged: bool = True,
 ) -> SiteReport:
-    """The row of a rewritten site; GPTQ leaves no weight to be quantized that could be judged."""
+    """The row of a rewritten site. ``judged`` is False for GPTQ, which writes no float weight."""
     old = site.weight
     error = output_error(new.float() - old.float(), old, shared.collected) if judged else math.nan
     return SiteReport(

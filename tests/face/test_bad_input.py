@@ -481,7 +481,7 @@ def test_options_of_quantize_that_do_not_go_together(
     ("options", "parts"),
     [
         ({"config": MagRConfig(alpha="auto")}, ["give a target", "or a number for alpha"]),
-        ({"propagate": True}, ["propagate needs a target"]),
+        ({"propagate": True}, ["propagate=True needs a target"]),
         ({"config": MagRConfig(alpha=0)}, ["alpha=0 shrinks nothing"]),
         ({"config": MagRConfig(alpha=0), "target": INT4}, ["alpha=0 shrinks nothing"]),
         ({"holdout": -0.5}, ["holdout must be a share", "got -0.5"]),
