@@ -1,9 +1,9 @@
-"""Whether the model's own code runs, and is right, with torchao's tensors in the place of weights.
+"""Check that the model's code runs, and computes right, with torchao's tensors as weights.
 
-torchao's tensors run in ``F.linear(x, weight, bias)`` and in little else, and no graph shows how
-code reads a weight. So the model is run, and each function that reads one is called twice more:
-with torchao's tensor of it, and with what that tensor is worth. The model itself goes on with its
-own weights: one run tells of all of them, and holds a few quantized copies at a time.
+torchao's tensors run in ``F.linear(x, weight, bias)`` and in few other functions, and a graph does
+not show how code reads a weight. So the model is run, and each function that reads a weight is
+called twice more: with torchao's tensor, and with that tensor dequantized. The model itself goes on
+with its own weights. So one run checks all weights, and holds few quantized copies at a time.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from magr_fx.passes.offloading.resident import Resident, all_resident
 from magr_fx.passes.tracing.module_state import attributes_kept
 
 KEPT = 2**28  # bytes of weights whose quantized copies are kept for the next read
-# Of ‖result - expected‖ / ‖expected‖: of activations, which a target may quantize too, and of what
-# is made of weights alone.
+# Largest ‖result - expected‖ / ‖expected‖: of activations, which a target may quantize as well, and
+# of values that are computed from weights alone.
 TOLERANCE, WEIGHT_TOLERANCE = 0.1, 1e-2
 
 
 @dataclass(frozen=True)
 class _StandIn:
-    """For a weight, or a value that the model made of weights: torchao's tensor, and its worth."""
+    """For a weight, or a value computed from weights: torchao's tensor, and that dequantized."""
 
     names: tuple[str, ...]
     quantized: Tensor
@@ -53,17 +53,17 @@ class _StandIn:
 
 
 class QuantizedReads(TorchFunctionMode):
-    """Tries each read of a weight with torchao's tensor of it, while the model runs as it is.
+    """Tries each read of a weight with torchao's tensor of it, while the model runs unchanged.
 
     Args:
-        weights: name → the Parameter objects that are this weight.
+        weights: name → the Parameter objects of this weight.
         target: the torchao config.
-        resident: has weights in memory that are elsewhere.
-        elsewhere: the addresses of those.
+        resident: loads weights that are offloaded.
+        elsewhere: the addresses of offloaded weights.
 
     Attributes:
-        refused: the weights whose quantized tensor some code cannot work with, and why.
-        seen: the weights that were read at all.
+        refused: the weights whose quantized tensor fails in some code → the reason.
+        seen: the weights that were read.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class QuantizedReads(TorchFunctionMode):
         self.seen: set[str] = set()
         self._weights = {id(own): (name, own) for name, owns in weights.items() for own in owns}
         self._target, self._resident, self._elsewhere = target, resident, elsewhere
-        self._copies: OrderedDict[str, _StandIn] = OrderedDict()  # the last ones that were read
-        self._derived: Any = WeakTensorKeyDictionary()  # the model's own values → what stands in
-        # The dtypes of what a read gave.
+        self._copies: OrderedDict[str, _StandIn] = OrderedDict()  # least recently read first
+        self._derived: Any = WeakTensorKeyDictionary()  # values of the model → stand-ins
+        # The dtypes of the results of each kind of read.
         self._tried: dict[Any, list[torch.dtype | None]] = {}
         self._errors: list[tuple[tuple[str, ...], str, Tensor, float]] = []
 
@@ -94,7 +94,7 @@ class QuantizedReads(TorchFunctionMode):
             self.seen.update(names)
             if not names or not self.refused.keys().isdisjoint(names):
                 return func(*args, **(kwargs or {}))
-            # A read like one that was tried before gives what that one gave.
+            # A read of a kind that was tried before is not tried again.
             key = (
                 getattr(func, "__self__", None),
                 _name(func),
@@ -112,9 +112,9 @@ class QuantizedReads(TorchFunctionMode):
         return _with_dtypes(own, self._tried.get(key))
 
     def end(self) -> None:
-        """Find out which results were not what the quantized weights are worth."""
+        """Refuse the weights whose results differ from those of the dequantized weights."""
         for names, what, error, tolerance in self._errors:
-            if not float(error) <= tolerance:  # NaN neither
+            if not float(error) <= tolerance:  # also for NaN
                 self._refuse(names, f"{what} is off by {float(error):.0%} of its result")
         self._errors.clear()
         self._copies.clear()
@@ -131,7 +131,7 @@ class QuantizedReads(TorchFunctionMode):
         return self._derived[tensor].names if tensor in self._derived else ()
 
     def _kind(self, leaf: Any) -> Any:
-        """What decides, beside the function, how a read goes; a new object is like no other."""
+        """What a read depends on beside the function; unknown objects count as different kinds."""
         if not isinstance(leaf, Tensor):
             return repr(leaf) if isinstance(leaf, PLAIN) else object()
         if id(leaf) in self._weights:
@@ -161,9 +161,9 @@ class QuantizedReads(TorchFunctionMode):
     def _try(
         self, func: Any, leaves: list[Any], spec: TreeSpec, names: tuple[str, ...]
     ) -> tuple[Any, Any] | None:
-        """What the function makes of torchao's tensors, and of what these are worth."""
+        """The function's results for torchao's tensors, and for these dequantized."""
         is_linear = func is functional.linear
-        # Torchao's own way, whose errors are those of the target: nothing to hold it against.
+        # In F.linear(x, weight) the quantized result is right by definition.
         plainly = is_linear and spec.children()[0].num_children > 1
 
         def call(which: str) -> Any:
@@ -177,7 +177,7 @@ class QuantizedReads(TorchFunctionMode):
 
         try:
             stand_ins = [self._stand_in(leaf) for leaf in leaves]
-            # It may work in place on what it is given.
+            # The function may change its arguments in place.
             others = [
                 leaf
                 for leaf, s in zip(leaves, stand_ins, strict=True)
@@ -185,7 +185,7 @@ class QuantizedReads(TorchFunctionMode):
             ]
             quantized = call("quantized")
             return quantized, quantized if plainly else call("worth")
-        except Exception as error:  # whatever torchao raises
+        except Exception as error:  # torchao can raise anything
             if is_out_of_memory(error):
                 raise
             self._refuse(names, f"{_name(func)} fails ({brief(error)})")
@@ -194,7 +194,7 @@ class QuantizedReads(TorchFunctionMode):
     def _compare(
         self, func: Any, names: tuple[str, ...], own: Any, quantized: Any, worth: Any
     ) -> bool:
-        """Note how far torchao's result is off, and what stands in for the model's own."""
+        """Note the error of torchao's results, and the stand-ins for the model's own values."""
         results, spec = tree_flatten(quantized)
         others, expected = tree_flatten(own)[0], tree_flatten(worth)[0]
         if not len(results) == len(others) == len(expected):
@@ -211,7 +211,7 @@ class QuantizedReads(TorchFunctionMode):
                 self._refuse(names, f"{_name(func)} returns the shape {shapes}")
                 return False
             made = is_quantized(result)
-            # One that the function gave back is a weight as before.
+            # A weight that the function returns unchanged is known already.
             if made and id(value) not in self._weights:
                 self._derived[value] = _StandIn(names, result, right)
             if result is not right and value.is_floating_point() and not in_transform():
@@ -226,7 +226,7 @@ class QuantizedReads(TorchFunctionMode):
 
 
 def brief(error: Exception) -> str:
-    """An error of torchao's or the model's own in one line."""
+    """An error in one short line."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 120, placeholder=" ...")
 
 
@@ -241,8 +241,8 @@ def run_apart(
     Args:
         model: in evaluation mode.
         batch: the call.
-        stand_ins: what takes the place of parameters, by their names.
-        device: where to run, if not where its buffers are.
+        stand_ins: name of a parameter → the tensor to use in its place.
+        device: where to run; None is where the buffers are.
 
     Raises:
         Exception: whatever the model raises.
@@ -266,7 +266,7 @@ def _address(tensor: Tensor) -> int:
 
 
 def _error(result: Tensor, expected: Tensor) -> Tensor:
-    """How far a result is off; 0 where both are the same, whatever they are."""
+    """‖result - expected‖ / ‖expected‖; equal elements count as 0, also Inf and NaN."""
     one, other = result.detach().float(), expected.detach().float()
     known = ~((one == other) | (one.isnan() & other.isnan()))
     one, other = one.where(known, 0), other.where(other.isfinite(), 0)
@@ -274,7 +274,7 @@ def _error(result: Tensor, expected: Tensor) -> Tensor:
 
 
 def _with_dtypes(result: Any, dtypes: list[torch.dtype | None] | None) -> Any:
-    """The model's own result in the dtypes that the quantized weights give it."""
+    """The model's own result in the dtypes that quantized weights would give."""
     leaves, spec = tree_flatten(result)
     if dtypes is None or not any(isinstance(leaf, Tensor) for leaf in leaves):
         return result

@@ -1,4 +1,4 @@
-"""What a torchao config says of how it quantizes, and what we are to prepare it for."""
+"""A torchao config: its group size, its granularity, and its description."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from magr_fx.errors import ConfigError
 from magr_fx.passes.handover.torchao_rounding import GPTQ_CONFIGS
 from magr_fx.rounding.row_pieces import MULTIPLE
 
-# The field that holds the weight's granularity, by the name of the config: names, because some of
-# these classes are torchao prototypes that cost an import, or are gone in another release.
+# Name of the config → the field with the weight's granularity. By name, because some of these
+# classes are torchao prototypes, which are slow to import or missing in other releases.
 _GRANULARITY_FIELD = {
     "IntxWeightOnlyConfig": "granularity",
     "Int8WeightOnlyConfig": "granularity",
@@ -27,7 +27,7 @@ _GRANULARITY_FIELD = {
     "Int8DynamicActivationInt4WeightConfig": "group_size",
     "Int8DynamicActivationUIntxWeightConfig": "group_size",
 }
-# One step for each row of a weight [out, in], or one for all of them.
+# One scale for each row of a weight [out, in], or one for all rows.
 _WHOLE_ROWS = (None, PerAxis(0), PerRow(-1), PerRow(1), PerTensor())
 
 
@@ -37,7 +37,7 @@ _BY_ROW = ("affine", "tinygemm", "min_max")
 
 @dataclass(frozen=True)
 class Target:
-    """The torchao config that will quantize, and how its quantization is prepared."""
+    """The torchao config that will quantize the weights, and how they are prepared for it."""
 
     config: AOBaseConfig
     options: QuantizeOptions
@@ -74,7 +74,7 @@ def target_group_size(target: AOBaseConfig) -> int | None:
 
 
 def shares_one_step(target: AOBaseConfig) -> bool:
-    """Whether all rows of a weight have one step between them."""
+    """Whether all rows of a weight share one scale."""
     granularity = getattr(target, _GRANULARITY_FIELD[type(target).__name__])
     if isinstance(granularity, (list, tuple)):
         granularity = granularity[1]
@@ -82,16 +82,16 @@ def shares_one_step(target: AOBaseConfig) -> bool:
 
 
 def rows_are_independent(target: AOBaseConfig) -> bool:
-    """Whether what becomes of a row does not depend on which others are quantized with it."""
+    """Whether each row is quantized independently of the other rows of its weight."""
     return not shares_one_step(target) and not any(
         _couples_rows(name, value) for name, value in fields_of(target).items()
     )
 
 
 def _couples_rows(name: str, value: Any) -> bool:
-    """Whether a field of a config chooses scales by something that looks at all rows at once.
+    """Whether a field of a config selects an algorithm for scales that looks at all rows at once.
 
-    HQQ stops when the error of the whole weight does. An algorithm that is not known may, too.
+    HQQ stops when the error of the whole weight no longer falls. Unknown algorithms may do alike.
     """
     chosen = str(value.value if isinstance(value, Enum) else value).lower()
     if name.endswith("choose_qparams_algorithm"):
@@ -100,24 +100,25 @@ def _couples_rows(name: str, value: Any) -> bool:
 
 
 def fields_of(target: AOBaseConfig) -> dict[str, Any]:
-    """Every field of a config with its value, those that have their default value too."""
+    """Every field of a config with its value, including those with their default value."""
     return {field.name: getattr(target, field.name) for field in fields(target)}
 
 
 def row_multiple(target: AOBaseConfig) -> int:
-    """Where stacked weights may be cut between two rows, for each part to be quantized by itself.
+    """The number of rows at whose multiples stacked weights may be cut into parts.
 
-    Tensors that are packed for a kernel come in panels of rows, which a cut must not go through
-    (16 of PrototypeInt4WeightOnlyConfig on a CPU). All weights of a stack have whole panels, so
-    that a multiple of :data:`magr_fx.rounding.row_pieces.MULTIPLE` is between two in each of them.
+    Some tensors are packed for a kernel in panels of rows, such as 16 rows of
+    PrototypeInt4WeightOnlyConfig on a CPU, and a cut must not go through a panel. Every weight of
+    a stack has whole panels, so any multiple of
+    :data:`magr_fx.rounding.row_pieces.MULTIPLE` lies between two panels.
     """
     return 1 if type(target).__name__ in GPTQ_CONFIGS else MULTIPLE
 
 
 def describe(target: AOBaseConfig) -> str:
-    """A config of the table in brief: its class and the fields that differ from the defaults.
+    """A config in brief: its class and the fields that differ from the defaults.
 
-    For people only: nothing is decided by it, since another torchao can have other defaults.
+    For people only: defaults differ between releases of torchao, so no code may rely on it.
     """
     usual = vars(type(target)())
     changed = [
@@ -129,6 +130,6 @@ def describe(target: AOBaseConfig) -> str:
 
 
 def described_in_full(target: AOBaseConfig) -> str:
-    """All that a config says: equal for two only if they ask for the same."""
+    """All fields of a config: two descriptions are equal only if the configs are."""
     said = ", ".join(f"{name}={value!r}" for name, value in fields_of(target).items())
     return f"{type(target).__module__}.{type(target).__qualname__}({said})"

@@ -30,24 +30,24 @@ from magr_fx.passes.inputs.calibration import Batch
 from magr_fx.passes.inputs.tensors_only import own_arguments
 from magr_fx.passes.tracing.trace_batches import bind
 
-PICTURES = 4  # dimensions of an input from which on it is taken for pictures, or volumes
+PICTURES = 4  # inputs with so many dimensions or more are taken for pictures or volumes
 
 
 def is_pt2e_quantizer(target: object) -> bool:
-    """Whether this is one of PT2E's quantizers, such as X86InductorQuantizer."""
+    """Whether ``target`` is a PT2E quantizer, such as X86InductorQuantizer."""
     return isinstance(target, Quantizer)
 
 
 def export_for_pt2e(
     model: nn.Module, batches: list[Batch]
 ) -> tuple[fx.GraphModule, InputCheck, list[Batch]]:
-    """The graph that PT2E works on, called as the model is, what it is right for, and its batches.
+    """Export the model for PT2E: its graph, a check of the graph's inputs, and the batches.
 
-    Its parameters are the model's own: what is rewritten in place is rewritten in both. Where the
-    model is an exported graph, that is the graph.
+    The graph is called like the model, and shares its parameters, so that a weight that is
+    rewritten in place changes in both. A model that is an exported graph is used as it is.
 
     Raises:
-        CalibrationError: the batches are not all of one form, which one graph has.
+        CalibrationError: the batches have different forms; one graph takes one form only.
         TraceError: torch.export refused the model.
     """
     batches = [Batch(b.index, b.args, _keywords(model, b.kwargs)) for b in batches]
@@ -56,17 +56,17 @@ def export_for_pt2e(
     if other is not None:
         raise CalibrationError(
             f"calibration batch {batches[other].index} has other arguments than batch "
-            f"{batches[0].index}, or others of other types; PT2E quantizes one graph, which has "
-            "one form of input"
+            f"{batches[0].index}, or arguments of other types; PT2E quantizes one graph, which "
+            "takes one form of input"
         )
     if isinstance(model, fx.GraphModule):
         return model, InputCheck(model), batches
-    # Sizes of 1 are not made open: the batch that has the fewest of them.
+    # Sizes of 1 cannot be made dynamic: trace the batch that has the fewest of them.
     first = max(batches, key=lambda batch: sum(n > 1 for t in _tensors(batch) for n in t.shape))
     open_sizes = _open_sizes(batches)
     try:
         graph_module = _export(model, first, open_sizes)
-    except Exception as error:  # export lets through whatever the model's own code raises
+    except Exception as error:  # the model's own code can raise anything
         if is_out_of_memory(error):
             raise
         raise TraceError(
@@ -84,11 +84,11 @@ def export_for_pt2e(
 
 
 def _open_sizes(batches: list[Batch]) -> list[set[int]]:
-    """For each tensor of a batch, the dimensions that the graph is to leave open.
+    """For each tensor of a batch, the dimensions that are dynamic in the graph.
 
-    All of them, as the graph will be called with other lengths than those of the calibration. But
-    of pictures, whose models can take minutes to trace then: how many there are, and that in which
-    the batches differ.
+    These are all dimensions, since the graph will be called with other lengths than those of the
+    calibration. Of pictures only the first one, and those in which the batches differ: with all
+    dimensions dynamic, such models can take minutes to trace.
     """
     tensors = [_tensors(batch) for batch in batches]
     dims = [set(range(t.dim() if t.dim() < PICTURES else 1)) for t in tensors[0]]
@@ -120,10 +120,10 @@ def _with_a_size_of_one(
     size: str,
     open_sizes: list[set[int]],
 ) -> InputCheck | None:
-    """Which inputs the graph is right for where an open size is 1; None where it is not known to.
+    """A check for inputs with a 1 in place of a dynamic size; None if the graph may be wrong there.
 
-    A graph is traced with open sizes of 2 or more. So the model is exported with the 1 as well:
-    where the graph computes what the model does, the guards of that export say for what else.
+    A graph is traced with dynamic sizes of 2 or more. So the model is exported once more with the
+    1. If the graph computes the same as the model there, that export's guards are the check.
     """
     leaves, spec = tree_flatten((batch.args, batch.kwargs))
     if len(leaves) != len(expected):
@@ -146,7 +146,7 @@ def _with_a_size_of_one(
                 for run in (graph_module, model)
                 for args, kwargs in [own_arguments((narrow.args, narrow.kwargs))]
             ]
-    except Exception as error:  # the model, or its graph, does not take a 1 there
+    except Exception as error:  # the model, or its graph, fails with a 1 there
         if is_out_of_memory(error):
             raise
         return None
@@ -169,25 +169,25 @@ def try_quantizer(
     quantizer: Quantizer,
     batches: list[Batch],
 ) -> None:
-    """Do all of it once on a copy of the graph, so that what fails fails before anything changed.
+    """Do all steps once on a copy of the graph, so that errors come before anything is changed.
 
     Raises:
-        ConfigError: the quantizer, or torchao, does not do with this model or this calibration.
-        CalibrationError, TraceError, HandoverError: as the functions here.
+        ConfigError: the quantizer, or torchao, fails with this model or this calibration.
+        CalibrationError, TraceError, HandoverError: as in :func:`quantize_graph`.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch's own code, to copy a graph
         graph_module = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
-    with contextlib.suppress(Exception):  # one that cannot be copied serves twice
+    with contextlib.suppress(Exception):  # a quantizer that cannot be copied is used twice
         quantizer = copy.deepcopy(quantizer)
     try:
-        with torch_silenced():  # a graph prints which of its lines failed
+        with torch_silenced():  # a graph prints its lines that fail
             quantize_graph(graph_module, check, quantizer, batches)
     except HandoverError as error:
         raise HandoverError(f"{error}. Nothing was changed") from error
     except MagRError:
         raise
-    except Exception as error:  # whatever torchao, or the graph on one of the batches, raises
+    except Exception as error:  # torchao and the graph can raise anything
         if is_out_of_memory(error):
             raise
         raise ConfigError(
@@ -200,13 +200,14 @@ def try_quantizer(
 def quantize_graph(
     graph_module: fx.GraphModule, check: InputCheck, quantizer: Quantizer, batches: list[Batch]
 ) -> fx.GraphModule:
-    """Prepare, calibrate and convert: the quantized graph, with the model's rewritten weights.
+    """Prepare, calibrate and convert the graph, which has the model's rewritten weights.
 
-    It refuses what it was not made for, see :class:`InputCheck`. The batches stay as they are.
+    The result refuses inputs that the graph is wrong for, see :class:`InputCheck`. The batches
+    are not changed.
 
     Raises:
         CalibrationError: the graph is not right for a batch.
-        HandoverError: the quantizer left the graph as it was.
+        HandoverError: the quantizer changed nothing in the graph.
     """
     check.put_into(graph_module)
     prepared = prepare_pt2e(graph_module, quantizer)
@@ -214,7 +215,7 @@ def quantize_graph(
         args, kwargs = own_arguments((batch.args, batch.kwargs))
         try:
             prepared(*args, **kwargs)
-        except ModelError as error:  # of the check
+        except ModelError as error:  # of InputCheck
             raise CalibrationError(f"calibration batch {batch.index}: {error}") from error
     converted: fx.GraphModule = convert_pt2e(prepared)
     check.put_into(converted)
@@ -227,7 +228,7 @@ def quantize_graph(
 
 
 class _Expected(NamedTuple):
-    """One input: a tensor of this dtype and these sizes, symbols by their names, or a constant."""
+    """One input: a tensor's dtype and sizes (symbols by their names), or a constant."""
 
     dtype: torch.dtype | None
     sizes: tuple[int | str, ...] = ()
@@ -237,7 +238,7 @@ class _Expected(NamedTuple):
     def of(cls, value: Any) -> _Expected:
         if not isinstance(value, torch.Tensor):
             return cls(None, constant=value)
-        # What was open to begin with can have become a number.
+        # Export may have specialised a dynamic size to a number.
         names = (str(size) for size in value.shape)
         return cls(value.dtype, tuple(int(n) if n.isdigit() else n for n in names))
 
@@ -248,7 +249,7 @@ class _Expected(NamedTuple):
             return False
         pairs = zip(self.sizes, leaf.shape, strict=False)
         return leaf.dim() == len(self.sizes) and all(
-            # An open size was traced as 2 or more: a 1 would broadcast or squeeze another way.
+            # Dynamic sizes are traced as 2 or more: a 1 may broadcast or squeeze differently.
             size == given if isinstance(size, int) else 2 <= given == sizes.setdefault(size, given)
             for size, given in pairs
         )
@@ -260,13 +261,14 @@ class _Expected(NamedTuple):
 
 
 class InputCheck(nn.Module):
-    """A module in the graph that refuses inputs for which the graph was not made.
+    """A module in the graph that refuses inputs that the graph would compute wrong results for.
 
-    A graph has constants where the model's code branched on a size, or on what is no tensor. Which
-    inputs it is right for is what torch.export says: the sizes of its placeholders, and its guards.
+    A graph has constants where the model's code branched on a size or on an argument that is no
+    tensor. torch.export says which inputs the graph is right for: by the sizes of its placeholders,
+    and by its guards.
 
     Args:
-        graph_module: by torch.export, before anything was changed in it.
+        graph_module: made by torch.export, and not changed since.
     """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
@@ -274,13 +276,13 @@ class InputCheck(nn.Module):
         values = [node.meta.get("val") for node in graph_module.graph.find_nodes(op="placeholder")]
         self.expected = [_Expected.of(value) for value in values]
         self.guards: Any = getattr(graph_module, GUARDS, None)
-        self.others: list[InputCheck] = []  # what it is right for as well
+        self.others: list[InputCheck] = []  # checks for further inputs that the graph is right for
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *leaves: Any) -> None:
         """Raise :class:`ModelError` for inputs that the graph is not right for.
 
-        Exported once more, the graph keeps as guards what is asked here of symbolic sizes.
+        If the graph is exported again, comparisons with symbolic sizes in here become its guards.
         """
         if len(leaves) != len(self.expected) or not self.fits(leaves):
             given = ", ".join(str(_Expected.of(leaf)) for leaf in leaves)
@@ -293,13 +295,13 @@ class InputCheck(nn.Module):
             )
 
     def put_into(self, graph_module: fx.GraphModule) -> None:
-        """Have the graph begin with it, in the place of torch.export's own guards."""
+        """Insert the check at the start of the graph, in place of torch.export's own guards."""
         graph = graph_module.graph
         setattr(graph_module, GUARDS, self)
         for node in graph.find_nodes(op="call_module", target=GUARDS):
             graph.erase_node(node)
         inputs = graph.find_nodes(op="placeholder")
-        if inputs:  # first of all: what quantizes an input has errors of its own
+        if inputs:  # before any other node: nodes that quantize an input raise other errors
             with graph.inserting_after(inputs[-1]):
                 graph.call_module(GUARDS, tuple(inputs))
         graph_module.recompile()
@@ -315,22 +317,22 @@ class InputCheck(nn.Module):
         try:
             if self.guards is not None:
                 self.guards(*leaves)
-        except AssertionError:  # what torch.export's guards raise
+        except AssertionError:  # raised by torch.export's guards
             return False
         return True
 
 
 def still_read(graph_module: fx.GraphModule) -> set[int]:
-    """The ids of the tensors that the graph reads as they are: the rest of them is quantized."""
+    """The ids of the tensors that the graph reads unquantized."""
     return {id(tensor) for tensor in attributes(graph_module)}
 
 
 def _keywords(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments to export with, in the order in which ``forward`` takes them.
+    """The keyword arguments to export with, in the order of ``forward``'s parameters.
 
-    The graph takes them by their places as well, in the order in which it is given them here.
-    ``use_cache=False`` is not among them: it is off anyway while calibrating, and would be an
-    argument of every later call.
+    The graph can be called with them as positional arguments too, in this order.
+    ``use_cache=False`` is left out: it is off during calibration, and would become an argument of
+    every later call.
     """
     places = {name: at for at, name in enumerate(inspect.signature(model.forward).parameters)}
     names = sorted(kwargs, key=lambda name: places.get(name, len(places)))

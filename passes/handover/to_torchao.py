@@ -1,4 +1,4 @@
-"""rewritten model → torchao: a trial of the target, the hand-over, and proof that it took."""
+"""rewritten model → torchao: try the target, quantize, and check that every weight is quantized."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from magr_fx.passes.known_layers.as_linears import Rebuilt, replace_module
 def try_target(
     weights: Iterable[tuple[str, torch.Tensor]], target: AOBaseConfig, *, gptq: bool = False
 ) -> None:
-    """Quantize a copy of one weight of each shape, so that a config that fails does so now.
+    """Quantize a copy of one weight of each shape, so that a config that fails is refused early.
 
     Raises:
-        ConfigError: torchao refuses the config on this machine, or would skip the weight, or
-            (``gptq``) makes something of it that cannot take GPTQ's codes.
+        ConfigError: torchao fails with the config on this machine, or would skip the weight, or
+            (``gptq``) its tensor cannot hold GPTQ's codes.
     """
     tried = set()
     for name, weight in weights:
@@ -39,7 +39,7 @@ def try_target(
         what = f"{name} {tuple(weight.shape)} ({weight.dtype}, {weight.device})"
         try:
             quantized = quantized_copy(weight, target)
-        except Exception as error:  # whatever a kernel or a config of torchao raises
+        except Exception as error:  # torchao's kernels and configs can raise anything
             if is_out_of_memory(error):
                 raise
             raise ConfigError(
@@ -55,11 +55,11 @@ def try_target(
         try:
             token = weight.new_ones(1, weight.shape[1])
             usable = bool(functional.linear(token, quantized).isfinite().all())
-        except Exception as error:  # whatever a kernel of torchao raises
+        except Exception as error:  # torchao's kernels can raise anything
             if is_out_of_memory(error):
                 raise
             raise ConfigError(
-                f"torchao quantizes {what} with {describe(target)}, but what it makes of it does "
+                f"torchao quantizes {what} with {describe(target)}, but the quantized tensor does "
                 f"not run here: {type(error).__name__}: {error}. Choose another config or dtype"
             ) from error
         if not usable:
@@ -68,14 +68,14 @@ def try_target(
             )
         if gptq and not has_grid(quantized):
             raise ConfigError(
-                f'rounding="gptq" cannot serve {describe(target)}: it needs whole-number '
+                f'rounding="gptq" does not support {describe(target)}: it needs whole-number '
                 f"codes with a scale for each row or group, and got {type(quantized).__name__}. "
-                f"It serves {', '.join(GPTQ_CONFIGS)}, per axis and per group, unpacked"
+                f"It supports {', '.join(GPTQ_CONFIGS)}, per axis and per group, unpacked"
             )
 
 
 def _with_places(model: nn.Module, weights: Iterable[QuantizableWeight]) -> list[QuantizableWeight]:
-    """The weights, each with the places that hold it, once modules are built anew for them."""
+    """Replace the modules of ``rebuilt`` weights, and fill in the places that hold them."""
     built: dict[Rebuilt, nn.Module] = {}
     result = []
     for weight in weights:
@@ -96,11 +96,11 @@ def hand_over(
     weights: Iterable[QuantizableWeight],
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
-    """Quantize the weights with torchao's ``quantize_``, and prove that it did.
+    """Quantize the weights with torchao's ``quantize_``, and check that it did.
 
-    The weight of an nn.Linear goes by its module, as ``quantize_`` does by default; any other
-    parameter goes by its name. Where ``tensors`` has a tensor for the weight's name, with codes
-    of our own, it takes the weight's place instead.
+    The weight of an nn.Linear is quantized through its module, as ``quantize_`` does by default;
+    any other parameter through its name. A weight that ``tensors`` has a tensor for, with GPTQ's
+    codes, is replaced by that tensor.
 
     Raises:
         HandoverError: a weight is no torchao tensor afterwards; the message lists which.
@@ -120,7 +120,7 @@ def hand_over(
         recommended_inductor_config_setter()  # as quantize_ does
     linears = {id(place.module) for place in places if place.is_linear and is_open(*place[:2])}
     if linears:
-        # A module that the model holds twice is asked about twice: hence is_open.
+        # quantize_ visits a module twice if the model holds it twice: hence is_open.
         quantize_(model, target, lambda m, _: id(m) in linears and is_open(m, "weight"))
     for module, key, _ in (place for place in places if not place.is_linear):
         if is_open(module, key):

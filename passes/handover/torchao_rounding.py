@@ -1,4 +1,4 @@
-"""What torchao makes of a weight: its values, its grid, and a tensor with other codes on a grid."""
+"""torchao's quantization of a weight: its values, its grid, and tensors with other codes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torchao.quantization.quant_primitives import _DTYPE_TO_QVALUE_BOUNDS
 
 from magr_fx.rounding.grid import Grid, stacked
 
-# The tensors whose values are (qdata - zero_point)·scale, by row or by group, all of it plain.
+# Tensors with the values (qdata - zero_point)·scale, by row or by group, stored without packing.
 GridTensor = (IntxUnpackedToInt8Tensor, Int8Tensor)
-# What makes such tensors.
+# The configs that produce such tensors.
 GPTQ_CONFIGS = (
     "IntxWeightOnlyConfig",
     "Int8WeightOnlyConfig",
@@ -28,7 +28,7 @@ GPTQ_CONFIGS = (
 
 
 def quantized_copy(weight: Tensor, target: AOBaseConfig) -> Tensor:
-    """What torchao's ``quantize_`` makes of a weight of an nn.Linear, or of a stack by its name."""
+    """A copy of a weight, quantized by ``quantize_``: as an nn.Linear's, or a stack by its name."""
     if weight.dim() > 2:
         holder = nn.Module()
         holder.stack = nn.Parameter(weight.detach().clone(), requires_grad=False)
@@ -37,11 +37,11 @@ def quantized_copy(weight: Tensor, target: AOBaseConfig) -> Tensor:
     linear = nn.Linear(1, 1, bias=False, device="meta")
     linear.out_features, linear.in_features = weight.shape
     linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-    if getattr(target, "set_inductor_config", False):  # global settings: for the model itself
+    if getattr(target, "set_inductor_config", False):  # would change global settings
         target = replace(target, set_inductor_config=False)
     quantize_(linear, target)
     quantized = linear.weight
-    # torchao has the module refer to itself: the copy would live until Python looks for that.
+    # torchao makes the module refer to itself: the copy would live until a garbage collection.
     del linear.weight
     return quantized
 
@@ -49,7 +49,7 @@ def quantized_copy(weight: Tensor, target: AOBaseConfig) -> Tensor:
 class TorchaoRounding:
     """torchao's rounding of weights that are stacked because they share an input.
 
-    Each is quantized by itself, as it will be in the end.
+    Each weight is quantized separately, as in the final model.
 
     Args:
         target: the torchao config.
@@ -64,18 +64,18 @@ class TorchaoRounding:
         return [quantized_copy(part, self.target) for part in torch.split(weight, self.rows)]
 
     def values(self, weight: Tensor) -> Tensor:
-        """What the quantized weights are worth, ``[out, in]`` float32."""
+        """The dequantized weights, ``[out, in]`` float32."""
         return torch.cat([dequantized(tensor) for tensor in self.tensors(weight)])
 
     def grid(self, weight: Tensor) -> Grid:
-        """The grid that torchao chooses for the weight; only where its tensors are on grids."""
+        """The grid that torchao chooses; :func:`has_grid` must hold for its tensors."""
         return stacked([grid_of(tensor) for tensor in self.tensors(weight)])
 
     def on_grid(self, weight: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
         """torchao's tensors with other codes, scales and zero points, each ``[out, ...]``.
 
         Args:
-            weight: ``[out, in]``: for everything else of the tensors.
+            weight: ``[out, in]``, from which all other fields of the tensors are made.
             parts: codes ``[out, in]``, scales and zero points ``[out, groups]``.
         """
         tensors = self.tensors(weight)
@@ -91,14 +91,14 @@ def dequantized(tensor: Tensor) -> Tensor:
     """The values ``[out, in]`` of a torchao tensor, float32."""
     try:
         values = tensor.dequantize()
-    except NotImplementedError:  # packed for its kernel, which is all that can read it
+    except NotImplementedError:  # packed: only its kernel can read it
         identity = torch.eye(tensor.shape[1], dtype=tensor.dtype, device=tensor.device)
         values = functional.linear(identity, tensor).T
     return values.to(torch.float32)
 
 
 def has_grid(tensor: Tensor) -> bool:
-    """Whether :func:`grid_of` can read it: whether GPTQ's codes can take the place of its own."""
+    """Whether :func:`grid_of` can read the tensor, and so GPTQ's codes can replace its own."""
     return isinstance(tensor, GridTensor) and len(tensor.scale) == len(tensor)  # no PerTensor
 
 

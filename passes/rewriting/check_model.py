@@ -1,4 +1,4 @@
-"""What a model must be like before any work on it starts; each refusal names the remedy."""
+"""Refuse models that cannot be worked on, before anything is changed; errors name the remedy."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def check_model(
     offloaded: bool = False,
     sharded: bool = False,
 ) -> None:
-    """Refuse a model that cannot be worked on as it is, naming the parameter and the remedy.
+    """Refuse a model that cannot be worked on, naming the parameter and the remedy.
 
-    Weights that are merely of a dtype or layout that MagR does not know are no reason.
+    Weights of a dtype or layout that MagR does not support are no reason: they are skipped later.
 
     Args:
         model: the model.
-        filter_fn: what of it is to be rewritten; all else may be as it is.
-        offloaded: whether weights on the meta device have their values elsewhere.
+        filter_fn: what to rewrite; anything else may be in any state.
+        offloaded: whether weights on the meta device are offloaded, and so have values.
         sharded: whether weights may be DTensors.
 
     Raises:
         ModelError: a parameter is on the meta device, already quantized, NaN or Inf; ``model`` is
-            no nn.Module, or a graph that reads what is not there.
+            no nn.Module, or a graph that reads an attribute that does not exist.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -49,10 +49,10 @@ def check_model(
 def _faults(
     model: nn.Module, filter_fn: FilterFn | None, *, offloaded: bool, sharded: bool
 ) -> Iterator[str]:
-    """What is wrong with modules and parameters that ``filter_fn`` does not leave out."""
+    """The faults of modules and parameters that ``filter_fn`` does not leave out."""
 
     def wanted(module: nn.Module, name: str) -> bool:
-        # Asked of what is wrong only: it may be written for the owners of weights alone.
+        # Called only for faults: a filter_fn may expect modules with weights.
         return filter_fn is None or filter_fn(module, name)
 
     finite: list[tuple[str, torch.Tensor, nn.Module, str]] = []
@@ -80,10 +80,10 @@ def _faults(
 
 
 def check_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Refuse weights that hold −inf, which :func:`check_model` lets pass, as masks may be that.
+    """Refuse weights with −inf. :func:`check_model` lets it pass, since a mask may hold −inf.
 
     Raises:
-        ModelError: one does; the message names it.
+        ModelError: a weight has −inf; the message names it.
     """
     flags = {name: weight.detach().isfinite().all() for name, weight in weights}
     for name, flag in flags.items():
@@ -94,10 +94,10 @@ def check_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
 def check_not_frozen(model: nn.Module) -> None:
     """Refuse a model that is compiled with inductor's ``freezing``.
 
-    The compiled code then holds copies of the weights, and would go on with the old ones.
+    The compiled code holds copies of the weights, and would go on to use the old ones.
 
     Raises:
-        ModelError: it is; the message names the module.
+        ModelError: a module is compiled so; the message names it.
     """
     for name, module in model.named_modules():
         compiled: Any = getattr(module, "_compiled_call_impl", None)  # by module.compile()
@@ -107,8 +107,8 @@ def check_not_frozen(model: nn.Module) -> None:
         if isinstance(config, dict) and config.get("freezing"):
             raise ModelError(
                 f"{name or type(module).__name__} is compiled with inductor's freezing, whose code "
-                "keeps copies of the weights: what MagR writes would not be seen. Call MagR on the "
-                "model first and compile what it returns"
+                "keeps copies of the weights and would not see the new ones. Call MagR on the "
+                "model first, then compile it"
             )
 
 
@@ -127,12 +127,12 @@ _BROKEN = "holds NaN or Inf; repair or reload the model's weights"
 
 
 def _holds_numbers(parameter: torch.Tensor) -> torch.Tensor:
-    """Whether no element is NaN or +inf; −inf is for :func:`check_finite` to find."""
-    return (parameter < torch.inf).all()  # NaN is not
+    """Whether no element is NaN or +inf; :func:`check_finite` finds −inf."""
+    return (parameter < torch.inf).all()  # False for NaN
 
 
 def _check_targets(graph_module: fx.GraphModule, where: str = "the graph") -> None:
-    """Whether what the graph's nodes read and call is still there, also in its sub-graphs."""
+    """Check that all attributes that the graph and its sub-graphs read and call exist."""
     for node in graph_module.graph.nodes:
         if node.op not in ("get_attr", "call_module"):
             continue
@@ -141,9 +141,9 @@ def _check_targets(graph_module: fx.GraphModule, where: str = "the graph") -> No
             found = getattr(found, name, None)
         if found is None:
             raise ModelError(
-                f"{where} reads {node.target} (node {node.name}), which its module has no more: it "
-                "was deleted or renamed after the graph was made; put it back, or make the graph "
-                "anew from the model"
+                f"{where} reads {node.target} (node {node.name}), which its module no longer has: "
+                "it was deleted or renamed after the graph was made; restore it, or make the graph "
+                "again from the model"
             )
         if isinstance(found, fx.GraphModule):
             _check_targets(found, f"the sub-graph {node.target}")

@@ -1,13 +1,13 @@
-"""What a run has done so far, on disk: after a crash the next one goes on from there.
+"""The results of a run on disk, from which it is resumed after a crash.
 
-After every step the weights that it rewrote are written. A state, that is the report's rows and the
-values that later steps read, is much larger: it is written where :data:`BETWEEN_STATES` seconds
-have gone by since the last one, and after the last step. A run goes on after its last state, and
-does again what came later.
+The weights that a step rewrites are written after that step. A state holds the report's rows and
+the activations that later steps read. It is much larger, so it is written once
+:data:`BETWEEN_STATES` seconds have passed since the last state, and after the last step. A run is
+resumed from its last state, and repeats the steps after it.
 
-Each file is written under another name first, and what a state counts on is on the disk before the
-state has its name. Of several ranks each writes what its own batches need, and the first one the
-weights, which all have; a state counts once every rank has written it.
+Each file is first written under another name. A state gets its name only when all files that it
+refers to are on the disk. With several ranks, each writes the activations of its own batches, and
+the first one the weights, which are the same on all; a state counts once every rank has written it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from magr_fx.passes.offloading.resident import Resident
 from magr_fx.reporting.report import MagRReport, Quantization, SiteReport
 
 _FINGERPRINT = "fingerprint.json"
-# How many values of each weight tell one model from another.
+# How many values of each weight go into the fingerprint of a model.
 _SAMPLE = 4096
 _DEVICE_NUMBER = re.compile(r"(type='\w+'), index=\d+")
 _NUMBER = "[0-9]" * 6
@@ -50,17 +50,17 @@ class Checkpoint:
     """The directory of one run.
 
     Args:
-        folder: the directory; it is made if there is none.
-        fingerprint: what must be the same for a run to be taken up again, see :func:`fingerprint`.
-        ranks: those that share it; all have to see the same directory.
+        folder: the directory; it is created if it does not exist.
+        fingerprint: of the run, see :func:`fingerprint`; only a run with the same one is resumed.
+        ranks: the ranks that work together; all have to see the same directory.
 
     Raises:
         CheckpointError: the directory belongs to another run, or cannot be written.
-        ConfigError: ``folder`` is no name.
+        ConfigError: ``folder`` is not a path.
 
     Attributes:
-        states, written: how many states this rank has written, and how many bytes in all, also
-            before the run was cut short.
+        states, written: how many states, and how many bytes in all, this rank has written,
+            including those before an interruption.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class Checkpoint:
     ) -> None:
         self.folder, self._ranks = folder_named(folder, "checkpoint_dir"), ranks
         self.states = self.written = 0
-        self._unsettled: list[Path] = []  # weights that no state counts on yet
+        self._unsettled: list[Path] = []  # files of weights that no state refers to yet
         self._saved = monotonic()
         self._suffix = "" if ranks.world == 1 else f"-rank{ranks.rank}"
-        if ranks.world > 1:  # each has kept the values of its own batches
+        if ranks.world > 1:  # a state has the activations of the rank's own batches
             fingerprint = {**fingerprint, "number of ranks": str(ranks.world)}
         if ranks.rank == 0:
             known = self._known()
@@ -98,14 +98,14 @@ class Checkpoint:
 
     @property
     def keeps_weights(self) -> bool:
-        """Whether this rank is the one that writes the weights."""
+        """Whether this rank writes the weights."""
         return self._ranks.rank == 0
 
     def last(self) -> dict[str, Any] | None:
-        """What was saved last: ``step``, ``boundary`` and ``rows``; None in a new directory.
+        """The last state: ``step``, ``boundary`` and ``rows``; None in a new directory.
 
-        Other states are removed, and weights of later steps: what is left of a step that not every
-        rank had saved must not meet what another attempt makes of the same step.
+        Other states, and weights of later steps, are removed: files of a step that not every rank
+        has saved must not be mixed with those of a second attempt at that step.
 
         Raises:
             CheckpointError: a file is damaged, or cannot be removed.
@@ -117,7 +117,7 @@ class Checkpoint:
         if self._ranks.rank == 0:
             left += [path for path in self._weights() if _step(path) > last]
         self._remove(left)
-        self._ranks.meet()  # no rank begins a step of which another still has something
+        self._ranks.meet()  # no rank goes on before all have removed their files
         if not whole:
             return None
         path = self.folder / self._state(last)
@@ -127,16 +127,16 @@ class Checkpoint:
         return state
 
     def weights(self, last: int) -> Iterator[dict[str, torch.Tensor]]:
-        """The weights of each step up to the last one, by the names of their sites."""
+        """The weights of each step up to number ``last``, by the names of their sites."""
         for path in self._weights():
             if _step(path) <= last:
                 yield _load(path)
 
     def check_weights(self, last: int, rows: Iterable[SiteReport]) -> None:
-        """Whether the weights of all sites that were rewritten are there, before any is written.
+        """Check, before any weight is written, that those of all rewritten sites are there.
 
         Raises:
-            CheckpointError: a file is missing, or damaged, or of something else.
+            CheckpointError: a file is missing or damaged, or belongs to something else.
         """
         missing = {row.name: tuple(row.shape) for row in rows if row.outcome == "rewritten"}
         for path in self._weights():
@@ -148,8 +148,8 @@ class Checkpoint:
         if missing:
             raise CheckpointError(
                 f"{self.folder} lacks the weights of {len(missing)} sites that its last state "
-                f"counts on, {next(iter(missing))} for one: a file weights-*.pt was removed or "
-                "damaged; nothing was changed. Bring it back, or empty the directory to start anew"
+                f"refers to, such as {next(iter(missing))}: a file weights-*.pt was removed or "
+                "damaged; nothing was changed. Restore it, or empty the directory to start again"
             )
 
     def save(
@@ -160,24 +160,23 @@ class Checkpoint:
         weights: dict[str, torch.Tensor],
         last: bool = False,
     ) -> None:
-        """Write the weights of a step that is done, and a state where it is time for one.
+        """Write the weights of a step that is done, and a state if one is due.
 
         Args:
             step: its number.
-            boundary: makes what the next step needs, see :func:`boundary`;
-                called only for a state.
-            rows: the report's, of all steps so far.
-            weights: what this step made of its sites; needed where they are kept.
-            last: whether no step follows, which makes it time.
+            boundary: returns the activations that the next step reads; called only for a state.
+            rows: the report's rows of all steps so far.
+            weights: this step's weights or tensors; needed on the rank that keeps them.
+            last: whether no step follows; a state is then due.
 
         Raises:
-            CheckpointError: it cannot be written; the last state is still there.
+            CheckpointError: a file cannot be written; the last state is still there.
         """
         if weights and self.keeps_weights:
             name = f"weights-{step:06d}.pt"
             self._unsettled.append(self._write(name, lambda file: save(weights, file)))
         is_time = last or monotonic() - self._saved >= BETWEEN_STATES
-        if not self._ranks.gather(is_time)[0]:  # by one clock: all write a state, or none does
+        if not self._ranks.gather(is_time)[0]:  # by the first rank's clock, so that all agree
             return
         self._settle()
         self.states += 1
@@ -189,7 +188,7 @@ class Checkpoint:
             "written": self.written,
         }
         self._write(self._state(step), lambda file: save(state, file), settled=True)
-        self._ranks.meet()  # all have written it: what came before is not needed any more
+        self._ranks.meet()  # all ranks have written it, so earlier states can go
         self._remove(path for path in self._states() if _step(path) < step)
         self._saved = monotonic()
 
@@ -203,7 +202,7 @@ class Checkpoint:
         return sorted(self.folder.glob(f"weights-{_NUMBER}.pt"))
 
     def _known(self) -> dict[str, str] | None:
-        """The fingerprint of the run that the directory belongs to, if it belongs to one."""
+        """The fingerprint of the run that the directory belongs to, or None."""
         path = self.folder / _FINGERPRINT
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -219,7 +218,7 @@ class Checkpoint:
         return known
 
     def _write(self, name: str, write: Callable[[Any], Any], *, settled: bool = False) -> Path:
-        """Write a file, which is whole once it has its name; ``settled``: and is on the disk."""
+        """Write a file, and rename it once it is complete; ``settled`` also syncs it to disk."""
         path, unfinished = self.folder / name, self.folder / f"{name}.unfinished"
         with self._told(path):
             try:
@@ -231,15 +230,15 @@ class Checkpoint:
                     self.written += file.tell()
                 unfinished.replace(path)
             except Exception:
-                with contextlib.suppress(OSError):  # of a disk that takes nothing at all any more
+                with contextlib.suppress(OSError):  # the disk may refuse this as well
                     unfinished.unlink()
                 raise
             if settled:
-                fsync_path(self.folder)  # before anything that counts on this file has its name
+                fsync_path(self.folder)  # before a file that refers to this one gets its name
         return path
 
     def _settle(self) -> None:
-        """Have the weights that were written since the last state on the disk."""
+        """Sync the weights that were written since the last state to the disk."""
         for path in self._unsettled:
             with self._told(path), path.open("r+b") as file:
                 os.fsync(file.fileno())
@@ -250,7 +249,7 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def _told(self, path: Path) -> Iterator[None]:
-        """What the disk does not take ends the run; all else that is raised is not about it."""
+        """Turn an OSError into a CheckpointError with a remedy; other errors pass."""
         try:
             yield
         except OSError as error:
@@ -258,7 +257,7 @@ class Checkpoint:
                 raise
             raise CheckpointError(
                 f"{path} cannot be written: {error}. Free some space, or give another "
-                "checkpoint_dir; a run with this one goes on from what was saved before"
+                "checkpoint_dir; a run with this one resumes from the last state"
             ) from error
 
     def _remove(self, paths: Iterable[Path]) -> None:
@@ -267,18 +266,18 @@ class Checkpoint:
                 path.unlink()
             except OSError as error:
                 raise CheckpointError(
-                    f"{path} cannot be removed: {error}. Look after the disk; a run with this "
-                    "checkpoint_dir goes on from what was saved"
+                    f"{path} cannot be removed: {error}. Check the disk; a run with this "
+                    "checkpoint_dir resumes from the last state"
                 ) from error
 
 
 def checkpoint_report(folder: Path) -> MagRReport:
-    """The report of a run that is not finished: its sites so far.
+    """The report of an unfinished run: the sites that are done.
 
     Raises:
-        CheckpointError: the directory is damaged, or no run's.
+        CheckpointError: the directory is damaged, or does not belong to a run.
     """
-    states = sorted(folder.glob(f"state-{_NUMBER}*.pt"))  # of several ranks all have all rows
+    states = sorted(folder.glob(f"state-{_NUMBER}*.pt"))  # each rank has all rows
     rows = _state(states[-1])["rows"] if states else []
     try:
         known = json.loads((folder / _FINGERPRINT).read_text(encoding="utf-8"))
@@ -289,7 +288,7 @@ def checkpoint_report(folder: Path) -> MagRReport:
 
 
 def _step(path: Path) -> int:
-    """The number in the name of a state's or a step's weights' file."""
+    """The number of the step in the name of a file."""
     return int(path.stem.split("-")[1])
 
 
@@ -300,15 +299,15 @@ def _state(path: Path) -> dict[str, Any]:
         return {**state, "rows": rows, "step": int(state["step"]), "boundary": state["boundary"]}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is no state of a run: {error!r}; empty {path.parent} to start anew"
+            f"{path} is no state of a run: {error!r}; empty {path.parent} to start again"
         ) from error
 
 
 def _load(path: Path, *, mmap: bool = False) -> Any:
     try:
         return torch.load(path, weights_only=True, mmap=mmap)
-    except Exception as error:  # whatever a file raises that was damaged since
-        if is_out_of_memory(error):  # no fault of the file
+    except Exception as error:  # a damaged file can raise anything
+        if is_out_of_memory(error):  # not the file's fault
             raise
         raise CheckpointError(
             f"{path} cannot be read: {type(error).__name__}: {error}; empty {path.parent} to "
@@ -322,13 +321,13 @@ def fingerprint(
     configuration: dict[str, Any],
     resident: Resident,
 ) -> dict[str, str]:
-    """What tells one run from another: digests of the model, calibration, graphs, configuration.
+    """Digests of the model, the calibration, the graphs and the configuration of a run.
 
     Args:
         batches: the calibration batches, each with its trace.
         weights: the model's parameters and buffers with their names.
-        configuration: how to work, as JSON knows it.
-        resident: has those weights in memory that are looked at.
+        configuration: the options, as JSON values.
+        resident: loads weights that are offloaded.
     """
     batches = list(batches)
     model = hashlib.blake2b()
@@ -349,7 +348,7 @@ def fingerprint(
         for node in trace.graph_module.graph.nodes:
             target = getattr(node.target, "__name__", node.target)
             what = f"{node.name} {target} {node.args} {node.kwargs}\n"
-            # Each rank has a device of its own; which, is in the configuration.
+            # The device's number differs between ranks; the configuration has the devices.
             graphs.update(_DEVICE_NUMBER.sub(r"\1", what).encode())
     return {
         "model": model.hexdigest(),
@@ -363,8 +362,8 @@ def fingerprint(
 
 
 def _difference(key: str, was: str, now: str) -> str:
-    """What differs, and how where that can be read."""
-    if key == "number of ranks":  # which one process alone does not note
+    """What differs between two fingerprints, as text."""
+    if key == "number of ranks":  # not noted by a single process
         return f"{key} (was {was or 1}, now {now or 1})"
     if key.startswith("version"):
         return f"{key} ({was}, now {now})"
@@ -380,7 +379,7 @@ def _difference(key: str, was: str, now: str) -> str:
 
 
 def _flat(options: dict[str, Any]) -> dict[str, Any]:
-    """Options in options by their own names; of lists, how long they are."""
+    """Nested options by their own names; a list is given by its length."""
     flat: dict[str, Any] = {}
     for name, value in options.items():
         if isinstance(value, dict):
@@ -404,7 +403,7 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 
 def _plain(row: SiteReport) -> dict[str, Any]:
-    """A row as what torch.load takes without running code."""
+    """A row as plain values and tensors, which torch.load reads with weights_only."""
     plain = asdict(row)
     for name in _ARRAYS:
         if plain[name] is not None:

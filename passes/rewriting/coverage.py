@@ -16,7 +16,7 @@ def refuse_uncovered(
 ) -> None:
     """Raise :class:`CoverageError` for weights that meet an input and would not be rewritten.
 
-    Not for those that ``filter_fn`` leaves out.
+    Weights that ``filter_fn`` leaves out are allowed.
     """
     left = [
         (r.name, r.reason)
@@ -34,10 +34,10 @@ def refuse_uncovered(
 
 
 def refuse_failed(report: MagRReport, *, written: bool) -> None:
-    """Raise :class:`CoverageError` where the work on a site failed.
+    """Raise :class:`CoverageError` if a site failed.
 
-    ``written`` says whether the others are rewritten already; else nothing was changed, and the
-    report is empty.
+    ``written`` says whether the other sites are rewritten already. If not, nothing was changed, and
+    the report is emptied.
     """
     left = [(site.name, site.reason) for site in report.failed]
     if not left:

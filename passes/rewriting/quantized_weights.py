@@ -1,4 +1,4 @@
-"""One gram's sites → what each becomes under the target: chosen, rounded, and judged."""
+"""The sites of one gram → quantized weights: alpha and clip chosen, rounded, and judged."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ from magr_fx.rounding.search import Choice, choose, joined
 
 
 class QuantizedWeight(NamedTuple):
-    """What became of one site."""
+    """The result for one site."""
 
     site: Site
-    weight: Tensor  # [out, in], the weight's dtype: what torchao is to quantize
-    tensor: Tensor  # torchao's tensor of it, or one with GPTQ's codes
-    choice: Choice  # its rows
+    weight: Tensor  # [out, in], in the weight's dtype: torchao is to quantize this
+    tensor: Tensor  # torchao's tensor of that, or one with GPTQ's codes
+    choice: Choice  # of the site's rows
     report: Quantization
 
     @property
     def refusal(self) -> str | None:
-        """Why it must not be written, or None where it may be."""
+        """The reason why it must not be written, or None."""
         failed = int((self.choice.status == Status.FAILED).sum())
         if failed:
             return f"{failed} of {len(self.weight)} rows: {Status.FAILED.sentence}"
         if not bool(self.choice.rounded.values.isfinite().all()):
-            return "what torchao makes of it is not finite"
+            return "torchao's quantized weight is not finite"
         return None
 
 
 def quantized_weights(
     shared: SharedGram, config: MagRConfig, target: Target, ranks: Ranks = ALONE
 ) -> list[QuantizedWeight]:
-    """Choose, for every row of the sites, what the target is to make of it; nothing is changed.
+    """Choose alpha and clip for every row of the sites, and round it; the model is not changed.
 
-    Of several ranks each chooses for its part of the rows, and all return the whole.
+    With several ranks, each works on a part of the rows, and all return the whole.
 
     Raises:
         MagRError: the gram or the weight cannot be worked with.
@@ -73,7 +73,7 @@ def quantized_weights(
     if shared.drift is not None:
         target_weight = compensate_input_error(weight, shared.collected, shared.drift)
     count = 1
-    if rows_are_independent(target.config):  # the same on all ranks, which meet in every piece
+    if rows_are_independent(target.config):  # equal on all ranks, which meet in every piece
         count = pieces(-(-len(whole) // ranks.world), columns, whole.device)
     rtns: list[Tensor] = []
     choices: list[Choice] = []
@@ -94,7 +94,7 @@ def quantized_weights(
         choices.append(choice)
         del rtn, choice
     rtn = rtns[0] if count == 1 else torch.cat(rtns)
-    rtns.clear()  # of each matrix only one copy more than is kept
+    rtns.clear()  # frees one copy of each matrix
     choice = joined(choices)
     choices.clear()
     target_weight, rtn, choice = (
@@ -127,9 +127,9 @@ def _choose(
     hessian_factor: Compensation | None,
     ranks: Ranks,
 ) -> tuple[Tensor, Choice]:
-    """For rows that are worked on together: what torchao alone makes of them, and their choice.
+    """For one piece of the rows: the values of torchao alone (round to nearest), and the choice.
 
-    With GPTQ, ``hessian_factor`` is of the gram.
+    ``hessian_factor`` is GPTQ's factor of the gram, or None to round to nearest.
     """
     alone = torchao.tensors(weight)
     rtn = torch.cat([dequantized(tensor) for tensor in alone])

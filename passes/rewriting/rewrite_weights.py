@@ -9,9 +9,9 @@ from magr_fx.passes.finding.find_linears import Site
 
 
 def refusal(solution: Solution) -> str | None:
-    """Why a solution must not be written, or None where it may be.
+    """The reason why a solution must not be written, or None.
 
-    It must be finite, and no row's objective may lie above where it started.
+    It must be finite, and no row's objective may be higher than that of the original weight.
     """
     failed = int((solution.status == Status.FAILED).sum())
     if failed:

@@ -1,4 +1,4 @@
-"""Which rank solves what, and how all of them come to have what each has made."""
+"""Divide the solves between ranks, and exchange their results."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ from magr_fx.passes.rewriting.ledger import Step
 from magr_fx.passes.rewriting.rewrite_weights import rewrite_weight
 from magr_fx.passes.rewriting.solve_sites import go_on_with, go_on_with_torchao_alone
 
-# What a torchao tensor on a grid consists of, see torchao_rounding.GridTensor.
+# The parts of a torchao tensor on a grid, see torchao_rounding.GridTensor.
 _PARTS = ("qdata", "scale", "zero_point")
 
 
-# From this cost on, and this many rows for each rank, the rows of a gram's sites are worth
-# splitting over the ranks: all of them factorise the gram then, and agree on every fifth step.
+# With at least this cost, and this many rows for each rank, it pays to split the rows of one gram's
+# sites over the ranks, although every rank then factorises the gram, and all meet every fifth step.
 SPLIT_FROM, LEAST_ROWS = 2**27, 32
 
 
 def plan(
     finished: Sequence[SharedGram], target: Target | None, ranks: Ranks
 ) -> tuple[list[SharedGram], list[int], list[SharedGram]]:
-    """What to solve as a whole, each on one rank, its owner; and what to split over all by rows.
+    """Decide which grams one rank solves, which rank, and which grams are split by rows.
 
-    Split is what would keep its owner busy while all others have finished.
+    A gram is split if its owner would still be at work when all other ranks have finished.
+
+    Returns:
+        Grams for one rank each, the rank of each of these, and grams to split over all ranks.
     """
     if ranks.world == 1:
         return list(finished), [0] * len(finished), []
@@ -49,7 +52,7 @@ def plan(
 
 
 def cost(shared: SharedGram) -> float:
-    """Of a solve, in multiplications: each row's products with the gram, and a factorisation."""
+    """Multiplications of a solve, about: each row's product with the gram, and a factorisation."""
     rows, inputs = sum(site.shape[0] for site in shared.sites), shared.sites[0].shape[1]
     return float(rows * inputs**2 + inputs**3)
 
@@ -61,15 +64,15 @@ def exchange(
     target: Target | None,
     ranks: Ranks,
 ) -> None:
-    """Have, on every rank, what the owner of each gram made of its sites.
+    """Send the results for each gram's sites from its owner to all ranks.
 
     Args:
         finished: the grams, the same on all ranks.
-        owners: who solved the sites of each.
-        step: what is done of the own sites; that of the others is added, each row once its weight
-            is written.
-        target: what will quantize the sites, and takes part.
-        ranks: those that work together.
+        owners: the rank that has solved the sites of each.
+        step: the results of this rank; those of the others are added, each row once its weight is
+            written.
+        target: the target, where it takes part in rewriting.
+        ranks: the ranks that work together.
     """
     if ranks.world == 1:
         return
@@ -104,7 +107,7 @@ def _sites(finished: Sequence[SharedGram], owners: Sequence[int]) -> Iterator[tu
 
 
 def _share_weight(site: Site, owner: int, ranks: Ranks) -> None:
-    """The owner's weight, which it has written already."""
+    """Send the owner's weight, which the owner has already written, to all ranks."""
     weight = site.weight.contiguous()
     ranks.broadcast(weight, owner)
     if owner != ranks.rank:
@@ -114,7 +117,7 @@ def _share_weight(site: Site, owner: int, ranks: Ranks) -> None:
 def _share_tensor(
     site: Site, owner: int, tensors: dict[str, torch.Tensor], target: Target, ranks: Ranks
 ) -> None:
-    """The codes, scales and zero points of the owner's tensor, in one that torchao makes here."""
+    """Send the codes, scales and zero points of the owner's tensor to all ranks."""
     if owner != ranks.rank:
         tensors[site.name] = quantized_copy(site.weight, target.config)
     for name in _PARTS:

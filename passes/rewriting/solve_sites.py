@@ -93,9 +93,10 @@ def quantize_and_rewrite(
     ledger: Ledger,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Choose and round the sites of one gram; write them, or with GPTQ note torchao's tensors.
+    """Choose alpha and clip, and round the sites of one gram.
 
-    Several ranks choose for a part of the rows each.
+    The weights are written; with GPTQ torchao's tensors are kept in the step instead. With several
+    ranks, each works on a part of the rows.
     """
     step = ledger.step
     if not _is_fed(shared, ledger.step):

@@ -350,7 +350,7 @@ def test_nothing_is_changed_and_the_same_bits_come_every_time() -> None:
 def test_what_torchao_makes_nan_of_is_refused(rounding: str) -> None:
     target = targets.intx(1, targets.WIDER, None)
     for one in solved(problem(), target, rounding):
-        assert one.refusal == "what torchao makes of it is not finite"
+        assert one.refusal == "torchao's quantized weight is not finite"
 
 
 def test_a_singular_gram_makes_up_for_drift_all_the_same() -> None:

@@ -383,7 +383,7 @@ def test_a_full_disk_on_one_rank_ends_all_and_the_run_goes_on(tmp_path: Path) ->
             assert kind == "CheckpointError", message
             assert f"{folder / name} cannot be written" in message
             assert "No space left on device" in message
-            assert "goes on from what was saved before" in message
+            assert "resumes from the last state" in message
         assert found["ranks"][0] == "CheckpointError"
         assert "number of ranks (was 1, now 2)" in found["ranks"][1]
         assert found["changed"] == []
