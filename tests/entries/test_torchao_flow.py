@@ -349,7 +349,7 @@ def test_preparing_after_compilation_is_too_late_and_said(caplog: pytest.LogCapt
             compiled(batch)
     prepared(compiled)
     quantize_(compiled, converting())
-    assert caplog.text.count("If the model is compiled, prepare it before torch.compile") == 2
+    assert caplog.text.count("run the prepare step before torch.compile") == 2
     torch.compiler.reset()
 
 
