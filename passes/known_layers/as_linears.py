@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from magr_fx.passes.known_layers.experts import is_experts
-from magr_fx.passes.known_layers.unfused_experts import (
+from magr_fx.passes.known_layers.all_experts import is_experts
+from magr_fx.passes.known_layers.expert_modules import (
     UnfusedDbrxExperts,
     UnfusedExperts,
     UnfusedLlama4Experts,

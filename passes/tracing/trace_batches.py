@@ -19,7 +19,7 @@ from magr_fx.passes.inputs.calibration import Batch
 from magr_fx.passes.inputs.calibration_forms import describe_failure, describe_misfit
 from magr_fx.passes.inputs.dataclass_inputs import dataclasses_open
 from magr_fx.passes.inputs.tensors_only import PLAIN
-from magr_fx.passes.known_layers.experts import all_experts
+from magr_fx.passes.known_layers.all_experts import all_experts
 from magr_fx.passes.tracing.export import export
 from magr_fx.passes.tracing.input_fit import fits
 from magr_fx.passes.tracing.make_fx import run_and_trace

@@ -16,7 +16,7 @@ from toys import changed, mlp, state
 from transformers.pytorch_utils import Conv1D
 
 from magr_fx.passes.known_layers.as_linears import as_linears, rebuildable, replace_module
-from magr_fx.passes.known_layers.unfused_experts import UnfusedExperts
+from magr_fx.passes.known_layers.expert_modules import UnfusedExperts
 
 IDS = token_ids(3, 9, seed=1)
 every_model = pytest.mark.parametrize("name", list(MODELS))

@@ -27,8 +27,8 @@ from magr_fx.passes.collecting.collect_grams import CalibrationRun
 from magr_fx.passes.finding.find_linears import find_linears
 from magr_fx.passes.graphs.trace import calibration_mode
 from magr_fx.passes.inputs.calibration import read_calib
+from magr_fx.passes.known_layers.all_experts import all_experts
 from magr_fx.passes.known_layers.as_linears import as_linears
-from magr_fx.passes.known_layers.experts import all_experts
 from magr_fx.passes.tracing.read_exported import trace_or_read
 from magr_fx.passes.tracing.trace_batches import Tracing
 

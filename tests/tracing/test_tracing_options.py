@@ -29,8 +29,8 @@ from magr_fx import (
     magr_transform,
     solve_magr,
 )
+from magr_fx.passes.known_layers.all_experts import all_experts
 from magr_fx.passes.known_layers.as_linears import as_linears
-from magr_fx.passes.known_layers.experts import all_experts
 from magr_fx.passes.tracing import trace_batches
 
 INT4 = intx(4, ASYMMETRIC, None)
