@@ -60,7 +60,7 @@ from magr_fx.passes.graphs.torch_private import (
 from magr_fx.passes.graphs.torchao_private import apply_config, takes_parameter_names
 from magr_fx.passes.handover import torchao_rounding
 from magr_fx.passes.inputs.dataclass_inputs import dataclasses_open
-from magr_fx.passes.known_layers import experts
+from magr_fx.passes.known_layers import all_experts
 from magr_fx.passes.known_layers.transformers_private import activated, has_expert_interface
 from magr_fx.passes.tracing import read_exported
 from magr_fx.passes.tracing.make_fx import compiled_parts_run
@@ -478,13 +478,13 @@ def test_expert_interface() -> None:
 
 def test_table_of_expert_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    dense = experts.dense_forward
+    dense = all_experts.dense_forward
 
     def counted(*args: Any) -> torch.Tensor:
         calls.append(args)
         return dense(*args)
 
-    monkeypatch.setattr(experts, "dense_forward", counted)
+    monkeypatch.setattr(all_experts, "dense_forward", counted)
     model = tiny_mixtral().eval()
     ids = torch.arange(6)[None]
     with torch.no_grad():
