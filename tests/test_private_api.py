@@ -466,7 +466,7 @@ def test_expert_interface() -> None:
     model = tiny_mixtral().eval()
     stacks: list[Any] = [m for m in model.modules() if has_expert_interface(m)]
     assert len(stacks) == model.config.num_hidden_layers
-    assert all(experts.is_experts(stack) for stack in stacks)
+    assert all(all_experts.is_experts(stack) for stack in stacks)
     assert not has_expert_interface(nn.Linear(2, 2))
     first = stacks[0]
     assert (first.has_gate, first.is_transposed, first.has_bias) == (True, False, False)
@@ -489,7 +489,7 @@ def test_table_of_expert_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.arange(6)[None]
     with torch.no_grad():
         expected = model(ids).logits
-        with experts.all_experts(model):
+        with all_experts.all_experts(model):
             found = model(ids).logits
         again = model(ids).logits
     assert len(calls) == model.config.num_hidden_layers
