@@ -1,4 +1,4 @@
-"""What torchao makes of a weight, which weights it can quantize, and the hand-over to it.
+"""Which weights torchao can quantize, how it rounds them, and the quantization itself.
 
 It may import the ground (errors, config) and the rooms from machine to collecting.
 """

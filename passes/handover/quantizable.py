@@ -209,7 +209,7 @@ def _cannot_quantize(site: Site, places: list[Place], target: AOBaseConfig) -> s
     if not site.view.covers(site.parameter):
         return (
             "not rewritten: torchao quantizes whole parameters stored [out, in], and this weight "
-            "is stored transposed or is a slice of one"
+            "is stored transposed or is a slice of a parameter"
         )
     reader = next((call.node.target for call in site.calls if not call.direct), None)
     if reader is not None:

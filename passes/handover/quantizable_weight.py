@@ -12,7 +12,7 @@ from magr_fx.passes.known_layers.as_linears import Rebuilt
 
 
 class Place(NamedTuple):
-    """Where the model holds a weight; a tied one has several places."""
+    """An attribute of a module that holds a weight; a tied weight has several places."""
 
     module: nn.Module
     key: str
@@ -20,7 +20,7 @@ class Place(NamedTuple):
 
     @property
     def is_linear(self) -> bool:
-        """Whether ``quantize_`` takes it by default."""
+        """Whether ``quantize_`` quantizes it by default."""
         return (
             self.key == "weight"
             and isinstance(self.module, nn.Linear)
@@ -42,7 +42,7 @@ class QuantizableWeight(NamedTuple):
     places: list[Place]
     rebuilt: Rebuilt | None = None
     path: str = ""
-    covers: tuple[str, ...] = ()  # of a stack: the names of its matrices
+    covers: tuple[str, ...] = ()  # the names of its matrices, if it is a stack
 
     @property
     def is_linear(self) -> bool:

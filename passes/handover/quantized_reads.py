@@ -45,11 +45,11 @@ TOLERANCE, WEIGHT_TOLERANCE = 0.1, 1e-2
 
 @dataclass(frozen=True)
 class _StandIn:
-    """For a weight, or a value computed from weights: torchao's tensor, and that dequantized."""
+    """For a weight, or a tensor computed from weights: torchao's tensor, and that dequantized."""
 
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # of the weights
     quantized: Tensor
-    worth: Tensor
+    values: Tensor
 
 
 class QuantizedReads(TorchFunctionMode):
@@ -59,11 +59,11 @@ class QuantizedReads(TorchFunctionMode):
         weights: name → the Parameter objects of this weight.
         target: the torchao config.
         resident: loads weights that are offloaded.
-        elsewhere: the addresses of offloaded weights.
+        elsewhere: the storage addresses of the parameters that may be offloaded.
 
     Attributes:
-        refused: the weights whose quantized tensor fails in some code → the reason.
-        seen: the weights that were read.
+        refused: name of a weight → why some code cannot use its quantized tensor.
+        seen: the names of the weights that were read.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class QuantizedReads(TorchFunctionMode):
         """Refuse the weights whose results differ from those of the dequantized weights."""
         for names, what, error, tolerance in self._errors:
             if not float(error) <= tolerance:  # also for NaN
-                self._refuse(names, f"{what} is off by {float(error):.0%} of its result")
+                self._refuse(names, f"the result of {what} is off by {float(error):.0%}")
         self._errors.clear()
         self._copies.clear()
 
@@ -148,11 +148,11 @@ class QuantizedReads(TorchFunctionMode):
         name, own = self._weights[id(leaf)]
         if name not in self._copies:
             quantized = quantized_copy(own, self._target)
-            worth = dequantized(quantized).to(own.dtype)
-            self._copies[name] = _StandIn((name,), quantized, worth)
+            values = dequantized(quantized).to(own.dtype)
+            self._copies[name] = _StandIn((name,), quantized, values)
             room = KEPT
             for other, kept in reversed(list(self._copies.items())):
-                room -= kept.worth.nbytes
+                room -= kept.values.nbytes
                 if room < 0 and other != name:
                     del self._copies[other]
         self._copies.move_to_end(name)
@@ -163,7 +163,7 @@ class QuantizedReads(TorchFunctionMode):
     ) -> tuple[Any, Any] | None:
         """The function's results for torchao's tensors, and for these dequantized."""
         is_linear = func is functional.linear
-        # In F.linear(x, weight) the quantized result is right by definition.
+        # Of F.linear(x, weight) the result is not compared: its error is that of the target.
         plainly = is_linear and spec.children()[0].num_children > 1
 
         def call(which: str) -> Any:
@@ -177,14 +177,14 @@ class QuantizedReads(TorchFunctionMode):
 
         try:
             stand_ins = [self._stand_in(leaf) for leaf in leaves]
-            # The function may change its arguments in place.
+            # These are copied for each call: the function may change them in place.
             others = [
                 leaf
                 for leaf, s in zip(leaves, stand_ins, strict=True)
                 if s is None and isinstance(leaf, Tensor)
             ]
             quantized = call("quantized")
-            return quantized, quantized if plainly else call("worth")
+            return quantized, quantized if plainly else call("values")
         except Exception as error:  # torchao can raise anything
             if is_out_of_memory(error):
                 raise
@@ -192,13 +192,16 @@ class QuantizedReads(TorchFunctionMode):
             return None
 
     def _compare(
-        self, func: Any, names: tuple[str, ...], own: Any, quantized: Any, worth: Any
+        self, func: Any, names: tuple[str, ...], own: Any, quantized: Any, wanted: Any
     ) -> bool:
-        """Note the error of torchao's results, and the stand-ins for the model's own values."""
+        """Note the errors of torchao's results, and keep these as stand-ins for those in ``own``.
+
+        ``wanted`` are the results with dequantized weights. Returns False if a weight is refused.
+        """
         results, spec = tree_flatten(quantized)
-        others, expected = tree_flatten(own)[0], tree_flatten(worth)[0]
+        others, expected = tree_flatten(own)[0], tree_flatten(wanted)[0]
         if not len(results) == len(others) == len(expected):
-            self._refuse(names, f"{_name(func)} returns {spec}")
+            self._refuse(names, f"{_name(func)} returns another structure, {spec}")
             return False
         for result, value, right in zip(results, others, expected, strict=True):
             if not (isinstance(result, Tensor) and isinstance(value, Tensor)):
@@ -226,7 +229,7 @@ class QuantizedReads(TorchFunctionMode):
 
 
 def brief(error: Exception) -> str:
-    """An error in one short line."""
+    """An error in one line of at most 120 characters."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 120, placeholder=" ...")
 
 
@@ -236,11 +239,11 @@ def run_apart(
     stand_ins: Mapping[str, Tensor],
     device: torch.device | None = None,
 ) -> None:
-    """Run the model once on copies of the batch and of what it may write to.
+    """Run the model once on copies of the batch and the buffers; the model is not changed.
 
     Args:
         model: in evaluation mode.
-        batch: the call.
+        batch: the arguments.
         stand_ins: name of a parameter → the tensor to use in its place.
         device: where to run; None is where the buffers are.
 
@@ -261,7 +264,7 @@ def run_apart(
 def _address(tensor: Tensor) -> int:
     try:
         return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # it has none
+    except (RuntimeError, NotImplementedError):  # the tensor has no storage
         return 0
 
 

@@ -1,4 +1,4 @@
-"""A torchao config: its group size, its granularity, and its description."""
+"""What a torchao config quantizes by: rows or groups; and its description."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def target_group_size(target: AOBaseConfig) -> int | None:
     """Inputs per quantization group of a torchao config; None where it quantizes whole rows.
 
     Raises:
-        ConfigError: ``target`` is no int weight-only or dynamic-activation int weight config, or
-            quantizes something else than rows or groups of inputs.
+        ConfigError: ``target`` is not a torchao config for integer weights (weight-only, or with
+            dynamic activations), or quantizes by something else than rows or groups of inputs.
     """
     kind = type(target).__name__
     name = _GRANULARITY_FIELD.get(kind)
@@ -69,7 +69,8 @@ def target_group_size(target: AOBaseConfig) -> int | None:
     if isinstance(group_size, int):
         return group_size
     raise ConfigError(
-        f"target must quantize rows, or groups of inputs, as MagR does, got {describe(target)}"
+        "target must quantize weights by rows or by groups of inputs, got "
+        f"{describe(target)}; choose another granularity"
     )
 
 
@@ -91,7 +92,8 @@ def rows_are_independent(target: AOBaseConfig) -> bool:
 def _couples_rows(name: str, value: Any) -> bool:
     """Whether a field of a config selects an algorithm for scales that looks at all rows at once.
 
-    HQQ stops when the error of the whole weight no longer falls. Unknown algorithms may do alike.
+    HQQ does: it stops when the error of the whole weight no longer falls. Algorithms that are not
+    known may look at all rows too, and count as if they did.
     """
     chosen = str(value.value if isinstance(value, Enum) else value).lower()
     if name.endswith("choose_qparams_algorithm"):
@@ -109,8 +111,8 @@ def row_multiple(target: AOBaseConfig) -> int:
 
     Some tensors are packed for a kernel in panels of rows, such as 16 rows of
     PrototypeInt4WeightOnlyConfig on a CPU, and a cut must not go through a panel. Every weight of
-    a stack has whole panels, so any multiple of
-    :data:`magr_fx.rounding.row_pieces.MULTIPLE` lies between two panels.
+    a stack consists of whole panels, and each multiple of
+    :data:`magr_fx.rounding.row_pieces.MULTIPLE` is a boundary of panels.
     """
     return 1 if type(target).__name__ in GPTQ_CONFIGS else MULTIPLE
 
@@ -118,7 +120,7 @@ def row_multiple(target: AOBaseConfig) -> int:
 def describe(target: AOBaseConfig) -> str:
     """A config in brief: its class and the fields that differ from the defaults.
 
-    For people only: defaults differ between releases of torchao, so no code may rely on it.
+    For messages only: defaults differ between releases of torchao, so no code may rely on it.
     """
     usual = vars(type(target)())
     changed = [

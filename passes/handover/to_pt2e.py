@@ -1,4 +1,4 @@
-"""rewritten model → PT2E: exported, prepared with the user's quantizer, calibrated, converted."""
+"""rewritten model → PT2E: export, prepare with the user's quantizer, calibrate, convert."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from magr_fx.passes.inputs.calibration import Batch
 from magr_fx.passes.inputs.tensors_only import own_arguments
 from magr_fx.passes.tracing.trace_batches import bind
 
-PICTURES = 4  # inputs with so many dimensions or more are taken for pictures or volumes
+IMAGE_DIMS = 4  # an input with at least this many dimensions counts as images or volumes
 
 
 def is_pt2e_quantizer(target: object) -> bool:
@@ -47,7 +47,8 @@ def export_for_pt2e(
     rewritten in place changes in both. A model that is an exported graph is used as it is.
 
     Raises:
-        CalibrationError: the batches have different forms; one graph takes one form only.
+        CalibrationError: the batches differ in their arguments, dtypes, devices or numbers of
+            dimensions, of which one graph takes only one kind.
         TraceError: torch.export refused the model.
     """
     batches = [Batch(b.index, b.args, _keywords(model, b.kwargs)) for b in batches]
@@ -56,8 +57,8 @@ def export_for_pt2e(
     if other is not None:
         raise CalibrationError(
             f"calibration batch {batches[other].index} has other arguments than batch "
-            f"{batches[0].index}, or arguments of other types; PT2E quantizes one graph, which "
-            "takes one form of input"
+            f"{batches[0].index}, or arguments of other types; PT2E quantizes one graph, so give "
+            "all batches the same arguments, with the same dtypes and numbers of dimensions"
         )
     if isinstance(model, fx.GraphModule):
         return model, InputCheck(model), batches
@@ -87,11 +88,11 @@ def _open_sizes(batches: list[Batch]) -> list[set[int]]:
     """For each tensor of a batch, the dimensions that are dynamic in the graph.
 
     These are all dimensions, since the graph will be called with other lengths than those of the
-    calibration. Of pictures only the first one, and those in which the batches differ: with all
-    dimensions dynamic, such models can take minutes to trace.
+    calibration. For images they are only the first one, and those in which the batches differ: with
+    all dimensions dynamic, models of images can take minutes to trace.
     """
     tensors = [_tensors(batch) for batch in batches]
-    dims = [set(range(t.dim() if t.dim() < PICTURES else 1)) for t in tensors[0]]
+    dims = [set(range(t.dim() if t.dim() < IMAGE_DIMS else 1)) for t in tensors[0]]
     for others in tensors[1:]:
         for found, one, other in zip(dims, tensors[0], others, strict=True):
             sizes = zip(one.shape, other.shape, strict=True)
@@ -173,15 +174,15 @@ def try_quantizer(
 
     Raises:
         ConfigError: the quantizer, or torchao, fails with this model or this calibration.
-        CalibrationError, TraceError, HandoverError: as in :func:`quantize_graph`.
+        CalibrationError, HandoverError: as in :func:`quantize_graph`.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch's own code, to copy a graph
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own code to copy a graph warns
         graph_module = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
     with contextlib.suppress(Exception):  # a quantizer that cannot be copied is used twice
         quantizer = copy.deepcopy(quantizer)
     try:
-        with torch_silenced():  # a graph prints its lines that fail
+        with torch_silenced():  # a graph prints the line that fails
             quantize_graph(graph_module, check, quantizer, batches)
     except HandoverError as error:
         raise HandoverError(f"{error}. Nothing was changed") from error
@@ -222,7 +223,7 @@ def quantize_graph(
     if not any("dequantize" in str(node.target) for node in converted.graph.nodes):
         raise HandoverError(
             f"{type(quantizer).__name__} quantized nothing in the graph; give it a configuration "
-            "(set_global, for one)"
+            "first, for example with set_global"
         )
     return converted
 
@@ -263,7 +264,7 @@ class _Expected(NamedTuple):
 class InputCheck(nn.Module):
     """A module in the graph that refuses inputs that the graph would compute wrong results for.
 
-    A graph has constants where the model's code branched on a size or on an argument that is no
+    A graph has constants where the model's code branched on a size, or on an argument that is not a
     tensor. torch.export says which inputs the graph is right for: by the sizes of its placeholders,
     and by its guards.
 
@@ -288,10 +289,10 @@ class InputCheck(nn.Module):
             given = ", ".join(str(_Expected.of(leaf)) for leaf in leaves)
             forms = [", ".join(map(str, one.expected)) for one in (self, *self.others)]
             raise ModelError(
-                f"the quantized graph was made for inputs of [{'] or ['.join(forms)}], each open "
-                f"size 2 or more, and is not right for [{given}]: its calibration had none of "
-                "these sizes, types or values. Calibrate with batches of different sizes, or "
-                "quantize the model once more with such ones"
+                f"the quantized graph was made for inputs of [{'] or ['.join(forms)}], with every "
+                f"open size at least 2, and is not right for [{given}]: its calibration had none "
+                "of these sizes, types or values. Quantize the model again, with calibration "
+                "batches like this input or of different sizes"
             )
 
     def put_into(self, graph_module: fx.GraphModule) -> None:
@@ -331,8 +332,8 @@ def _keywords(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments to export with, in the order of ``forward``'s parameters.
 
     The graph can be called with them as positional arguments too, in this order.
-    ``use_cache=False`` is left out: it is off during calibration, and would become an argument of
-    every later call.
+    ``use_cache=False`` is left out: the cache is off during calibration anyway, and every later
+    call would have to give the argument.
     """
     places = {name: at for at, name in enumerate(inspect.signature(model.forward).parameters)}
     names = sorted(kwargs, key=lambda name: places.get(name, len(places)))

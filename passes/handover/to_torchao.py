@@ -27,8 +27,8 @@ def try_target(
     """Quantize a copy of one weight of each shape, so that a config that fails is refused early.
 
     Raises:
-        ConfigError: torchao fails with the config on this machine, or would skip the weight, or
-            (``gptq``) its tensor cannot hold GPTQ's codes.
+        ConfigError: torchao fails with the config on this machine, or would skip the weight; or
+            its tensor does not run, gives NaN or Inf, or (``gptq``) cannot hold GPTQ's codes.
     """
     tried = set()
     for name, weight in weights:
@@ -64,12 +64,13 @@ def try_target(
             ) from error
         if not usable:
             raise ConfigError(
-                f"torchao makes NaN or Inf of {what} with {describe(target)}. Choose another config"
+                f"{what}, quantized by torchao with {describe(target)}, gives NaN or Inf. Choose "
+                "another config"
             )
         if gptq and not has_grid(quantized):
             raise ConfigError(
-                f'rounding="gptq" does not support {describe(target)}: it needs whole-number '
-                f"codes with a scale for each row or group, and got {type(quantized).__name__}. "
+                f'rounding="gptq" does not support {describe(target)}: it needs integer codes '
+                f"with a scale for each row or group, and got {type(quantized).__name__}. "
                 f"It supports {', '.join(GPTQ_CONFIGS)}, per axis and per group, unpacked"
             )
 
@@ -99,11 +100,11 @@ def hand_over(
     """Quantize the weights with torchao's ``quantize_``, and check that it did.
 
     The weight of an nn.Linear is quantized through its module, as ``quantize_`` does by default;
-    any other parameter through its name. A weight that ``tensors`` has a tensor for, with GPTQ's
-    codes, is replaced by that tensor.
+    any other parameter through its name. A weight whose name is in ``tensors`` is replaced by that
+    torchao tensor, which has GPTQ's codes.
 
     Raises:
-        HandoverError: a weight is no torchao tensor afterwards; the message lists which.
+        HandoverError: a weight is not a torchao tensor afterwards; the message lists which.
     """
     weights = _with_places(model, weights)
     places = [place for weight in weights for place in weight.places]
@@ -129,7 +130,7 @@ def hand_over(
     left = [place.name for place in places if is_open(place.module, place.key)]
     if left:
         raise HandoverError(
-            f"torchao left {len(left)} rewritten weights unquantized: {', '.join(left[:5])}. "
-            "Their values are rewritten (see magr_report) and the model is partly quantized: "
-            "load it again and leave these out with filter_fn"
+            f"torchao left {len(left)} weights unquantized: {', '.join(left[:5])}. The model is "
+            "changed (see magr_report) and partly quantized: load it again, and leave these "
+            "weights out with filter_fn"
         )

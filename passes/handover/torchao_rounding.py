@@ -28,7 +28,11 @@ GPTQ_CONFIGS = (
 
 
 def quantized_copy(weight: Tensor, target: AOBaseConfig) -> Tensor:
-    """A copy of a weight, quantized by ``quantize_``: as an nn.Linear's, or a stack by its name."""
+    """A copy of a weight, quantized by torchao's ``quantize_``.
+
+    A weight ``[out, in]`` is quantized as that of an nn.Linear, a stack ``[experts, out, in]`` as a
+    parameter by its name.
+    """
     if weight.dim() > 2:
         holder = nn.Module()
         holder.stack = nn.Parameter(weight.detach().clone(), requires_grad=False)
@@ -37,11 +41,12 @@ def quantized_copy(weight: Tensor, target: AOBaseConfig) -> Tensor:
     linear = nn.Linear(1, 1, bias=False, device="meta")
     linear.out_features, linear.in_features = weight.shape
     linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-    if getattr(target, "set_inductor_config", False):  # would change global settings
+    if getattr(target, "set_inductor_config", False):  # it changes global settings
         target = replace(target, set_inductor_config=False)
     quantize_(linear, target)
     quantized = linear.weight
-    # torchao makes the module refer to itself: the copy would live until a garbage collection.
+    # torchao makes the module refer to itself, so it would hold the copy until Python's garbage
+    # collector runs.
     del linear.weight
     return quantized
 
@@ -99,7 +104,7 @@ def dequantized(tensor: Tensor) -> Tensor:
 
 def has_grid(tensor: Tensor) -> bool:
     """Whether :func:`grid_of` can read the tensor, and so GPTQ's codes can replace its own."""
-    return isinstance(tensor, GridTensor) and len(tensor.scale) == len(tensor)  # no PerTensor
+    return isinstance(tensor, GridTensor) and len(tensor.scale) == len(tensor)  # not PerTensor
 
 
 def grid_of(tensor: Tensor) -> Grid:

@@ -22,7 +22,7 @@ from magr_fx.passes.offloading.resident import Resident, all_resident
 
 
 def kind_of(model: nn.Module, weight: QuantizableWeight) -> Any:
-    """Weights of one kind have the same place in modules of the same classes."""
+    """A key that is equal for weights with the same place in modules of the same classes."""
     return tuple(
         (type(model.get_submodule(parent.rpartition(".")[0])), parent.rpartition(".")[2], key)
         for parent, _, key in (place.name.rpartition(".") for place in weight.places)
@@ -35,7 +35,7 @@ class Trial:
 
     Attributes:
         batches: one for each different graph.
-        traces: the graphs, from which is read which buffers the model writes to.
+        traces: the graphs, which show what buffers the model writes to.
         resident: loads weights that are offloaded.
         device: where the model runs; None is where its parameters are.
     """
@@ -89,7 +89,7 @@ class Trial:
             try:
                 with reads:
                     run_apart(model, batch, {}, self.device)
-            except Exception as error:  # whatever the model's own code raises
+            except Exception as error:  # the model's own code can raise anything
                 if is_out_of_memory(error):
                     raise
                 blamed = blame(model.named_parameters())

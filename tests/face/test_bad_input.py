@@ -258,7 +258,7 @@ def test_quantize_without_a_target() -> None:
 @both
 def test_target_that_quantizes_columns(verb: Verb) -> None:
     target = Int8WeightOnlyConfig(granularity=PerRow(0))
-    parts = ["rows, or groups of inputs", "granularity=PerRow(dim=0)"]
+    parts = ["rows or by groups of inputs", "granularity=PerRow(dim=0)"]
     refused(verb, mlp(), vectors(), ConfigError, *parts, target=target)
 
 

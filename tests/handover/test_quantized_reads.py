@@ -312,13 +312,13 @@ def test_a_result_that_is_not_what_the_weights_are_worth() -> None:
         if wrong:
             stand_in = reads._stand_in(a)
             assert stand_in is not None
-            other = torch.nn.Parameter(stand_in.worth * 1.5, requires_grad=False)
+            other = torch.nn.Parameter(stand_in.values * 1.5, requires_grad=False)
             reads._copies["a"] = quantized_reads._StandIn(("a",), stand_in.quantized, other)
         with reads, torch.no_grad():
             model(activations(5, 8))
         reads.end()
         assert list(reads.refused) == (["a"] if wrong else [])
-        assert "off by 33% of its result" in reads.refused.get("a", "off by 33% of its result")
+        assert "is off by 33%" in reads.refused.get("a", "is off by 33%")
 
 
 @pytest.mark.slow

@@ -536,7 +536,7 @@ def test_a_hand_over_that_did_not_take_is_an_error_that_lists_what_is_left(
     with pytest.raises(HandoverError) as caught:
         magr_quantize(instance, vectors(), INT3)
     left = ["0.weight", "2.weight"] if model is mlp else ["read_by_linear", "head.weight"]
-    assert f"left 2 rewritten weights unquantized: {', '.join(left)}" in str(caught.value)
+    assert f"left 2 weights unquantized: {', '.join(left)}" in str(caught.value)
     report = report_of(instance)
     assert [site.name for site in report.rewritten] == left
     assert not any(site.quantized for site in report.sites)
