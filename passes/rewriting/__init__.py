@@ -1,4 +1,4 @@
-"""Complete grams become rewritten weights: solved, spread over ranks, saved, and noted.
+"""Complete grams → rewritten weights: solve on one or several ranks, write, save and report.
 
 It may import the ground (errors, config) and the rooms from machine to handover.
 """

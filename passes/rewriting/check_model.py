@@ -25,17 +25,18 @@ def check_model(
 ) -> None:
     """Refuse a model that cannot be worked on, naming the parameter and the remedy.
 
-    Weights of a dtype or layout that MagR does not support are no reason: they are skipped later.
+    A weight of a dtype or layout that MagR does not support is accepted here, and skipped later.
 
     Args:
         model: the model.
-        filter_fn: what to rewrite; anything else may be in any state.
+        filter_fn: which weights to rewrite; the faults of others are ignored.
         offloaded: whether weights on the meta device are offloaded, and so have values.
         sharded: whether weights may be DTensors.
 
     Raises:
-        ModelError: a parameter is on the meta device, already quantized, NaN or Inf; ``model`` is
-            no nn.Module, or a graph that reads an attribute that does not exist.
+        ModelError: a parameter is on the meta device, not initialized, already quantized, or of
+            another class that cannot be rewritten, or holds NaN or Inf; ``model`` is not an
+            nn.Module, is TorchScript, or is a graph that reads an attribute that does not exist.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -80,10 +81,10 @@ def _faults(
 
 
 def check_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Refuse weights with −inf. :func:`check_model` lets it pass, since a mask may hold −inf.
+    """Refuse weights with −inf, which :func:`check_model` accepts because a mask may hold it.
 
     Raises:
-        ModelError: a weight has −inf; the message names it.
+        ModelError: a weight is not finite; the message names it.
     """
     flags = {name: weight.detach().isfinite().all() for name, weight in weights}
     for name, flag in flags.items():
@@ -94,7 +95,7 @@ def check_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
 def check_not_frozen(model: nn.Module) -> None:
     """Refuse a model that is compiled with inductor's ``freezing``.
 
-    The compiled code holds copies of the weights, and would go on to use the old ones.
+    The compiled code holds copies of the weights, and would still use the old ones.
 
     Raises:
         ModelError: a module is compiled so; the message names it.
@@ -106,8 +107,8 @@ def check_not_frozen(model: nn.Module) -> None:
             config = compiled.get_compiler_config()
         if isinstance(config, dict) and config.get("freezing"):
             raise ModelError(
-                f"{name or type(module).__name__} is compiled with inductor's freezing, whose code "
-                "keeps copies of the weights and would not see the new ones. Call MagR on the "
+                f"{name or type(module).__name__} is compiled with inductor's freezing. Its code "
+                "keeps copies of the weights, and would not use the new ones. Call MagR on the "
                 "model first, then compile it"
             )
 
@@ -169,13 +170,13 @@ def _fault_of_parameter(name: str, parameter: nn.Parameter) -> str | None:
     if type(parameter.data) is not torch.Tensor and not parameter.is_nested:
         return (
             f"{name} is a {type(parameter.data).__name__}, which cannot be rewritten in place; "
-            "run MagR before the weights are wrapped; of a sharded model (DTensor, FSDP2) only "
-            "magr_transform takes the weights"
+            "run MagR before the weights are wrapped. Sharded weights (DTensor, FSDP2) work with "
+            "magr_transform only"
         )
     if parameter.is_inference() and not torch.is_inference_mode_enabled():
         return (
-            f"{name} was made under torch.inference_mode, which forbids writing to it outside; "
-            "load the model without it, or call MagR inside it"
+            f"{name} was made under torch.inference_mode, so it cannot be written to elsewhere; "
+            "load the model without inference_mode, or call MagR inside it"
         )
     if parameter.is_meta:
         return (

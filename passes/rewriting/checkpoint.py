@@ -1,13 +1,14 @@
 """The results of a run on disk, from which it is resumed after a crash.
 
-The weights that a step rewrites are written after that step. A state holds the report's rows and
-the activations that later steps read. It is much larger, so it is written once
+The weights that a step rewrites are written after that step. A state holds the report's rows, and
+the activations and other values that later steps need. It is much larger, so it is written once
 :data:`BETWEEN_STATES` seconds have passed since the last state, and after the last step. A run is
 resumed from its last state, and repeats the steps after it.
 
 Each file is first written under another name. A state gets its name only when all files that it
 refers to are on the disk. With several ranks, each writes the activations of its own batches, and
-the first one the weights, which are the same on all; a state counts once every rank has written it.
+rank 0 also writes the weights, which are the same on all. A state counts once every rank has
+written it.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Checkpoint:
     ) -> None:
         self.folder, self._ranks = folder_named(folder, "checkpoint_dir"), ranks
         self.states = self.written = 0
-        self._unsettled: list[Path] = []  # files of weights that no state refers to yet
+        self._unsynced: list[Path] = []  # files of weights that no state refers to yet
         self._saved = monotonic()
         self._suffix = "" if ranks.world == 1 else f"-rank{ranks.rank}"
         if ranks.world > 1:  # a state has the activations of the rank's own batches
@@ -77,13 +78,13 @@ class Checkpoint:
             known = self._known()
             if known is None:
                 text = json.dumps(fingerprint, indent=1) + "\n"
-                self._write(_FINGERPRINT, lambda file: file.write(text.encode()), settled=True)
+                self._write(_FINGERPRINT, lambda file: file.write(text.encode()), sync=True)
         ranks.meet()
         known = self._known()
         if known is None:
             raise CheckpointError(
-                f"checkpoint_dir {self.folder} is not the same directory on all ranks; give one "
-                "that they share"
+                f"checkpoint_dir {self.folder} is not the same directory on all ranks; give a "
+                "directory that they share"
             )
         differing = [
             _difference(key, known.get(key, ""), fingerprint.get(key, ""))
@@ -93,7 +94,7 @@ class Checkpoint:
         if differing:
             raise CheckpointError(
                 f"checkpoint_dir {self.folder} belongs to another run, which differs in: "
-                f"{', '.join(differing)}; give another directory, or empty this one to start anew"
+                f"{', '.join(differing)}; give another directory, or empty this one to start again"
             )
 
     @property
@@ -117,7 +118,7 @@ class Checkpoint:
         if self._ranks.rank == 0:
             left += [path for path in self._weights() if _step(path) > last]
         self._remove(left)
-        self._ranks.meet()  # no rank goes on before all have removed their files
+        self._ranks.meet()  # no rank continues before all have removed their files
         if not whole:
             return None
         path = self.folder / self._state(last)
@@ -136,7 +137,7 @@ class Checkpoint:
         """Check, before any weight is written, that those of all rewritten sites are there.
 
         Raises:
-            CheckpointError: a file is missing or damaged, or belongs to something else.
+            CheckpointError: a file is missing or damaged, or is not a file of this run.
         """
         missing = {row.name: tuple(row.shape) for row in rows if row.outcome == "rewritten"}
         for path in self._weights():
@@ -166,7 +167,7 @@ class Checkpoint:
             step: its number.
             boundary: returns the activations that the next step reads; called only for a state.
             rows: the report's rows of all steps so far.
-            weights: this step's weights or tensors; needed on the rank that keeps them.
+            weights: name of a site → its weight, or with GPTQ its tensor; needed on rank 0 only.
             last: whether no step follows; a state is then due.
 
         Raises:
@@ -174,11 +175,11 @@ class Checkpoint:
         """
         if weights and self.keeps_weights:
             name = f"weights-{step:06d}.pt"
-            self._unsettled.append(self._write(name, lambda file: save(weights, file)))
+            self._unsynced.append(self._write(name, lambda file: save(weights, file)))
         is_time = last or monotonic() - self._saved >= BETWEEN_STATES
         if not self._ranks.gather(is_time)[0]:  # by the first rank's clock, so that all agree
             return
-        self._settle()
+        self._sync_weights()
         self.states += 1
         state = {
             "step": step,
@@ -187,7 +188,7 @@ class Checkpoint:
             "states": self.states,
             "written": self.written,
         }
-        self._write(self._state(step), lambda file: save(state, file), settled=True)
+        self._write(self._state(step), lambda file: save(state, file), sync=True)
         self._ranks.meet()  # all ranks have written it, so earlier states can go
         self._remove(path for path in self._states() if _step(path) < step)
         self._saved = monotonic()
@@ -217,15 +218,15 @@ class Checkpoint:
             ) from error
         return known
 
-    def _write(self, name: str, write: Callable[[Any], Any], *, settled: bool = False) -> Path:
-        """Write a file, and rename it once it is complete; ``settled`` also syncs it to disk."""
+    def _write(self, name: str, write: Callable[[Any], Any], *, sync: bool = False) -> Path:
+        """Write a file, and rename it once it is complete; ``sync`` also syncs it to the disk."""
         path, unfinished = self.folder / name, self.folder / f"{name}.unfinished"
-        with self._told(path):
+        with self._disk_errors(path):
             try:
                 with unfinished.open("wb") as file:
                     write(file)
                     file.flush()
-                    if settled:
+                    if sync:
                         os.fsync(file.fileno())
                     self.written += file.tell()
                 unfinished.replace(path)
@@ -233,22 +234,22 @@ class Checkpoint:
                 with contextlib.suppress(OSError):  # the disk may refuse this as well
                     unfinished.unlink()
                 raise
-            if settled:
+            if sync:
                 fsync_path(self.folder)  # before a file that refers to this one gets its name
         return path
 
-    def _settle(self) -> None:
+    def _sync_weights(self) -> None:
         """Sync the weights that were written since the last state to the disk."""
-        for path in self._unsettled:
-            with self._told(path), path.open("r+b") as file:
+        for path in self._unsynced:
+            with self._disk_errors(path), path.open("r+b") as file:
                 os.fsync(file.fileno())
-        if self._unsettled:
-            with self._told(self.folder):
+        if self._unsynced:
+            with self._disk_errors(self.folder):
                 fsync_path(self.folder)
-        self._unsettled.clear()
+        self._unsynced.clear()
 
     @contextlib.contextmanager
-    def _told(self, path: Path) -> Iterator[None]:
+    def _disk_errors(self, path: Path) -> Iterator[None]:
         """Turn an OSError into a CheckpointError with a remedy; other errors pass."""
         try:
             yield
@@ -283,7 +284,7 @@ def checkpoint_report(folder: Path) -> MagRReport:
         known = json.loads((folder / _FINGERPRINT).read_text(encoding="utf-8"))
         config = MagRConfig(**json.loads(known["configuration"])["config"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} is no checkpoint of a run: {error!r}") from error
+        raise CheckpointError(f"{folder} is not a checkpoint of a run: {error!r}") from error
     return MagRReport(config, sites=rows)
 
 
@@ -299,7 +300,7 @@ def _state(path: Path) -> dict[str, Any]:
         return {**state, "rows": rows, "step": int(state["step"]), "boundary": state["boundary"]}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is no state of a run: {error!r}; empty {path.parent} to start again"
+            f"{path} is not a state of a run: {error!r}; empty {path.parent} to start again"
         ) from error
 
 
@@ -311,7 +312,7 @@ def _load(path: Path, *, mmap: bool = False) -> Any:
             raise
         raise CheckpointError(
             f"{path} cannot be read: {type(error).__name__}: {error}; empty {path.parent} to "
-            "start anew"
+            "start again"
         ) from error
 
 
@@ -363,7 +364,7 @@ def fingerprint(
 
 def _difference(key: str, was: str, now: str) -> str:
     """What differs between two fingerprints, as text."""
-    if key == "number of ranks":  # not noted by a single process
+    if key == "number of ranks":  # a single process does not store it
         return f"{key} (was {was or 1}, now {now or 1})"
     if key.startswith("version"):
         return f"{key} ({was}, now {now})"
@@ -379,13 +380,13 @@ def _difference(key: str, was: str, now: str) -> str:
 
 
 def _flat(options: dict[str, Any]) -> dict[str, Any]:
-    """Nested options by their own names; a list is given by its length."""
+    """Nested options by their own names; of a list, only its length."""
     flat: dict[str, Any] = {}
     for name, value in options.items():
         if isinstance(value, dict):
             flat |= _flat(value)
         else:
-            flat[name] = f"{len(value)} of them" if isinstance(value, list) else value
+            flat[name] = f"a list of {len(value)}" if isinstance(value, list) else value
     return flat
 
 

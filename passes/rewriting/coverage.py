@@ -1,4 +1,4 @@
-"""strict=True: every weight that meets an input is rewritten, or nothing is."""
+"""strict=True: raise an error if a weight that meets an input is not rewritten."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def refuse_uncovered(
             f"strict=True, and {len(left)} weights that meet an input would not be rewritten: "
             f"{_some(left)}. Nothing was changed. Leave them out with filter_fn, which is called "
             "with the module that owns the parameter, or calibrate on text that reaches them "
-            "(experts: calibrate_all_experts=True)"
+            "(for experts: calibrate_all_experts=True)"
         )
 
 

@@ -85,7 +85,7 @@ class Ledger:
         """Write the weights that an interrupted run has saved; with GPTQ, take its tensors."""
         if saved is None or self.checkpoint is None:
             return
-        logger.info("going on after step %d of %s", saved["step"], self.checkpoint.folder)
+        logger.info("resuming after step %d of %s", saved["step"], self.checkpoint.folder)
         self.checkpoint.check_weights(saved["step"], saved["rows"])
         for weights in self.checkpoint.weights(saved["step"]):
             if gptq:

@@ -50,14 +50,14 @@ def resolve_config(config: MagRConfig | None, target: Any, *, required: bool = F
     config = config or MagRConfig()
     if config.step is not None:
         raise ConfigError(
-            f'a MagRConfig with step="{config.step}" belongs into torchao\'s quantize_(model, '
-            "config), with the calibration run in between; leave step and base_config out here, "
+            f'a MagRConfig with step="{config.step}" belongs to torchao\'s quantize_(model, '
+            "config), with the calibration run in between. Here, leave step and base_config out, "
             "and give the torchao config as target"
         )
     if target is None and not required:
         if config.alpha == "auto":
             raise ConfigError(
-                'alpha="auto" chooses by what the target makes of each row: give a target, the '
+                'alpha="auto" chooses by the quantization error of each row: give a target, the '
                 "torchao config that will quantize the model, or a number for alpha"
             )
         return config
@@ -158,8 +158,8 @@ def _check(run: CalibrationRun, found: Found, request: Request, report: MagRRepo
     if len(unfed) == len(found.sites):
         raise CalibrationError(
             f"no token of the {report.batches} calibration batches counts: all are padding by "
-            "their masks, or the inputs are empty; nothing was changed. In attention_mask 1 (or 0, "
-            "if it is added to the scores) stands for a token"
+            "their masks, or the inputs are empty; nothing was changed. In attention_mask, 1 "
+            "means a token (0 if the mask is added to the scores)"
         )
     if request.strict:
         refuse_uncovered(found.rejections, unfed, request.filter_fn)
@@ -225,7 +225,7 @@ def _warn_of_overfitting(report: MagRReport) -> None:
     if report.overfitted:
         logger.warning(
             "%d sites gain much less over torchao alone on the held-out tokens than on the "
-            "calibration, %s for one: calibrate on more text, and more kinds of it, or raise "
+            "calibration tokens, such as %s: calibrate on more text, of more kinds, or raise "
             "damping",
             len(report.overfitted),
             report.overfitted[0].name,

@@ -1,4 +1,4 @@
-"""The sites of one gram → quantized weights: alpha and clip chosen, rounded, and judged."""
+"""The sites of one gram → quantized weights: choose alpha and clip, round, measure the error."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def quantized_weights(
     With several ranks, each works on a part of the rows, and all return the whole.
 
     Raises:
-        MagRError: the gram or the weight cannot be worked with.
+        MagRError: the gram or the weight cannot be used.
     """
     sites = shared.sites
     rows, columns = [site.shape[0] for site in sites], sites[0].shape[1]
@@ -73,7 +73,7 @@ def quantized_weights(
     if shared.drift is not None:
         target_weight = compensate_input_error(weight, shared.collected, shared.drift)
     count = 1
-    if rows_are_independent(target.config):  # equal on all ranks, which meet in every piece
+    if rows_are_independent(target.config):  # equal on all ranks, as each piece has collectives
         count = pieces(-(-len(whole) // ranks.world), columns, whole.device)
     rtns: list[Tensor] = []
     choices: list[Choice] = []
@@ -174,6 +174,6 @@ def _report(
 
 
 def _errors(target_weight: Tensor, *candidates: Tensor, gram: Tensor) -> list[float]:
-    """The output error of each candidate."""
+    """The output error of each candidate for the weight, on a gram."""
     energy = output_energy(target_weight, gram)
     return [relative_error(output_energy(c - target_weight, gram), energy) for c in candidates]

@@ -1,4 +1,4 @@
-"""solution → weights: a checked write through each site's own view of its parameter."""
+"""solution → weights: check a solution, and write it into the site's part of its parameter."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def rewrite_weight(site: Site, weight: torch.Tensor) -> None:
 
 @torch.no_grad()
 def laid_out(site: Site, weight: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
-    """A copy of ``stored``, laid out as the site's parameter, with ``weight`` in its elements."""
+    """A copy of ``stored`` in the parameter's layout, with ``weight`` in the site's elements."""
     parameter, view = site.parameter, site.view
     copy = torch.empty_strided(
         parameter.shape, parameter.stride(), dtype=parameter.dtype, device=parameter.device

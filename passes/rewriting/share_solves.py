@@ -13,7 +13,7 @@ from magr_fx.passes.handover.target import Target, row_multiple, rows_are_indepe
 from magr_fx.passes.handover.torchao_rounding import quantized_copy
 from magr_fx.passes.rewriting.ledger import Step
 from magr_fx.passes.rewriting.rewrite_weights import rewrite_weight
-from magr_fx.passes.rewriting.solve_sites import go_on_with, go_on_with_torchao_alone
+from magr_fx.passes.rewriting.solve_sites import calibrate_with, calibrate_with_torchao_alone
 
 # The parts of a torchao tensor on a grid, see torchao_rounding.GridTensor.
 _PARTS = ("qdata", "scale", "zero_point")
@@ -42,17 +42,17 @@ def plan(
     split: list[SharedGram] = []
     for shared, own in zip(finished, costs, strict=True):
         rows = sum(site.shape[0] for site in shared.sites)
-        alike, least = True, LEAST_ROWS
+        independent, least = True, LEAST_ROWS
         if target is not None:
-            alike = rows_are_independent(target.config)
+            independent = rows_are_independent(target.config)
             least = max(least, row_multiple(target.config))
         big = own > max(share, SPLIT_FROM) and rows >= least * ranks.world
-        (split if alike and big else whole).append(shared)
+        (split if independent and big else whole).append(shared)
     return whole, ranks.least_loaded([cost(shared) for shared in whole]), split
 
 
 def cost(shared: SharedGram) -> float:
-    """Multiplications of a solve, about: each row's product with the gram, and a factorisation."""
+    """About how many multiplications a solve takes: products with the gram, and a factorisation."""
     rows, inputs = sum(site.shape[0] for site in shared.sites), shared.sites[0].shape[1]
     return float(rows * inputs**2 + inputs**3)
 
@@ -71,7 +71,7 @@ def exchange(
         owners: the rank that has solved the sites of each.
         step: the results of this rank; those of the others are added, each row once its weight is
             written.
-        target: the target, where it takes part in rewriting.
+        target: what will quantize the weights; None where they are rewritten without regard to it.
         ranks: the ranks that work together.
     """
     if ranks.world == 1:
@@ -92,10 +92,10 @@ def exchange(
         if target is None or row.outcome == "skipped":
             continue
         if row.outcome == "failed":
-            go_on_with_torchao_alone(site, target, step)
+            calibrate_with_torchao_alone(site, target, step)
         elif target.options.propagate:
             made = step.tensors[site.name] if gptq else quantized_copy(site.weight, target.config)
-            go_on_with(site, made, step)
+            calibrate_with(site, made, step)
     order = {site.name: at for at, (site, _) in enumerate(_sites(finished, owners))}
     step.rows.sort(key=lambda row: order[row.name])
 

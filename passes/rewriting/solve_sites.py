@@ -109,7 +109,7 @@ def quantize_and_rewrite(
     except UNSOLVABLE as error:
         _failed(shared, error, step)
         for site in shared.sites:
-            go_on_with_torchao_alone(site, target, step)
+            calibrate_with_torchao_alone(site, target, step)
         return
     rows = sum(site.shape[0] for site in shared.sites)
     seconds = spent() / rows
@@ -120,7 +120,7 @@ def quantize_and_rewrite(
             if one.refusal is not None:
                 logger.warning("%s failed and keeps its weight: %s", site.name, one.refusal)
                 step.rows.append(_untouched(site, "failed", one.refusal, tokens, damping))
-                go_on_with_torchao_alone(site, target, step)
+                calibrate_with_torchao_alone(site, target, step)
                 continue
             status, steps = summary(one.choice.status), int(one.choice.steps.max())
             gptq = target.options.rounding == "gptq"
@@ -132,7 +132,7 @@ def quantize_and_rewrite(
                 seconds=seconds * site.shape[0],
             )
             if target.options.propagate:
-                go_on_with(site, one.tensor, step)
+                calibrate_with(site, one.tensor, step)
             if gptq:
                 step.tensors[site.name] = one.tensor
             else:
@@ -140,7 +140,7 @@ def quantize_and_rewrite(
             step.rows.append(done)
 
 
-def go_on_with(site: Site, tensor: torch.Tensor, step: Step) -> None:
+def calibrate_with(site: Site, tensor: torch.Tensor, step: Step) -> None:
     """Let the calibration read torchao's tensor, or its values, in place of the site's weight."""
     if not (site.view.covers(site.parameter) and all(call.direct for call in site.calls)):
         # torchao's tensors run only in F.linear, and as whole parameters.
@@ -148,17 +148,17 @@ def go_on_with(site: Site, tensor: torch.Tensor, step: Step) -> None:
     step.replaced[site.parameter] = tensor
 
 
-def go_on_with_torchao_alone(site: Site, target: Target, step: Step) -> None:
-    """Let the calibration read what torchao alone makes of a failed site's weight."""
+def calibrate_with_torchao_alone(site: Site, target: Target, step: Step) -> None:
+    """Let the calibration read torchao's tensor of a failed site's own weight."""
     if target.options.propagate:
-        go_on_with(site, quantized_copy(site.weight, target.config), step)
+        calibrate_with(site, quantized_copy(site.weight, target.config), step)
 
 
 def _is_fed(shared: SharedGram, step: Step) -> bool:
     """Whether a token reached these sites; if not, they are noted as skipped."""
     if int(shared.tokens) > 0:
         return True
-    reason = "no calibration token reaches it: there are none, or all are padding"
+    reason = "no calibration token that is not padding reaches it"
     step.rows += [_untouched(site, "skipped", reason) for site in shared.sites]
     return False
 
@@ -202,7 +202,7 @@ def _stacked(sites: list[Site]) -> torch.Tensor:
 
 
 def _split(solution: Solution, rows: list[int]) -> list[Solution]:
-    """The stacked solution as one per site."""
+    """The stacked solution, split into one for each site."""
     columns = zip(*(getattr(solution, f.name).split(rows) for f in fields(Solution)), strict=True)
     return [Solution(*column) for column in columns]
 
@@ -225,8 +225,8 @@ def _write(
     result = _rewritten(site, solution.weight, shared, solution.summary, int(solution.steps.max()))
     if result.output_error > MOST_LOST:
         logger.warning(
-            "%s loses %.0f%% of its output to alpha: give a smaller one, or a target, for which "
-            "each row chooses its own; alpha='published' knows nothing of the weight's size",
+            "%s loses %.0f%% of its output to alpha. Give a smaller alpha, or a target, with which "
+            "each row gets its own. alpha='published' does not adapt to the scale of the weight",
             site.name,
             100 * result.output_error,
         )

@@ -433,7 +433,7 @@ def test_inputs_that_are_not_finite_are_refused() -> None:
 def test_a_config_with_a_step_belongs_to_quantize() -> None:
     calib = vectors()
     for config in (PREPARE, converting()):
-        message = rf'step="{config.step}" belongs into torchao\'s quantize_'
+        message = rf'step="{config.step}" belongs to torchao\'s quantize_'
         with pytest.raises(ConfigError, match=message):
             magr_transform(mlp(), calib, config)
         with pytest.raises(ConfigError, match=message):

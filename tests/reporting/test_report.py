@@ -437,7 +437,7 @@ def test_too_close_a_fit_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     assert found.held / found.held_alone > 1.4 * found.error / found.error_alone
     name, count = report.overfitted[0].name, len(report.overfitted)
     assert f"{count} sites gain much less over torchao alone on the held-out" in caplog.text
-    assert f"{name} for one: calibrate on more text" in caplog.text
+    assert f"such as {name}: calibrate on more text" in caplog.text
 
     caplog.clear()
     many = vectors(1000)[0]

@@ -426,7 +426,7 @@ def test_a_full_disk_leaves_what_was_saved(tmp_path: Path, monkeypatch: pytest.M
     wanted = undisturbed(for_target)
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(CheckpointError, match=r"No space left.*goes on from"):
+        with pytest.raises(CheckpointError, match=r"No space left.*resumes from"):
             for_target(tiny_llama(), checkpoint_dir=tmp_path)
     assert not list(tmp_path.glob("*.unfinished"))
     assert same_bits(for_target(tiny_llama(), checkpoint_dir=tmp_path), wanted)
@@ -566,7 +566,9 @@ def test_weights_that_a_state_counts_on_are_not_missed_in_silence(
     damage(min(tmp_path.glob("weights-*.pt")))
     model = small()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"lacks the weights of \d+ sites .*_proj.*anew"):
+    with pytest.raises(
+        CheckpointError, match=r"lacks the weights of \d+ sites .*_proj.*start again"
+    ):
         way(model, checkpoint_dir=tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -578,7 +580,7 @@ def test_a_state_of_something_else_is_named(state: Any, tmp_path: Path) -> None:
     (path,) = tmp_path.glob("state-*.pt")
     torch.save(state, path)
     with pytest.raises(
-        CheckpointError, match=rf"{path.name} is no state of a run: .* to start anew"
+        CheckpointError, match=rf"{path.name} is not a state of a run: .* to start again"
     ):
         transform(small(), checkpoint_dir=tmp_path)
 
