@@ -1,4 +1,4 @@
-"""Layers of transformers that are known by name, fused experts for one, made of nn.Linear.
+"""Layers of transformers that need code of their own, and their equivalents with nn.Linear.
 
 It may import the ground (errors, config) and the rooms from machine to graphs.
 """

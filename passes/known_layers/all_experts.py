@@ -1,8 +1,8 @@
-"""transformers' mixture-of-experts layers: send every token to every expert while calibrating.
+"""transformers' mixture-of-experts layers: send every token to every expert during calibration.
 
-Their weights are stacks, ``[experts, out, in]`` or ``[experts, in, out]``, and how tokens get to
-them is one of several functions that transformers keeps in a table. Here is one more for the table.
-Layers that are not served by the table have a forward of their own in ``dense_layers``.
+The weights of such a layer are stacks, ``[experts, out, in]`` or ``[experts, in, out]``. Its
+forward is one of several functions that transformers keeps in a table. This file adds one to that
+table. For layers that do not use the table, ``dense_layers`` replaces the forward.
 """
 
 from __future__ import annotations
@@ -21,28 +21,31 @@ from magr_fx.passes.known_layers.dense_layers import dense_attributes, routing
 from magr_fx.passes.known_layers.transformers_private import activated, has_expert_interface
 
 _NAME = "magr_fx_all_experts"
-_IMPLEMENTATION = "_experts_implementation_internal"  # of a config; its property goes on to others
+# An attribute of configs. The property without "_internal" would also set it in sub-configs.
+_IMPLEMENTATION = "_experts_implementation_internal"
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether these are fused experts whose forward transformers looks up in its table."""
+    """Whether the module is fused experts whose forward transformers looks up in its table."""
     fused = isinstance(getattr(module, "down_proj", None), nn.Parameter)
     return fused and has_expert_interface(module)
 
 
 @contextlib.contextmanager
 def all_experts(model: nn.Module) -> Iterator[None]:
-    """Every token meets every expert inside; what it was not routed to has no weight in the sum.
+    """Within this context every token enters every expert. The model's outputs do not change.
+
+    An expert that a token is not routed to has weight 0 in the sum.
 
     Raises:
-        ConfigError: the model has no such layer of experts.
+        ConfigError: the model has no layer whose forward can be replaced so.
     """
     configs = {id(m.config): m.config for m in model.modules() if is_experts(m)}
     others = list(dense_attributes(model))
     if not configs and not others:
         raise ConfigError(
             f"calibrate_all_experts=True, but {type(model).__name__} has no experts whose forward "
-            "can be exchanged: transformers' fused experts; leave it out"
+            "can be replaced, such as transformers' fused experts; leave calibrate_all_experts out"
         )
     with contextlib.ExitStack() as restored:
         ALL_EXPERTS_FUNCTIONS[_NAME] = dense_forward
@@ -62,12 +65,13 @@ def all_experts(model: nn.Module) -> Iterator[None]:
 def dense_forward(
     self: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The experts' forward, on all tokens ``[tokens, hidden]``, weighted by the routing.
+    """The experts' forward ``[tokens, hidden]``, in which every token enters every expert.
 
     Args:
         self: the experts.
         hidden: ``[tokens, hidden]``.
-        top_k_index, top_k_weights: ``[tokens, k]``: where each token goes, and with what weight.
+        top_k_index: ``[tokens, k]``, int64: the experts of each token.
+        top_k_weights: ``[tokens, k]``: their routing weights.
     """
     share = routing(self.num_experts, hidden, top_k_index, top_k_weights)
     result = torch.zeros_like(hidden)
@@ -77,7 +81,7 @@ def dense_forward(
 
 
 def one_expert(experts: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
-    """What one expert makes of tokens ``[tokens, hidden]``."""
+    """The outputs of one expert for tokens ``[tokens, hidden]``, in the same shape."""
     first = "gate_up_proj" if experts.has_gate else "up_proj"
     inner = _linear(experts, first, expert, hidden)
     outer = _linear(experts, "down_proj", expert, activated(experts, inner))

@@ -1,7 +1,7 @@
-"""Names of transformers without a promise that they stay, which several files use: all from here.
+"""The private names of transformers that several files use; another release may change them.
 
-A private name that one file alone uses is in that file. tests/test_private_api.py lists each of
-them, says what is relied on, and fails where that changes.
+A private name that only one file uses is in that file. tests/test_private_api.py lists all of them,
+says what the library relies on, and fails if that changes.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _FUSED = ("_apply_gate", "is_transposed", "has_gate", "has_bias", "has_post_expe
 
 
 def has_expert_interface(module: nn.Module) -> bool:
-    """Whether transformers' ``use_experts_implementation`` has made the module's class."""
+    """Whether the module's class is decorated with ``use_experts_implementation``."""
     return all(hasattr(module, name) for name in _FUSED)
 
 
 def activated(experts: Any, inner: torch.Tensor) -> torch.Tensor:
-    """What fused experts make of their first product ``[tokens, 2·inner]``: ``[tokens, inner]``.
+    """The activations of fused experts ``[tokens, inner]``, from their first product.
 
-    Without a gate both are ``[tokens, inner]``.
+    That product is ``[tokens, 2·inner]`` with a gate, and ``[tokens, inner]`` without.
     """
     made: torch.Tensor
     made = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
@@ -40,9 +40,9 @@ def activated(experts: Any, inner: torch.Tensor) -> torch.Tensor:
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """Of each weight that shares another's values: its name → the other's name.
+    """The name of each weight that is tied to another one → the name of that other weight.
 
-    Empty for a model that is not of transformers.
+    Empty for a model that is not from transformers.
     """
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     return tied

@@ -368,7 +368,7 @@ def test_a_model_without_such_experts_is_refused_unchanged(name: str) -> None:
     make: Callable[[], nn.Module] = MODELS.get(name, tiny_llama)
     model = make()
     before, table = state(model), implementations()
-    with pytest.raises(ConfigError, match="has no experts whose forward can be exchanged"):
+    with pytest.raises(ConfigError, match="has no experts whose forward can be replaced"):
         magr_transform(model, IDS, calibrate_all_experts=True)
     assert changed(model, before) == []
     assert implementations() == table
