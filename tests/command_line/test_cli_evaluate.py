@@ -113,7 +113,7 @@ def refused(message: str, *command: Any) -> None:
 def test_bad_input_is_told_in_one_line(place: Path, tmp_path: Path) -> None:
     model, text = place / "model", ("--text", place / "text.txt")
     small = ("--tokens", "128", "--length", "16")
-    refused("one and the same model", model, "--against", model, *text, *small)
+    refused("are the same model", model, "--against", model, *text, *small)
     refused("is no directory", place / "none" / "here", "--against", model, *text, *small)
     refused("is no file; give a GGUF", place / "a.gguf", "--against", model, *text, *small)
     (tmp_path / "short.txt").write_text("so short")

@@ -459,7 +459,7 @@ def test_what_a_graph_reads_and_is_gone_is_named(what: str, verb: str) -> None:
         "branch": "true_graph_0",
         "get_attr": "strided",
     }
-    expected = rf"reads {name.get(what, '2')}.*deleted or renamed .* make the graph anew"
+    expected = rf"reads {name.get(what, '2')}.*deleted or renamed .* make the graph again"
     with pytest.raises(ModelError, match=expected):
         VERBS[verb](graph_module)
     assert changed(graph_module, before) == []

@@ -244,7 +244,7 @@ def test_a_file_that_cannot_be_removed_is_named(tmp_path: Path) -> None:
     checkpoint.save(0, dict, [], {}, True)
     (tmp_path / "state-000000.pt").unlink()
     (tmp_path / "state-000000.pt").mkdir()
-    with pytest.raises(CheckpointError, match=r"state-000000.pt cannot be removed: .*goes on from"):
+    with pytest.raises(CheckpointError, match=r"state-000000.pt cannot be removed: .*resumes from"):
         checkpoint.save(1, dict, [], {}, True)
 
 
