@@ -118,7 +118,7 @@ def test_bad_input_is_told_in_one_line(place: Path, tmp_path: Path) -> None:
     refused("is not a file; give a GGUF", place / "a.gguf", "--against", model, *text, *small)
     (tmp_path / "short.txt").write_text("so short")
     short = ("--text", tmp_path / "short.txt", *small)
-    refused("too few", place / "int2", "--against", model, *short)
+    refused("has 2 tokens, but 128 are needed", place / "int2", "--against", model, *short)
     save_model(tmp_path / "wide", tiny_llama(vocab_size=96))
     wide = (tmp_path / "wide", "--against", model)
     refused("vocabularies of 64 and 96", *wide, *text, *small)
