@@ -222,7 +222,7 @@ def magr_quantize(
         ``torch.export.save(torch.export.export(converted, args, dynamic_shapes=...), file)``.
 
     Raises:
-        HandoverError: torchao left rewritten weights unquantized; the message lists them.
+        HandoverError: torchao left weights unquantized; the message lists them.
         ConfigError, CalibrationError, ModelError, TraceError, CoverageError, CheckpointError,
             DistributedError: as for :func:`magr_transform`.
     """

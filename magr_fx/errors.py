@@ -40,7 +40,7 @@ class CheckpointError(MagRError, RuntimeError):
 
 
 class HandoverError(MagRError, RuntimeError):
-    """torchao left rewritten weights unquantized; the message lists them."""
+    """torchao left weights unquantized that it should quantize; the message lists them."""
 
 
 class OutOfMemoryError(MagRError, torch.OutOfMemoryError, MemoryError):
