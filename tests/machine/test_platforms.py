@@ -80,7 +80,7 @@ def test_python_works_on_models_in_memory(tmp_path: Path) -> None:
     ran = run(IN_MEMORY, tmp_path / "folder")
     assert ran.returncode == 0, ran.stderr
     offloaded, spilled = ran.stdout.splitlines()
-    assert "offloaded: a model that is offloaded or sharded" in offloaded
+    assert "offloaded: an offloaded or sharded model" in offloaded
     assert "load the whole model into memory" in offloaded
     assert "spilled: spill_dir needs a system" in spilled
 
@@ -94,5 +94,5 @@ def test_the_command_line_says_that_it_cannot(tmp_path: Path) -> None:
     assert ran.returncode == 2, ran.stderr
     told = [line for line in ran.stderr.splitlines() if line.startswith("magr-fx")]
     assert len(told) == 1
-    assert told[0].startswith("magr-fx: error: transform and quantize lock the directory")
+    assert told[0].startswith("magr-fx: error: transform and quantize lock their working directory")
     assert not (tmp_path / "out").exists()
