@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -217,6 +218,7 @@ def evaluate(
         given["device"] = named_device(
             given["device"], local_rank=launched.local_rank, several=launched.world > 1
         )
+        _check_outputs(json_file, plot)
         found = evaluated(quantized, against, **given)
         if launched.rank == 0:
             click.echo(found)
@@ -224,6 +226,21 @@ def evaluate(
                 found.to_json(json_file)
             if plot is not None:
                 found.plot(plot)
+
+
+def _check_outputs(json_file: Path | None, plot: Path | None) -> None:
+    """Find out before the work whether its results can be written.
+
+    Raises:
+        ConfigError: they cannot; the message names the option.
+    """
+    for option, file in (("--json", json_file), ("--plot", plot)):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ConfigError(f"{option} {file}: {file.absolute().parent} is not a directory")
+    if plot is not None and plot.suffix not in (".png", ".pdf", ".svg"):
+        raise ConfigError(f"--plot {plot}: name a file that ends in .png, .pdf or .svg")
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: pip install 'magr-fx[plot]'")
 
 
 def _job(

@@ -15,7 +15,7 @@ from magr_fx.comparing.compare import compare
 from magr_fx.errors import ConfigError, ModelError, brief
 from magr_fx.model_files.calibration_text import BATCH, text_batches
 from magr_fx.model_files.model_class import model_class
-from magr_fx.model_files.model_directory import CONFIG, find_model, shards
+from magr_fx.model_files.model_directory import CONFIG, find_model
 from magr_fx.reporting.comparison import Comparison
 
 
@@ -33,7 +33,10 @@ class Named(NamedTuple):
     @property
     def files(self) -> list[Path]:
         """The files that hold the weights."""
-        return shards(self.folder) if self.gguf is None else [self.folder / self.gguf]
+        if self.gguf is not None:
+            return [self.folder / self.gguf]
+        kinds = ([*self.folder.glob(kind)] for kind in ("*.safetensors", "*.bin", "*.pth", "*.pt"))
+        return next((files for files in kinds if files), [])
 
 
 def evaluate(
@@ -116,13 +119,28 @@ def _load(place: Named, device: torch.device) -> Any:
             config = json.loads((place.folder / CONFIG).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ModelError(f"{place.folder / CONFIG} cannot be read: {error}") from error
+    if config.get("is_encoder_decoder"):
+        raise ModelError(
+            f"{place.folder} is an encoder with a decoder, which one text does not feed: call "
+            "magr_fx.compare(original, quantized, batches) with inputs for both"
+        )
     kind = model_class(config)
     try:
-        model = kind.from_pretrained(
-            place.folder, dtype="auto", trust_remote_code=False, **place.options
+        model, info = kind.from_pretrained(
+            place.folder,
+            dtype="auto",
+            trust_remote_code=False,
+            output_loading_info=True,
+            **place.options,
         )
     except Exception as error:  # transformers can raise anything for a model it does not know
         raise ModelError(
             f"transformers cannot load {place.folder} as {kind.__name__}: {brief(error)}"
         ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would fill them with random values
+        raise ModelError(
+            f"{place.folder} lacks {missing[0]}, and {len(missing) - 1} more tensors of "
+            f"{type(model).__name__}: download or save the model again"
+        )
     return model.eval().to(device)

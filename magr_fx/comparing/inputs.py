@@ -2,37 +2,85 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from magr_fx.comparing.next_token import Arguments
-from magr_fx.errors import CalibrationError
-from magr_fx.passes.finding.mask_values import convention, counted_tokens
+from magr_fx.errors import CalibrationError, MagRError, ModelError, brief
+from magr_fx.machine.memory import is_out_of_memory
+from magr_fx.passes.finding.mask_values import Convention, convention, counted_tokens
 from magr_fx.passes.graphs.torch_private import tree_map
 from magr_fx.passes.inputs.calibration import Batch
+from magr_fx.passes.inputs.tensors_only import own_arguments
 
 IGNORED = -100  # transformers' label of what has no loss
 
 
+# What decides the form of the outputs, or adds one that takes memory: set as it is needed here.
+_OF_OUTPUTS = ("labels", "return_dict", "logits_to_keep", "num_logits_to_keep", "use_cache")
+
+
+def text_arguments(batch: Batch, model: nn.Module) -> Arguments:
+    """The arguments of a batch for a model of transformers, by their names, and on its device.
+
+    Without labels, since no loss is wanted, and without what would change the form of the outputs.
+    """
+    signature = inspect.signature(model.forward)
+    given = dict(signature.bind_partial(*batch.args, **batch.kwargs).arguments)
+    given |= given.pop("kwargs", {})
+    named = {name: value for name, value in given.items() if name not in _OF_OUTPUTS}
+    if "return_dict" in signature.parameters:
+        named["return_dict"] = True
+    return (), _own(named, model)
+
+
 def arguments_of(batch: Batch, model: nn.Module) -> Arguments:
-    """The arguments of a batch on the model's device, without labels: no loss is wanted."""
+    """A copy of the arguments of a batch, on the model's device."""
+    args, kwargs = _own((batch.args, batch.kwargs), model)
+    if isinstance(model, fx.GraphModule):  # which has no such argument, nor a cache
+        kwargs.pop("use_cache", None)
+    return args, kwargs
+
+
+def _own(arguments: Any, model: nn.Module) -> Any:
+    """Copies on the model's device: forward may change its inputs in place."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def moved(leaf: Any) -> Any:
         # A model that is offloaded moves its inputs itself.
         return leaf.to(device) if isinstance(leaf, Tensor) and device.type != "meta" else leaf
 
-    kwargs = {name: value for name, value in batch.kwargs.items() if name != "labels"}
-    args, kwargs = tree_map(moved, (batch.args, kwargs))
-    return args, kwargs
+    return tree_map(moved, own_arguments(arguments))
+
+
+@contextlib.contextmanager
+def running(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """Run a model inside, uncompiled; what its own code raises is told with the batch.
+
+    Raises:
+        ModelError: the model does not run.
+    """
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    except MagRError:
+        raise
+    except Exception as error:  # a model's code can raise anything
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"{type(model).__name__} does not run on batch {batch.index} of those to compare the "
+            f"models on: {brief(error)}"
+        ) from error
 
 
 class Tokens:
-    """The tokens of some batches.
+    """The tokens of some batches, and which of them count.
 
     Args:
         batches: all of them, from which is read how their masks are meant.
@@ -41,8 +89,13 @@ class Tokens:
 
     def __init__(self, batches: Sequence[Batch], model: nn.Module) -> None:
         self._signature = inspect.signature(model.forward)
-        masks = [self._named(batch).get("attention_mask") for batch in batches]
-        self._how = convention([m for m in masks if isinstance(m, Tensor)], marks_padding=False)
+        self._decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self._how: dict[str, Convention] = {}
+        for name in ("attention_mask", "decoder_attention_mask"):
+            masks = [self._named(batch).get(name) for batch in batches]
+            self._how[name] = convention(
+                [mask for mask in masks if isinstance(mask, Tensor)], marks_padding=False
+            )
 
     def ids(self, batch: Batch) -> Tensor:
         """Token ids ``[batch, tokens]``, on the CPU.
@@ -58,15 +111,23 @@ class Tokens:
             )
         return ids.cpu()
 
-    def counted(self, batch: Batch, sequences: int, length: int) -> Tensor | None:
+    def counted(self, batch: Batch, shape: tuple[int, int], output: str = "") -> Tensor | None:
         """Whether each token counts, ``[sequences, length]``, on the CPU.
 
         None where the batch has a mask that does not say it of so many tokens.
+
+        Args:
+            batch: the call.
+            shape: sequences and length.
+            output: whose tokens are meant, for models with a decoder: those of the encoder have
+                a name that begins so.
         """
-        mask = self._named(batch).get("attention_mask")
+        decoder = self._decodes and not output.startswith("encoder")
+        name = "decoder_attention_mask" if decoder else "attention_mask"
+        mask = self._named(batch).get(name)
         if not isinstance(mask, Tensor):
-            return torch.ones(sequences, length, dtype=torch.bool)
-        found = counted_tokens(mask, sequences, length, self._how)
+            return torch.ones(shape, dtype=torch.bool)
+        found = counted_tokens(mask, *shape, self._how[name])
         return None if found is None else found.cpu()
 
     def predicted(self, batch: Batch) -> Tensor:
@@ -76,7 +137,7 @@ class Tokens:
             CalibrationError: the mask has a form that does not say.
         """
         ids, labels = self.ids(batch), self._named(batch).get("labels")
-        counts = self.counted(batch, ids.shape[0], ids.shape[1])
+        counts = self.counted(batch, (ids.shape[0], ids.shape[1]))
         if counts is None:
             raise CalibrationError(
                 f"the attention_mask of batch {batch.index} does not say which tokens count; "
@@ -88,4 +149,10 @@ class Tokens:
         return found
 
     def _named(self, batch: Batch) -> dict[str, Any]:
-        return dict(self._signature.bind_partial(*batch.args, **batch.kwargs).arguments)
+        kwargs = {k: v for k, v in batch.kwargs.items() if k != "use_cache"}
+        try:
+            found = dict(self._signature.bind_partial(*batch.args, **kwargs).arguments)
+        except TypeError:  # forward does not take them: running it will say so
+            return kwargs
+        rest: dict[str, Any] = found.pop("kwargs", {})
+        return {**found, **rest}

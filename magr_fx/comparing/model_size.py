@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from magr_fx.reporting.comparison import ModelSize
 
@@ -19,7 +19,10 @@ def model_size(model: nn.Module, files: list[Path] | None = None) -> ModelSize:
         files: that hold the model's weights.
     """
     memory = sum(t.nbytes for t in _plain(chain(model.parameters(), model.buffers())))
-    matrices = [p for p in model.parameters() if p.dim() > 1]
+    held: list[Tensor] = [*model.parameters()]
+    if isinstance(model, fx.GraphModule):  # of PT2E, which holds codes as buffers
+        held += [*model.buffers()]
+    matrices = [tensor for tensor in held if tensor.dim() > 1]
     weights = sum(matrix.numel() for matrix in matrices)
     own = sum(part.nbytes for part in _plain(iter(matrices)))
     disk = None if files is None else sum(file.stat().st_size for file in files)

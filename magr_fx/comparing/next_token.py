@@ -48,26 +48,30 @@ class NextToken:
             ModelError: no part of the model returns one.
         """
         bodies = [self._body] if self._body is not None else _bodies(self.model)
+        ids = arguments[1]["input_ids"]
         for body in bodies:
             output = self._stopped_after(body, arguments)
-            if getattr(output, "last_hidden_state", None) is not None:
+            hidden = getattr(output, "last_hidden_state", None)
+            # Not an encoder's of pictures: one state for each token.
+            if isinstance(hidden, Tensor) and hidden.shape[:2] == ids.shape:
                 self._body = body
                 return output
         raise ModelError(
-            f"{type(self.model).__name__} does not use the last hidden state of its base model, so "
-            "that its logits cannot be computed in pieces; compare its base model instead"
+            f"no part of {type(self.model).__name__} returns one hidden state for each of the "
+            f"{tuple(ids.shape)} tokens, from which its logits could be computed in pieces; "
+            "compare its language model alone"
         )
 
-    def logits(self, hidden: Any, part: slice, arguments: Arguments) -> Tensor:
-        """Logits ``[batch, tokens, vocabulary]`` of a part of the tokens.
+    def logits(self, hidden: Any, part: tuple[slice, slice], arguments: Arguments) -> Tensor:
+        """Logits ``[sequences, tokens, vocabulary]`` of a part of the batch.
 
         Args:
             hidden: what :meth:`hidden` returned, of this model or of the one that it is a head of.
-            part: of the tokens.
+            part: of the sequences, and of the tokens.
             arguments: of the model.
         """
         piece = copy.copy(hidden)
-        piece.last_hidden_state = hidden.last_hidden_state[:, part]
+        piece.last_hidden_state = hidden.last_hidden_state[part]
         args, kwargs = arguments
         with self._body_gives(piece):
             logits: Tensor = self.model(*args, **kwargs).logits

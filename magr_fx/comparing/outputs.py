@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from magr_fx.comparing.inputs import Tokens, arguments_of
+from magr_fx.comparing.inputs import Tokens, arguments_of, running
 from magr_fx.comparing.statistics import clustered_mean
 from magr_fx.errors import ModelError
 from magr_fx.machine.ranks import Ranks
@@ -19,15 +19,20 @@ from magr_fx.passes.inputs.calibration import Batch
 from magr_fx.reporting.comparison import Outputs
 
 
-def outputs_of(model: nn.Module, batch: Batch) -> list[Tensor]:
-    """Every floating tensor that the model returns."""
+def outputs_of(model: nn.Module, batch: Batch) -> list[tuple[str, Tensor]]:
+    """Every floating-point tensor that the model returns, with the name of its output if any."""
     args, kwargs = arguments_of(batch, model)
-    found = (leaf for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor))
-    return [leaf for leaf in found if leaf.is_floating_point() and leaf.dim()]
+    with running(model, batch):
+        result = model(*args, **kwargs)
+    named = result.items() if isinstance(result, Mapping) else [("", result)]
+    leaves = ((name, leaf) for name, value in named for leaf in tree_leaves(value))
+    tensors = ((str(name), leaf) for name, leaf in leaves if isinstance(leaf, Tensor))
+    return [(name, leaf) for name, leaf in tensors if leaf.is_floating_point() and leaf.dim()]
 
 
 def compare_outputs(
-    original: Callable[[int], list[Tensor]],
+    original: Callable[[int], list[tuple[str, Tensor]]],
+    model: nn.Module,
     quantized: nn.Module,
     batches: Sequence[Batch],
     ranks: Ranks,
@@ -37,6 +42,7 @@ def compare_outputs(
 
     Args:
         original: the number of a batch → the original's outputs.
+        model: the original, or one that is called like it.
         quantized: the other model.
         batches: the inputs of both.
         ranks: which share the batches.
@@ -45,45 +51,42 @@ def compare_outputs(
     Raises:
         ModelError: the models return tensors of different shapes, none, or NaN.
     """
-    tokens = Tokens(batches, quantized)
+    tokens = Tokens(batches, model)
     rows = [torch.empty(0, 5, dtype=torch.float64)]
     hidden = None if progress is None else not (progress and ranks.rank == 0)
     for at, batch in enumerate(tqdm(batches, "compare", unit="batch", disable=hidden)):
         if not ranks.owns(at):
             continue
         ours, theirs = original(at), outputs_of(quantized, batch)
-        shapes = [[tuple(t.shape) for t in each] for each in (ours, theirs)]
+        shapes = [[tuple(t.shape) for _, t in each] for each in (ours, theirs)]
         if shapes[0] != shapes[1] or not ours:
             raise ModelError(
                 f"the models return floating-point tensors of the shapes {shapes[0]} and "
                 f"{shapes[1]}, which cannot be compared"
             )
-        for one, other in zip(ours, theirs, strict=True):
-            rows.append(_vectors(one, other.to(one.device), tokens, batch, at))
+        for (name, one), (_, other) in zip(ours, theirs, strict=True):
+            shape = (one.shape[0], one.shape[1] if one.dim() == 3 else 1)
+            keep = tokens.counted(batch, shape, name) if one.dim() == 3 else None
+            rows.append(_vectors(one, other.to(one.device), keep, batch, at))
     return _summary(ranks.concat(torch.cat(rows)))
 
 
-def _vectors(one: Tensor, other: Tensor, tokens: Tokens, batch: Batch, at: int) -> Tensor:
+def _vectors(one: Tensor, other: Tensor, keep: Tensor | None, batch: Batch, at: int) -> Tensor:
     """For each vector its window, ŷ·y, ‖ŷ - y‖², ‖y‖² and ‖ŷ‖², ``[vectors, 5]`` in float64."""
     y, made = one.double(), other.double()
     if y.dim() == 1:
         y, made = y[None], made[None]
-    if bool((y.isnan() | made.isnan()).any()):
-        raise ModelError(f"an output of the models is NaN in batch {batch.index}")
+    same = (y == made) & y.isinf()  # what is masked out, say
+    y, made = y.masked_fill(same, 0), made.masked_fill(same, 0)
     window = torch.arange(len(y), device=y.device) + (at << 32)
     window = window.view(-1, *[1] * (y.dim() - 2)).expand(y.shape[:-1])
-    sums = (
-        (made * y).sum(-1),
-        (made - y).square().sum(-1),
-        y.square().sum(-1),
-        made.square().sum(-1),
-    )
-    table = torch.stack([window.double(), *sums], -1)
-    if y.dim() == 3:
-        keep = tokens.counted(batch, *y.shape[:2])
-        if keep is not None:
-            return table[keep.to(table.device)].cpu()
-    return table.flatten(0, -2).cpu()
+    product, error = (made * y).sum(-1), (made - y).square().sum(-1)
+    norms = y.square().sum(-1), made.square().sum(-1)
+    table = torch.stack([window.double(), product, error, *norms], -1)
+    table = table.flatten(0, -2) if keep is None else table[keep.to(table.device)]
+    if not bool(table.isfinite().all()):
+        raise ModelError(f"an output of the models is NaN or infinite in batch {batch.index}")
+    return table.cpu()
 
 
 def _summary(rows: Tensor) -> Outputs:

@@ -23,9 +23,9 @@ def summarise(scores: TokenScores) -> Text:
         perplexity_original=_exp(clustered_mean(original, window)),
         ratio=_exp(log_ratio),
         divergence=clustered_mean(divergence, window),
-        median=float(np.median(divergence)),
-        percentile_99=float(np.quantile(divergence, 0.99)),
-        percentile_999=float(np.quantile(divergence, 0.999)),
+        median=_quantile(divergence, 0.5),
+        percentile_99=_quantile(divergence, 0.99),
+        percentile_999=_quantile(divergence, 0.999),
         largest=float(divergence.max()),
         same_top=clustered_mean(scores.same_top.double().numpy(), window),
         probability_rms=float(np.sqrt(np.mean(change**2))),
@@ -51,6 +51,11 @@ def clustered_mean(values: Floats, cluster: Any) -> Estimate:
     if count < 2:
         return Estimate(mean, float("nan"))
     return Estimate(mean, float(np.sqrt(count / (count - 1) * np.sum(sums**2)) / len(values)))
+
+
+def _quantile(values: Floats, share: float) -> float:
+    """The smallest value that this share of the values does not exceed; it may be infinite."""
+    return float(np.quantile(values, share, method="inverted_cdf"))
 
 
 def _exp(log: Estimate) -> Estimate:

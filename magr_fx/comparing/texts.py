@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from magr_fx.comparing.inputs import Tokens, arguments_of
-from magr_fx.comparing.next_token import Arguments, NextToken
+from magr_fx.comparing.inputs import Tokens, running, text_arguments
+from magr_fx.comparing.next_token import NextToken
 from magr_fx.comparing.statistics import summarise
 from magr_fx.comparing.token_scores import TokenScores, token_scores
 from magr_fx.errors import CalibrationError, ModelError
@@ -44,64 +44,81 @@ def compare_text(
     Raises:
         CalibrationError, ModelError: see :func:`magr_fx.compare`.
     """
-    judged, tokens = NextToken(quantized), Tokens(batches, quantized)
-    first = [0, *accumulate(len(tokens.ids(batch)) for batch in batches)]  # windows of each batch
+    tokens, judged = Tokens(batches, quantized), NextToken(quantized)
+    first = check_predictable(batches, quantized)
     none = torch.empty(0, dtype=torch.float64)
     parts = [TokenScores(none, none, none, none.bool(), none, none.long())]
-    hidden = None if progress is None else not (progress and ranks.rank == 0)
-    for at, batch in enumerate(tqdm(batches, "compare", unit="batch", disable=hidden)):
+    hide = None if progress is None else not (progress and ranks.rank == 0)
+    for at, batch in enumerate(tqdm(batches, "compare", unit="batch", disable=hide)):
         if not ranks.owns(at):
             continue
         ids, counted = tokens.ids(batch), tokens.predicted(batch)
         window = torch.arange(first[at], first[at + 1])[:, None].expand(ids.shape)
-        for part, *logits in _pieces(
-            original, hidden_of(at), judged, arguments_of(batch, quantized)
-        ):
-            keep, numbers = counted[:, part], window[:, part]
-            _check_logits(logits, ids, keep, numbers)
-            p, q = (each[keep.to(each.device)] for each in logits)
-            parts.append(token_scores(p, q.to(p.device), ids[:, 1:][:, part][keep], numbers[keep]))
+        arguments = text_arguments(batch, quantized)
+        with running(quantized, batch):
+            own = judged.hidden(arguments)
+            for part in _parts(ids.shape[0], ids.shape[1] - 1, judged.vocabulary):
+                both = (
+                    original.logits(hidden_of(at), part, arguments),
+                    judged.logits(own, part, arguments),
+                )
+                keep, numbers = counted[part], window[part]
+                _check_logits(*both, keep, numbers)
+                p, q = (each[keep.to(each.device)] for each in both)
+                following = ids[:, 1:][part][keep]
+                parts.append(token_scores(p, q.to(p.device), following, numbers[keep]))
     scores = TokenScores(*(ranks.concat(column) for column in TokenScores.joined(parts)))
-    if not len(scores.loss):
+    return summarise(scores)
+
+
+def check_predictable(batches: Sequence[Batch], model: Any) -> list[int]:
+    """Check that there is something to predict in the batches, before any model runs.
+
+    Returns:
+        The number of the first window of each batch, and one more.
+
+    Raises:
+        CalibrationError: no token is to be predicted, or one is not in the model's vocabulary.
+    """
+    tokens = Tokens(batches, model)
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    for batch in batches:
+        largest = int(tokens.ids(batch).max())
+        if rows is not None and largest >= rows:
+            raise CalibrationError(
+                f"batch {batch.index} holds the token {largest:,}, and the model's embedding has "
+                f"{rows:,} rows: use the model's own tokenizer"
+            )
+    if not any(bool(tokens.predicted(batch).any()) for batch in batches):
         raise CalibrationError(
             "nothing is predicted in the batches to compare the models on: each window needs two "
             "tokens that count, one after the other"
         )
-    return summarise(scores)
+    return [0, *accumulate(len(tokens.ids(batch)) for batch in batches)]
 
 
-def _pieces(
-    original: NextToken, hidden: Any, judged: NextToken, arguments: Arguments
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Some tokens at a time, and the logits of both models, ``[batch, tokens, vocabulary]``."""
-    own = judged.hidden(arguments)
-    batch, length = own.last_hidden_state.shape[:2]
-    step = max(1, BYTES // (8 * batch * judged.vocabulary))
-    for start in range(0, length - 1, step):  # nothing follows the last token
-        part = slice(start, min(start + step, length - 1))
-        yield (
-            part,
-            original.logits(hidden, part, arguments),
-            judged.logits(own, part, arguments),
-        )
+def _parts(sequences: int, length: int, vocabulary: int) -> Iterator[tuple[slice, slice]]:
+    """Parts of a batch whose logits take about BYTES: some tokens of some sequences."""
+    most = max(1, BYTES // (8 * vocabulary))
+    together = min(sequences, most)
+    step = max(1, most // together)
+    for row in range(0, sequences, together):
+        for start in range(0, length, step):  # nothing follows the last token
+            yield slice(row, row + together), slice(start, min(start + step, length))
 
 
-def _check_logits(both: list[Tensor], ids: Tensor, keep: Tensor, window: Tensor) -> None:
+def _check_logits(original: Tensor, quantized: Tensor, keep: Tensor, window: Tensor) -> None:
     """Raise where logits cannot be compared; ``keep`` and ``window`` are of their tokens."""
-    original, quantized = both
     if original.shape != quantized.shape:
         raise ModelError(
             f"the models have vocabularies of {original.shape[-1]:,} and {quantized.shape[-1]:,} "
             "tokens: compare a model with what was made of it"
         )
-    if int(ids.max()) >= original.shape[-1]:
-        raise CalibrationError(
-            f"the batches hold the token {int(ids.max()):,}, and the models' vocabulary has "
-            f"{original.shape[-1]:,}: use the model's own tokenizer"
-        )
     for name, logits in (("original", original), ("quantized", quantized)):
-        wrong = logits.isnan().any(-1).cpu() & keep
+        # -inf rules a token out; +inf, or -inf for all tokens, is no distribution.
+        wrong = ~(logits.amax(-1).isfinite().cpu()) & keep  # NaN, too
         if wrong.any():
             raise ModelError(
-                f"the logits of the {name} model are NaN in window {int(window[wrong][0])}"
+                f"the logits of the {name} model are NaN or infinite in window "
+                f"{int(window[wrong][0])}"
             )

@@ -219,6 +219,11 @@ def _sizes(original: ModelSize, quantized: ModelSize) -> list[tuple[str, ...]]:
     if any(size.disk is not None for size in both):
         disk = ("-" if size.disk is None else f"{size.disk / 1e6:,.1f}" for size in both)
         rows.append(("MB on disk", *disk))
+        bits = (
+            "-" if size.disk is None else f"{8 * size.disk / max(size.weights, 1):.2f}"
+            for size in both
+        )
+        rows.append(("bits per weight on disk", *bits))
     return rows
 
 

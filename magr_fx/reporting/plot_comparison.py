@@ -25,16 +25,21 @@ def plot_comparison(comparison: Comparison, path: str | PathLike[str]) -> None:
     if text is not None:
         left, right = figure.subplots(1, 2)
         share = np.linspace(0, 1, num=min(len(text.divergences), 2000))
-        left.plot(100 * share, np.quantile(text.divergences, share), color="tab:green")
+        left.plot(
+            100 * share,
+            np.quantile(text.divergences, share, method="inverted_cdf"),
+            color="tab:green",
+        )
         left.axhline(text.divergence.value, color="0.6", linewidth=1, label="mean")
         left.set(
             title=f"KL divergence of {text.tokens:,} tokens from the original",
             xlabel="% of tokens with a smaller divergence",
             ylabel="nats",
             xlim=(0, 100),
-            yscale="log",
-            ylim=(max(1e-6, float(np.quantile(text.divergences, 0.02))), None),
         )
+        if text.divergences.any():  # else the models are the same
+            lowest = float(np.quantile(text.divergences, 0.02, method="inverted_cdf"))
+            left.set(yscale="log", ylim=(max(1e-6, lowest), None))
         left.legend()
         numbers = [window.number for window in text.windows]
         losses = [(window.loss_original, window.loss) for window in text.windows]

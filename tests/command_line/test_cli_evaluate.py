@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cli_helpers import SMALL, done, run
+from safetensors.torch import load_file, save_file
 from tiny_directories import save_model, save_text, save_tokenizer
 from tiny_models import tiny_bert, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -125,6 +127,23 @@ def test_bad_input_is_told_in_one_line(place: Path, tmp_path: Path) -> None:
     (tmp_path / "odd").mkdir()
     refused(r"config\.json cannot be read", tmp_path / "odd", "--against", model, *text, *small)
     refused("cannot be read as text", place / "int2", "--against", model, "--text", tmp_path / "no")
+
+
+def test_results_that_cannot_be_written_are_refused_first(place: Path, tmp_path: Path) -> None:
+    models = (place / "int2", "--against", place / "model", "--text", place / "text.txt")
+    refused("--json .* is not a directory", *models, "--json", tmp_path / "no" / "a.json")
+    refused("--plot .* is not a directory", *models, "--plot", tmp_path / "no" / "a.png")
+    refused(r"ends in \.png, \.pdf or \.svg", *models, "--plot", tmp_path / "a.txt")
+
+
+def test_a_tensor_that_is_missing_is_not_made_up(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "model", tmp_path / "damaged")
+    tensors = load_file(tmp_path / "damaged" / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "damaged" / "model.safetensors", {"format": "pt"})
+    text = ("--text", place / "text.txt", "--tokens", "128", "--length", "16")
+    message = r"lacks model\.layers\.0\.mlp\.up_proj\.weight"
+    refused(message, tmp_path / "damaged", "--against", place / "model", *text)
 
 
 @pytest.mark.slow

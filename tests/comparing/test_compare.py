@@ -83,7 +83,7 @@ def test_every_figure_is_that_of_whole_logits() -> None:
     assert text.tokens == 99
     assert text.divergence.value == pytest.approx(float(divergence.mean()), rel=1e-5)
     assert text.largest == pytest.approx(float(divergence.max()), rel=1e-5)
-    assert text.median == pytest.approx(float(divergence.flatten().quantile(0.5)), rel=1e-5)
+    assert text.median == pytest.approx(float(divergence.median()), rel=1e-5)
     assert text.perplexity_original.value == pytest.approx(float(losses[0].exp()), rel=1e-5)
     assert text.perplexity.value == pytest.approx(float(losses[1].exp()), rel=1e-5)
     assert text.ratio.value == pytest.approx(float((losses[1] - losses[0]).exp()), rel=1e-5)
@@ -113,8 +113,11 @@ def test_logits_in_pieces_are_those_of_the_whole_model(name: str) -> None:
         judged = NextToken(model)
         hidden = judged.hidden(arguments)
         for one in (judged, judged.head()):
-            pieces = [one.logits(hidden, slice(at, at + 5), arguments) for at in (0, 5, 10)]
-            torch.testing.assert_close(torch.cat(pieces, 1), wanted)
+            rows = []
+            for sequences in (slice(0, 2), slice(2, 3)):
+                parts = [(sequences, slice(at, at + 5)) for at in (0, 5, 10)]
+                rows.append(torch.cat([one.logits(hidden, p, arguments) for p in parts], 1))
+            torch.testing.assert_close(torch.cat(rows), wanted)
         torch.testing.assert_close(model(**arguments[1]).logits, wanted)  # it is whole again
 
 
@@ -145,15 +148,18 @@ class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
-def test_no_whole_logits_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", [(2, 64), (64, 2)])
+def test_no_whole_logits_are_in_memory(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(texts, "BYTES", 2**18)
     model = tiny_llama(vocab_size=8192)
     other = noisy(model)
-    ids = [token_ids(2, 64)]
+    ids = [token_ids(*shape)]
     with Largest() as seen:
         found = compare(model, other, ids)
     assert found.text is not None
-    assert found.text.tokens == 2 * 63
+    assert found.text.tokens == shape[0] * (shape[1] - 1)
     weights = 8192 * 32 * 4
     assert seen.bytes < weights + 2**18 < 2 * 64 * 8192 * 4  # of one whole tensor in float32
 
@@ -292,10 +298,13 @@ def test_nan_names_the_model_and_the_window() -> None:
     ids[2, 3] = 63
     with torch.no_grad():
         broken.model.embed_tokens.weight[63] = math.nan
-    with pytest.raises(ModelError, match="of the quantized model are NaN in window 6"):
+    with pytest.raises(ModelError, match="of the quantized model are NaN or infinite in window 6"):
         compare(model, broken, [ids % 60, ids])
-    with pytest.raises(ModelError, match="of the original model are NaN in window 2"):
+    with pytest.raises(ModelError, match="of the original model are NaN or infinite in window 2"):
         compare(broken, model, [ids])
+    large = sharper(tiny_llama(), 1e6).half()  # its logits overflow
+    with pytest.raises(ModelError, match="are NaN or infinite in window 0"):
+        compare(large, copy.deepcopy(large), [ids])
 
 
 @pytest.mark.parametrize(
@@ -304,6 +313,8 @@ def test_nan_names_the_model_and_the_window() -> None:
         ([], "to compare the models on: calib is empty"),
         ([token_ids(2, 1)], "each window needs two tokens"),
         ([{"inputs_embeds": activations(2, 5, 32)}], "has no input_ids"),
+        ([token_ids(2, 5) + 64], "holds the token .* embedding has 64 rows"),
+        ([{"input_ids": token_ids(1, 4), "labels": torch.full((1, 4), -100)}], "two tokens"),
         (
             [{"input_ids": token_ids(1, 4), "attention_mask": torch.zeros(1, 4).long()}],
             "each window needs two tokens",
@@ -314,6 +325,10 @@ def test_batches_that_predict_nothing_are_refused(batches: Any, message: str) ->
     model = tiny_llama()
     with pytest.raises(CalibrationError, match=message):
         compare(model, noisy(model), batches)
+    before = state(model)
+    with pytest.raises(CalibrationError, match=message):  # before anything is quantized
+        magr_quantize(model, BATCHES, INT2, evaluate=batches)
+    assert all(torch.equal(value, before[name]) for name, value in state(model).items())
 
 
 def test_outputs_that_do_not_fit_are_refused() -> None:
@@ -322,8 +337,112 @@ def test_outputs_that_do_not_fit_are_refused() -> None:
     other = nn.Linear(8, 4)
     with torch.no_grad():
         other.weight[:] = math.nan
-    with pytest.raises(ModelError, match="NaN in batch 0"):
+    with pytest.raises(ModelError, match="NaN or infinite in batch 0"):
         compare(nn.Linear(8, 4), other, [activations(2, 8)])
+
+
+def test_what_the_models_own_code_raises_is_told_with_the_batch() -> None:
+    class Fails(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            raise IndexError("provoked")
+
+    with pytest.raises(ModelError, match=r"Fails does not run on batch 0 .*IndexError: provoked"):
+        compare(nn.Linear(8, 4), Fails(8, 4), [activations(2, 8)])
+    with pytest.raises(ModelError, match=r"must be a torch\.nn\.Module, got str"):
+        compare("model", nn.Linear(8, 4), [activations(2, 8)])  # type: ignore[arg-type]
+
+
+# ---- inputs of other forms
+
+
+def test_inputs_and_buffers_that_forward_changes_are_what_they_were() -> None:
+    class Changes(nn.Module):
+        calls: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear = nn.Linear(8, 4)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            result: Tensor = self.linear(x.mul_(2))
+            return result
+
+    x = activations(3, 8)
+    before = x.clone()
+    model, other = Changes(), Changes()
+    found = compare(model, other, [x])
+    assert found.outputs is not None
+    assert found.outputs.relative_error == 0
+    assert torch.equal(x, before)
+    assert model.calls == other.calls == 0
+
+
+def test_the_decoder_has_a_mask_of_its_own() -> None:
+    model = tiny_t5()
+    other = noisy(model)
+    ids, decoder = token_ids(2, 6), token_ids(2, 6, seed=1)
+    masks = [torch.ones_like(ids) for _ in range(2)]
+    masks[0][1, 4:] = 0
+    masks[1][0, 3:] = 0
+    batch = {"input_ids": ids, "decoder_input_ids": decoder}
+    batch |= {"attention_mask": masks[0], "decoder_attention_mask": masks[1]}
+    found = compare(model, other, [batch]).outputs
+    assert found is not None
+    error = norm = 0.0
+    with torch.no_grad():
+        ys = [each(**batch, use_cache=False) for each in (model, other)]
+    for name, keep in (("logits", masks[1]), ("encoder_last_hidden_state", masks[0])):
+        y, made = (each[name][keep.bool()].double() for each in ys)
+        error += float((made - y).square().sum())
+        norm += float(y.square().sum())
+    assert found.relative_error == pytest.approx(math.sqrt(error / norm), rel=1e-4)
+    labels = {"input_ids": ids, "labels": decoder}  # which make the decoder's inputs
+    assert compare(model, other, [labels]).outputs is not None
+
+
+def test_arguments_by_place_and_of_the_outputs_form() -> None:
+    model = sharper(tiny_llama())
+    other, ids = noisy(model), token_ids(2, 9)
+    wanted = compare(model, other, [ids]).text
+    by_place = (ids, None, None, None, None, ids)  # labels
+    named = {"input_ids": ids, "return_dict": False, "logits_to_keep": 1}
+    for batch in (by_place, named):
+        assert str(compare(model, other, [batch]).text) == str(wanted)
+    whole = copy.deepcopy(other)
+    whole.compile(backend="eager", fullgraph=True)
+    assert str(compare(model, whole, [ids]).text) == str(wanted)
+
+
+def test_what_is_masked_out_in_both_outputs_is_the_same() -> None:
+    class Masked(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).masked_fill(torch.arange(4) == 2, -math.inf)
+
+    model = Masked(8, 4)
+    plain, masked = (
+        compare(each, noisy(each), [activations(3, 8)]).outputs for each in (nn.Linear(8, 4), model)
+    )
+    assert plain is not None
+    assert masked is not None
+    assert 0 < masked.relative_error < 1
+
+
+def test_a_graph_of_pt2e_is_compared_by_its_outputs() -> None:
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+        X86InductorQuantizer,
+        get_default_x86_inductor_quantization_config,
+    )
+
+    quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
+    model = tiny_bert()
+    converted = magr_quantize(copy.deepcopy(model), BATCHES, quantizer)
+    found = compare(model, converted, BATCHES)
+    assert found.outputs is not None
+    assert 0 < found.outputs.relative_error < 0.2
+    assert found.size.bits < 32
 
 
 # ---- in the report
