@@ -171,7 +171,7 @@ def test_no_memory_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.UntypedStorage, "from_file", Mock(side_effect=error))
     spill_ = Spill(tmp_path, [])
     with pytest.raises(torch.OutOfMemoryError) as raised:
-        spill_._mapped(torch.zeros(8).untyped_storage())
+        spill_.keep({fx.Graph().placeholder("x"): torch.zeros(spill.LEAST // 4 + 1)})
     assert raised.value is error
     assert list(tmp_path.iterdir()) == []
 

@@ -13,7 +13,7 @@ from solver_helpers import problem
 from torch import Tensor
 
 from magr_fx.errors import CalibrationError
-from magr_fx.rounding.gptq import BLOCK, Compensation, _by_column, compensation, gptq
+from magr_fx.rounding.gptq import BLOCK, Compensation, compensation, gptq
 from magr_fx.rounding.grid import Grid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -299,15 +299,14 @@ def test_nothing_is_changed() -> None:
 def test_the_default_dtype_does_not_matter() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(6, 16, generator=generator), torch.randn(40, 16, generator=generator)
-    spread = compensation(x.T @ x + torch.eye(16))
-    wanted = spread.factor.clone(), _by_column([weight], spread.order)
+    grid, spread = make_grid(weight, 3), compensation(x.T @ x + torch.eye(16))
+    wanted = spread.factor.clone(), gptq([weight], grid, spread)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         again = compensation(x.T @ x + torch.eye(16, dtype=torch.float32))
-        columns = _by_column([weight], again.order)
+        codes = gptq([weight], grid, again)
     finally:
         torch.set_default_dtype(before)
     assert torch.equal(again.factor, wanted[0])
-    assert columns.dtype == torch.float32
-    assert torch.equal(columns, wanted[1])
+    assert torch.equal(codes, wanted[1])
