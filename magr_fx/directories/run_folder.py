@@ -74,6 +74,8 @@ def run_folder(out: Path, ranks: Ranks) -> Iterator[None]:
 def locked(run: Path) -> Iterator[str]:
     """Make and lock the run's folder. The system releases the lock when the process ends.
 
+    Not by the filelock library, which empties the file that it locks: other ranks read this one.
+
     Yields:
         The random text in the lock file, by which other ranks recognise this run.
 

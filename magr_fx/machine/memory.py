@@ -1,4 +1,8 @@
-"""Memory: how much is used and available, returning freed pages, and out-of-memory errors."""
+"""Memory: how much is used and available, returning freed pages, and out-of-memory errors.
+
+psutil does not know the limit of a control group, which is what counts in a container, nor glibc's
+malloc; so the few lines of /proc, /sys and the C library that are needed are read here.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The tensors of a safetensors file, read from its header alone.
 
 The file begins with the length of the header in 8 bytes. The header is JSON: each tensor's dtype,
-shape, first byte and the byte after its last, counted from the end of the header.
+shape, first byte and the byte after its last, counted from the end of the header. The safetensors
+library reads tensors, but does not say where in the file they lie, which writing in place needs.
 """
 
 from __future__ import annotations
