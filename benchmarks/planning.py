@@ -21,13 +21,13 @@ from magr_fx.command_line.named_targets import named_target
 from magr_fx.command_line.plan_directory import plan_directory
 from magr_fx.costs.planning import (
     FLOAT,
-    Costs,
     Method,
     Shape,
     gram_bytes,
     solve_flops,
     solver_bytes,
 )
+from magr_fx.passes.entries.plan import Plan
 
 TOKENS, LENGTH, TARGET = 262_144, 2048, "int3-per-channel"
 METHOD = Method()
@@ -39,7 +39,7 @@ class Device(NamedTuple):
 
     Attributes:
         product: FLOP/s of a product in bfloat16.
-        step: FLOP/s of a product in float32 with what is elementwise in a step of the solver.
+        step: FLOP/s of a product in float32.
         link: bytes between two of them.
         disk: bytes that are read or written.
     """
@@ -51,7 +51,7 @@ class Device(NamedTuple):
 
 
 GPU = Device(product=400e12, step=45e12, link=25e9, disk=1e9)
-CPU = Device(product=2e12, step=1.5e12, link=2.5e9, disk=1e9)
+CPU = Device(product=2e12, step=2e12, link=2.5e9, disk=1e9)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def qwen3_coder() -> Model:
     return Model("Qwen3-Coder-480B-A35B", 62, config, shapes)
 
 
-def costs_of(model: Model) -> Costs:
+def plan_of(model: Model) -> Plan:
     """Of all layers: what two cost, and what the third adds, for each of the others."""
     found = []
     for layers in (2, 3):
@@ -117,11 +117,13 @@ def costs_of(model: Model) -> Costs:
             model.config.num_hidden_layers = layers
             model.config.save_pretrained(folder)
             plan, _ = plan_directory(folder, named_target(TARGET), tokens=TOKENS, length=LENGTH)
-            found.append(plan.costs)
+            found.append(plan)
     two, three = found
-    own = {f.name: (getattr(two, f.name), getattr(three, f.name)) for f in fields(Costs)}
     more = model.layers - 2
-    whole = Costs(**{name: a * (1 - more) + b * more for name, (a, b) in own.items()})
+    own = {f.name: (getattr(two, f.name), getattr(three, f.name)) for f in fields(Plan)}
+    own.pop("found")
+    numbers = {name: a * (1 - more) + b * more for name, (a, b) in own.items()}
+    whole = Plan(two.found, **numbers)
     by_hand = model.layers * sum(
         times * solve_flops([shape], METHOD) for shape, times in model.shapes.items()
     )
@@ -142,7 +144,7 @@ def solve_of_a_rank(model: Model, ranks: int) -> float:
     return total * model.layers
 
 
-def memory_of_a_rank(model: Model, costs: Costs, ranks: int) -> float:
+def memory_of_a_rank(model: Model, costs: Plan, ranks: int) -> float:
     """Bytes beside the weights that are not worked on: grams are whole on every rank."""
     solver = 0
     for shape, times in model.shapes.items():
@@ -153,15 +155,15 @@ def memory_of_a_rank(model: Model, costs: Costs, ranks: int) -> float:
     return costs.block + costs.grams + solver + costs.boundary / ranks
 
 
-def hours(model: Model, costs: Costs, ranks: int, device: Device) -> float:
+def hours(model: Model, costs: Plan, ranks: int, device: Device) -> float:
     """The calibration divided, the solves spread, and grams and weights sent to all.
 
-    The disk reads the weights once to be looked at, once for their fingerprint and in every pass,
-    and writes them twice.
+    The disk reads the weights once to be looked at, once for their fingerprint and in each of three
+    passes, and writes them twice.
     """
-    total = (costs.forward + costs.gram) / device.product / ranks
+    total = costs.calibration / device.product / ranks
     total += solve_of_a_rank(model, ranks) / device.step
-    total += (4 + METHOD.passes) * costs.model / device.disk
+    total += 7 * costs.model / device.disk
     if ranks > 1:
         grams = weights = 0
         for shape, times in model.shapes.items():
@@ -183,7 +185,7 @@ def main() -> None:
     ]  # fmt: skip
     lines = [f"| {' | '.join(header)} |", "| --- |" + " ---: |" * (len(header) - 1)]
     for model in models:
-        costs = costs_of(model)
+        costs = plan_of(model)
         for ranks in RANKS:
             memory = memory_of_a_rank(model, costs, ranks)
             boundary = costs.boundary / ranks

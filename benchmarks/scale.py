@@ -39,8 +39,7 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 from magr_fx import magr_transform
 from magr_fx.command_line.named_targets import named_target
 from magr_fx.command_line.plan_directory import plan_directory
-from magr_fx.costs.measure_rates import measured_rates
-from magr_fx.costs.planning import Costs
+from magr_fx.costs.planning import measured_rate
 from magr_fx.directories.convert_directory import PROCESS, transform_directory
 from magr_fx.directories.prepare_directory import Job
 from magr_fx.machine.memory import return_freed_memory_at_once
@@ -91,14 +90,13 @@ class Measured(NamedTuple):
     """A run, what was predicted of it, and the FLOP/s of the machine just before."""
 
     run: Run
-    costs: Costs
-    product: float
-    step: float
+    plan: Plan
+    rate: float
 
     @property
     def predicted(self) -> tuple[float, float]:
         """Seconds of the calibration and of the solves."""
-        return (self.costs.forward + self.costs.gram) / self.product, self.costs.solve / self.step
+        return self.plan.calibration / self.rate, self.plan.solve / self.rate
 
 
 def save_llama(folder: Path, width: int, depth: int) -> Path:
@@ -214,11 +212,11 @@ def measure(width: int, depth: int) -> Measured:
         save_llama(folder / "model", width, depth)
         save_text(folder / "text.txt")
         plan = planned(folder)
-        product, step = json.loads(run([__file__, "--rates", name])[0].splitlines()[-1])
+        rate = json.loads(run([__file__, "--rates", name])[0].splitlines()[-1])
         out, cpu, wall, peak = run([__file__, "--directory", name])
     found = Run(cpu=cpu, wall=wall, peak=peak, **json.loads(out.splitlines()[-1]))
-    print(f"width {width}, depth {depth}: {asdict(found)}, {product}, {step}", file=sys.stderr)
-    return Measured(found, plan.costs, product, step)
+    print(f"width {width}, depth {depth}: {asdict(found)}, {rate}", file=sys.stderr)
+    return Measured(found, plan, rate)
 
 
 def planned(folder: Path) -> Plan:
@@ -226,10 +224,10 @@ def planned(folder: Path) -> Plan:
     return plan_directory(model, target, tokens=TOKENS, length=LENGTH)[0]
 
 
-def measure_rates(folder: Path) -> None:
-    """A process of its own, as `magr-fx plan` is; it prints the rates."""
+def measure_rates() -> None:
+    """A process of its own, as `magr-fx plan` is; it prints the rate."""
     return_freed_memory_at_once()  # as the command line does
-    print(json.dumps(measured_rates(planned(folder).largest, torch.float32)))
+    print(json.dumps(measured_rate()))
 
 
 def measure_ranks(ranks: int) -> list[dict[str, dict[str, float]]]:
@@ -256,8 +254,8 @@ HEADER = [
 
 
 def cells(measured: Measured) -> list[str]:
-    found, costs = measured.run, measured.costs
-    sizes = (costs.model, found.peak, found.own, found.own - found.bare, costs.memory)
+    found, plan = measured.run, measured.plan
+    sizes = (plan.model, found.peak, found.own, found.own - found.bare, plan.memory)
     calibration, solve = measured.predicted
     return [
         *(f"{size / MB:.0f}" for size in sizes),
@@ -278,7 +276,7 @@ def slope(xs: tuple[int, ...], ys: list[float]) -> float:
 def depth_lines(known: dict[int, Measured]) -> list[str]:
     runs = [known[depth] for depth in DEPTHS]
     rows = [[str(d), *cells(r)] for d, r in zip(DEPTHS, runs, strict=True)]
-    a_layer = slope(DEPTHS, [r.costs.model for r in runs]) / MB
+    a_layer = slope(DEPTHS, [r.plan.model for r in runs]) / MB
     growth = slope(DEPTHS, [r.run.own for r in runs]) / MB
     graph = slope(DEPTHS, [r.run.traced for r in runs]) / MB
     cpu = [r.run.cpu for r in runs]
@@ -302,7 +300,7 @@ def exponents(runs: list[Measured]) -> list[str]:
     parts: dict[str, tuple[list[float], list[float]]] = {
         "calibration": ([r.run.calibration for r in runs], [r.predicted[0] for r in runs]),
         "solve": ([r.run.solve for r in runs], [r.predicted[1] for r in runs]),
-        "memory": ([r.run.own - r.run.bare for r in runs], [r.costs.memory for r in runs]),
+        "memory": ([r.run.own - r.run.bare for r in runs], [r.plan.memory for r in runs]),
     }
     rows = []
     for name, pair in parts.items():
@@ -316,11 +314,11 @@ def exponents(runs: list[Measured]) -> list[str]:
     return table(["power of the width", *steps, *(f"predicted, {s}" for s in steps)], rows)
 
 
-RATES = ["width", "product", "step of the solver"]
+RATES = ["width", "product"]
 
 
 def rates_of(measured: Measured) -> list[str]:
-    return [f"{rate / 1e9:.3g}" for rate in (measured.product, measured.step)]
+    return [f"{measured.rate / 1e9:.3g}"]
 
 
 def width_lines(known: dict[int, Measured]) -> list[str]:
@@ -335,8 +333,7 @@ def width_lines(known: dict[int, Measured]) -> list[str]:
         *exponents(runs),
         "",
         "Solves are products, which grow with the cube of the width, and elementwise operations, "
-        "which grow with its square; the rate of a step has both. GFLOP/s, as measured before each "
-        "run:",
+        "which grow with its square. The rate of a product, in GFLOP/s, measured before each run:",
         "",
         *table(RATES, rates),
         "",
@@ -383,7 +380,7 @@ def main() -> None:
     if args.rank:
         return as_rank(args.rank)
     if args.rates:
-        return measure_rates(args.rates)
+        return measure_rates()
     by_depth = {depth: measure(WIDTH, depth) for depth in DEPTHS}
     by_width = {w: by_depth[DEPTH] if w == WIDTH else measure(w, DEPTH) for w in WIDTHS}
     lines = [

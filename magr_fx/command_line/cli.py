@@ -175,8 +175,8 @@ def plan(model: str, target: str | None, rounding: str, tflops: float | None, **
 
         config = None if target is None else named_target(target)
         rate = None if tflops is None else tflops * 1e12
-        found, empty = plan_directory(model, config, gptq=rounding == "gptq", **given)
-        click.echo(describe(found, empty, rate))
+        found, disk = plan_directory(model, config, gptq=rounding == "gptq", **given)
+        click.echo(describe(found, disk, rate))
 
 
 @magr_fx.command()

@@ -1,17 +1,14 @@
-"""Plan what a run on a model's directory would do and cost, without reading a weight."""
+"""``magr-fx plan``: what a run on a directory's model would do and cost, without its weights."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
-from torch import nn
 from torchao.core.config import AOBaseConfig
 
-from magr_fx.costs.measure_rates import measured_rates
-from magr_fx.costs.planning import Method, readable
+from magr_fx.costs.planning import Method, measured_rate, readable
 from magr_fx.directories.convert_directory import PROCESS
 from magr_fx.directories.prepare_directory import check_length, copies_of
 from magr_fx.directories.skipped import check_skipped, rewritable
@@ -39,17 +36,14 @@ def plan_directory(
     skip: tuple[str, ...] = (),
     head: bool = False,
     gptq: bool = False,
-) -> tuple[Plan, nn.Module]:
-    """Plan :func:`magr_fx.directories.convert_directory.transform_directory` on a model.
+) -> tuple[Plan, int]:
+    """Plan a run on a model; also the bytes of disk that it needs beside the model.
 
     Args:
         name: a directory, or a name on the Hub, whose weights are not downloaded.
-        target, tokens, length, skip, head: as in
+        target, tokens, length, skip, head: as for
             :class:`magr_fx.directories.prepare_directory.Job`.
         gptq: whether the run would quantize with GPTQ.
-
-    Returns:
-        The plan, and the model without weights.
 
     Raises:
         MagRError: the model does not read texts, is damaged, or cannot be traced.
@@ -58,95 +52,49 @@ def plan_directory(
     raw = read_config(folder)
     if gptq and target is None:
         raise ConfigError("GPTQ rounds to the grid of a target: give --target as well")
-    # Weights of a name on the Hub are not read: the cache may have only a part of them.
-    has_weights = Path(name).is_dir() and any(folder.glob("*.safetensors"))
-    tensors = read_directory(folder) if has_weights else None
     model = empty_model(folder, raw)
     check_length(raw, model, length)
-    if tensors is not None:
-        check_stored(model, folder, tensors)
+    # Weights of a name on the Hub are not read: the cache may have only a part of them.
+    if Path(name).is_dir() and any(folder.glob("*.safetensors")):
+        check_stored(model, folder, read_directory(folder))
     check_skipped(model, skip, head=head, linears_only=gptq)
     group_size = resolve_config(None, target).group_size
+    experts = experts_of(raw)
+    chosen = size_of(raw, "num_experts_per_tok", "experts_per_token") or 1
     found = plan(
         model,
         -(-tokens // (BATCH * length)) * BATCH * length,
         (BATCH, length),
         Method(search=target is not None, groups=group_size is not None, gptq=gptq),
         filter_fn=rewritable(model, skip, head=head, linears_only=gptq),
-        routed=_routed(raw),
-        stored=None if tensors is None else sum(tensor.nbytes for tensor in tensors.values()),
-        copies=copies_of(raw, quantized=gptq),
+        routed=1.0 if experts is None else min(1.0, chosen / experts),
     )
-    check_group_size(found.sites, group_size)
-    return found, model
+    check_group_size(found.found.sites, group_size)
+    # A saved state is kept until the next is complete.
+    return found, copies_of(raw, quantized=gptq) * found.model + 2 * found.boundary
 
 
-def describe(found: Plan, model: nn.Module, rate: float | None = None) -> str:
-    """The text that ``magr-fx plan`` prints. It measures this machine for about a second.
-
-    Args:
-        found: the plan.
-        model: the model, for its number of parameters and its dtype.
-        rate: another machine's FLOP/s in products; the FLOP/s of its solver's steps is assumed to
-            differ by the same factor.
-    """
-    costs, dtype = found.costs, next(model.parameters()).dtype
-    product, step = measured_rates(found.largest, dtype)
-    if rate is not None:
-        product, step = rate, step * rate / product
-    memory = {
-        "largest block": costs.block,
-        "its grams": costs.grams,
-        "its solve": costs.solver,
-        "activations between blocks": costs.boundary,
-        "Python and its libraries": PROCESS,
-    }
-    flops = {"calibration": costs.forward + costs.gram, "solves": costs.solve}
-    rates = {"calibration": product, "solves": step}
-    lines = [
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {dtype}, "
-        f"{readable(costs.model, 'B')} on disk",
-        f"rewritten: {len(found.sites)} sites with "
-        f"{sum(math.prod(site.shape) for site in found.sites):,} parameters, in {found.blocks} "
-        "blocks",
-        *_shapes(found),
-        *(["not rewritten:"] if found.rejections else []),
-        *(f"  {r.name} {_by(r.shape)}: {r.reason}" for r in found.rejections),
-        f"memory, at most: {readable(sum(memory.values()), 'B')}",
-        *(f"  {readable(number, 'B'):>10}  {what}" for what, number in memory.items()),
-        f"disk: room for {readable(costs.disk, 'B')}",
-        f"time: about {_time(costs.seconds(product, step))}, without reading and writing",
-        *(
-            f"  {_time(number / rates[what]):>10}  {what}: {readable(number, 'FLOP')} at "
-            f"{readable(rates[what], 'FLOP/s')}"
-            for what, number in flops.items()
-        ),
-    ]
-    return "\n".join(lines)
-
-
-def _routed(config: dict[str, Any]) -> float:
-    """The share of the tokens that each expert gets if the router distributes them evenly."""
-    experts = experts_of(config)
-    chosen = size_of(config, "num_experts_per_tok", "experts_per_token") or 1
-    return 1.0 if experts is None else min(1.0, chosen / experts)
-
-
-def _shapes(found: Plan) -> list[str]:
-    """One line per kind of site: the count, the name with ``*`` for numbers, and the shape."""
-    kinds: Counter[tuple[str, tuple[int, ...]]] = Counter()
-    for site in found.sites:
-        name = ".".join("*" if p.isdigit() else p for p in site.name.partition("[")[0].split("."))
-        kinds[name, site.shape] += 1
-    return [f"  {count:>4} x {name} {_by(shape)}" for (name, shape), count in kinds.items()]
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _time(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.1f} s"
+def describe(found: Plan, disk: int, rate: float | None = None) -> str:
+    """The plan as text, with a time by the FLOP/s of products, which are measured by default."""
+    rate = measured_rate() if rate is None else rate
+    sites, memory = found.found.sites, found.memory + PROCESS
+    kinds = Counter(
+        ".".join("*" if part.isdigit() else part for part in site.name.partition("[")[0].split("."))
+        + f" {'x'.join(map(str, site.shape))}"
+        for site in sites
+    )
+    parameters = sum(math.prod(site.shape) for site in sites)
+    minutes = [flops / rate / 60 for flops in (found.calibration, found.solve)]
+    return "\n".join([
+        f"rewritten: {len(sites)} sites with {parameters:,} parameters, in {found.blocks} blocks",
+        *(f"  {count:>4} x {kind}" for kind, count in kinds.items()),
+        *(f"not rewritten: {r.name} {'x'.join(map(str, r.shape))}: {r.reason}"
+          for r in found.found.rejections),
+        f"memory, at most: {readable(memory, 'B')}: the largest block {readable(found.block, 'B')},"
+        f" its grams {readable(found.grams, 'B')}, a solve {readable(found.solver, 'B')}, the "
+        f"activations between blocks {readable(found.boundary, 'B')}, "
+        f"Python {readable(PROCESS, 'B')}",
+        f"disk: room for {readable(disk, 'B')}",
+        f"time, with products at {readable(rate, 'FLOP/s')}: about {minutes[0]:.1f} minutes for "
+        f"the calibration, {minutes[1]:.1f} for the solves",
+    ])  # fmt: skip

@@ -1,15 +1,16 @@
-"""Formulas for the cost of a run: bytes of memory and disk, and FLOPs of matrix products.
+"""What a run costs, by formula: bytes of memory, matrix products, and the rate of one product.
 
-Costs follow from the shapes of the weights, the number of calibration tokens, and the method of
-each solve. The number of steps and checks in a solve depends on the data; the constants here are
-typical numbers (benchmarks/solver.md).
+The formulas take the shapes of the weights, the number of tokens, and how each site is solved. The
+numbers of steps and checks depend on the data; the constants are typical (benchmarks/solver.md).
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,22 +18,22 @@ from magr_fx.rounding.rounding import CPU_ROWS
 from magr_fx.rounding.row_pieces import cut, pieces
 from magr_fx.rounding.search import ALPHAS, CLIPS, FINER, FINER_GROUPS
 
-FLOAT = 4  # bytes of a number: grams and solves are in float32
-STEPS, CHECKS = 20, 3  # steps of one solve to a relative dual gap of 1e-3, and checks of the gap
-STEPS_OF_PATH, CHECKS_OF_PATH = 8, 1.5  # the same for each alpha of a search, to a gap of 0.1
-CANDIDATES = (1 + len(ALPHAS)) * len(CLIPS)  # roundings: each alpha, and 0, with each clip
-REFINED = 2 * len(FINER)  # roundings that refine each row's best clip, up and down
-SWEEPS = 2 * len(FINER_GROUPS) + 1 + len(ALPHAS)  # sweeps over groups, for their clips and alphas
+FLOAT = 4  # bytes: grams and solves are in float32
+STEPS, CHECKS = 20, 3  # of one solve to a gap of 1e-3
+PATH_PRODUCTS = 8 + 1.5 + 1  # steps, checks and certificate of each penalty of a search's path
+CANDIDATES = (1 + len(ALPHAS)) * len(CLIPS)  # roundings of every source with every clip
+SWEEPS = 2 * len(FINER_GROUPS) + 1 + len(ALPHAS)  # of groups, by their clips and sources
+# Elementwise work takes as long as products with so many further inputs. Measured on a CPU: solves
+# of 256, 512 and 1024 inputs take 2.5, 16.5 and 93 s, and are predicted to take 3.3, 16 and 76 s.
+ELEMENTWISE = 2048
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The weights that share one input: they are stacked ``[rows, inputs]`` and solved together.
+    """Weights that share an input, solved together: ``[rows, inputs]``.
 
-    Attributes:
-        rows: the number of outputs of all these weights.
-        inputs: the number of inputs of each of these weights.
-        calls: the share of the calibration tokens that reach the weights: 1, or less for an expert.
+    ``calls`` is the number of tokens that reach them for each calibration token: 1, or of an
+    expert the share of the tokens that is sent to it.
     """
 
     rows: int
@@ -42,46 +43,27 @@ class Shape:
 
 @dataclass(frozen=True)
 class Method:
-    """How a run solves each site.
-
-    Attributes:
-        search: whether alpha and clip are chosen for every row (``alpha="auto"``). The quantized
-            model then runs beside the original one, and some tokens are held out.
-        groups: whether the target quantizes groups of inputs.
-        gptq: whether weights are rounded by GPTQ.
+    """How a run solves: with ``search`` every row chooses its own alpha and clip, the quantized
+    model runs beside the original one, and tokens are held out.
     """
 
     search: bool = True
     groups: bool = False
     gptq: bool = False
 
-    @property
-    def runs(self) -> int:
-        """Models whose activations are in memory: the original, and with a search the quantized."""
-        return 1 + self.search
-
-    @property
-    def passes(self) -> int:
-        """Passes of the calibration through a model: one to check, and one for each model run."""
-        return 1 + self.runs
-
 
 def gram_bytes(shapes: Iterable[Shape], method: Method) -> int:
-    """Bytes of the grams: ``4·in²`` for each input, three times that with a search.
-
-    A search also needs the drift and the gram of the held-out tokens.
-    """
+    """``4·in²`` for each input; with a search again for the drift and for the held-out tokens."""
     return sum(FLOAT * shape.inputs**2 for shape in shapes) * (3 if method.search else 1)
 
 
 def solver_bytes(shape: Shape, method: Method) -> int:
-    """Bytes that one solve takes at its peak on a CPU, without its weights and its grams.
+    """Bytes that one solve takes at its peak on a CPU, beside its weights and its grams.
 
-    It is the sum of ``12·in²`` while the gram is factorised, ``32·min(out, 2048)·in`` for the
-    certificate in float64, and matrices ``[out, in]`` in float32. There are 4 of these matrices; a
-    search has 13 for the piece of rows that it works on, and 5 for all rows (7 while the pieces are
-    joined). GPTQ adds one matrix ``[in, in]``. After the certificate is freed, it needs ``8·in²``
-    and ``7·in`` bytes for each row of the candidates that it rounds together instead.
+    ``12·in²`` while the gram is factorised; ``32·min(out, 2048)·in`` for the certificate, in
+    float64; and matrices ``[out, in]`` in float32: 4, or with a search 13 for the rows in work and
+    5 for all (7 while they are joined). GPTQ holds one more matrix ``[in, in]``, or later ``7·in``
+    bytes for each row of the candidates that it rounds together.
     """
     whole, piece, copies = shape.rows * shape.inputs, shape.rows, 4
     if method.search:
@@ -90,8 +72,7 @@ def solver_bytes(shape: Shape, method: Method) -> int:
     numbers = copies * piece * shape.inputs
     if piece < shape.rows:
         numbers = max(numbers + 5 * whole, 7 * whole)
-    certificate = 32 * min(piece, 2048) * shape.inputs
-    solving = 12 * shape.inputs**2 + certificate + FLOAT * numbers
+    solving = 12 * shape.inputs**2 + 32 * min(piece, 2048) * shape.inputs + FLOAT * numbers
     if not method.gptq:
         return solving
     together = piece * min(CANDIDATES, max(1, CPU_ROWS // piece)) if method.search else piece
@@ -99,80 +80,44 @@ def solver_bytes(shape: Shape, method: Method) -> int:
     return max(solving + FLOAT * shape.inputs**2, rounding)
 
 
-def forward_flops(shapes: Iterable[Shape], tokens: int, method: Method) -> float:
-    """FLOPs of the forward passes: ``2·tokens·out·in`` per weight and pass, without attention."""
-    return sum(2.0 * tokens * s.calls * s.rows * s.inputs for s in shapes) * method.passes
-
-
-def gram_flops(shapes: Iterable[Shape], tokens: int, method: Method) -> float:
-    """FLOPs of the grams: ``2·tokens·in²`` for each input; a search has the drift X̂ᵀ(X - X̂) too."""
-    return sum(2.0 * tokens * s.calls * s.inputs**2 for s in shapes) * method.runs
+def calibration_flops(shapes: Iterable[Shape], tokens: int, method: Method) -> float:
+    """``2·tokens·in`` times ``out`` for each pass (2, or 3 with a search), and times ``in`` for
+    the gram, and again for the drift. Attention is not counted.
+    """
+    passes, grams = (3, 2) if method.search else (2, 1)
+    return sum(2.0 * tokens * s.calls * s.inputs * (passes * s.rows + grams * s.inputs)
+               for s in shapes)  # fmt: skip
 
 
 def solve_flops(shapes: Iterable[Shape], method: Method) -> float:
-    """FLOPs of the solves: ``2·out·in²`` for every product of a weight and its gram.
+    """``2·out·in·(in + 2048)`` for a product of a weight and its gram with its elementwise work.
 
-    There is one product for each step and each check of a solve, for its certificate, and for the
-    error of each candidate. GPTQ costs half a product more for each candidate.
+    One for each step, check and certificate, and for the error of each candidate; GPTQ costs half
+    of one more for each candidate.
     """
+    products: float = STEPS + CHECKS + 6  # 6: two in float64, which count twice, and the report's
     if method.search:
         sweeps = SWEEPS + 2 if method.groups and not method.gptq else 0
-        rounded = CANDIDATES + (0 if sweeps else REFINED)
-        products = len(ALPHAS) * (STEPS_OF_PATH + CHECKS_OF_PATH + 1) + rounded + sweeps
-        products += 12 + rounded / 2 * method.gptq  # 12: for the drift and the report
-    else:
-        products = STEPS + CHECKS + 6  # 6: two in float64 count twice, and two are the report's
-    return products * sum(2.0 * s.rows * s.inputs**2 for s in shapes)
+        rounded = CANDIDATES + (0 if sweeps else 2 * len(FINER))
+        products = len(ALPHAS) * PATH_PRODUCTS + rounded + sweeps
+        products += 12 + rounded / 2 * method.gptq  # 12: for the drift, and for the report
+    return products * sum(2.0 * s.rows * s.inputs * (s.inputs + ELEMENTWISE) for s in shapes)
 
 
-@dataclass(frozen=True)
-class Costs:
-    """The cost of a run.
-
-    Attributes:
-        forward: FLOPs of the products with weights, in all passes of the calibration.
-        gram: FLOPs of collecting all grams.
-        solve: FLOPs of all solves.
-        model: bytes of the weights as they are stored.
-        block: bytes of the weights of the largest block.
-        grams: bytes of the grams that are in memory together, at most.
-        solver: bytes of one solve, at most.
-        boundary: bytes of the activations between two blocks, at most.
-        disk: bytes that the run needs on the disk, at most, without the original model.
-    """
-
-    forward: float
-    gram: float
-    solve: float
-    model: int
-    block: int
-    grams: int
-    solver: int
-    boundary: int
-    disk: int
-
-    @property
-    def memory(self) -> int:
-        """Peak bytes of memory, without Python and its libraries (0.5 GB)."""
-        return self.block + self.grams + self.solver + self.boundary
-
-    def seconds(self, product: float, step: float) -> float:
-        """Seconds of calibration and solves.
-
-        Args:
-            product: FLOP/s of a product with a weight, for the calibration.
-            step: FLOP/s of a solver's step, for the solves.
-        """
-        return (self.forward + self.gram) / product + self.solve / step
+def measured_rate() -> float:
+    """FLOP/s of a product in float32 on this machine's CPU: the best of four."""
+    exact: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    x, weight = torch.ones(512, 1024, **exact), torch.ones(1024, 1024, **exact)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        torch.mm(x, weight)
+        seconds.append(time.perf_counter() - start)
+    return 2 * 512 * 1024**2 / min(seconds)
 
 
 def readable(number: float, unit: str) -> str:
-    """A number with three digits and a metric prefix.
-
-    Example:
-        >>> readable(1536e6, "B"), readable(512, "B")
-        ('1.54 GB', '512 B')
-    """
+    """A number with three digits and a metric prefix: ``readable(1536e6, "B")`` is '1.54 GB'."""
     if number < 1000:
         return f"{number:.3g} {unit}"
     power = min(6, int(math.log10(number) / 3))
