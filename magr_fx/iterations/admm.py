@@ -109,7 +109,7 @@ def admm(
     Raises:
         CalibrationError: the gram is not positive semidefinite.
     """
-    run = _Run(problem, weight, warm, resumable, exact, all_gather_rows)
+    run = Run(problem, weight, warm, resumable, exact, all_gather_rows)
     taken = 0
     if warm is not None:
         taken = min(FIRST_RHO_STEPS, max_steps - 1)
@@ -128,7 +128,7 @@ def admm(
     return run.finish(taken)
 
 
-class _Run:
+class Run:
     """The state of one solve. Its items are rows, or whole problems in a batch."""
 
     def __init__(
