@@ -15,6 +15,7 @@ from magr_fx.comparing.next_token import NextToken
 from magr_fx.comparing.statistics import summarise
 from magr_fx.comparing.token_scores import TokenScores, token_scores
 from magr_fx.errors import CalibrationError, ModelError
+from magr_fx.machine.memory import trim
 from magr_fx.machine.ranks import Ranks
 from magr_fx.passes.inputs.calibration import Batch
 from magr_fx.reporting.comparison import Text
@@ -67,6 +68,7 @@ def compare_text(
                 p, q = (each[keep.to(each.device)] for each in both)
                 following = ids[:, 1:][part][keep]
                 parts.append(token_scores(p, q.to(p.device), following, numbers[keep]))
+        trim()  # glibc keeps blocks of up to 32 MB: those of a small vocabulary pile up
     scores = TokenScores(*(ranks.concat(column) for column in TokenScores.joined(parts)))
     return summarise(scores)
 
