@@ -57,14 +57,11 @@ def compare(
         with _undisturbed(first), _undisturbed(second):
             text = outputs = None
             if predicts_next_token(first) and predicts_next_token(second):
-                whole, known = NextToken(first), dict[int, Any]()
+                whole = NextToken(first)
 
                 def hidden(at: int) -> Any:
-                    if at not in known:  # of one batch at a time
-                        known.clear()
-                        with running(first, read[at]):
-                            known[at] = whole.hidden(text_arguments(read[at], first))
-                    return known[at]
+                    with running(first, read[at]):
+                        return whole.hidden(text_arguments(read[at], first))
 
                 text = compare_text(whole, hidden, second, read, ranks, progress)
             else:

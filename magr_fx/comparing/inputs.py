@@ -19,8 +19,6 @@ from magr_fx.passes.inputs.calibration import Batch
 from magr_fx.passes.inputs.tensors_only import own_arguments
 
 IGNORED = -100  # transformers' label of what has no loss
-
-
 # What decides the form of the outputs, or adds one that takes memory: set as it is needed here.
 _OF_OUTPUTS = ("labels", "return_dict", "logits_to_keep", "num_logits_to_keep", "use_cache")
 
@@ -31,12 +29,22 @@ def text_arguments(batch: Batch, model: nn.Module) -> Arguments:
     Without labels, since no loss is wanted, and without what would change the form of the outputs.
     """
     signature = inspect.signature(model.forward)
-    given = dict(signature.bind_partial(*batch.args, **batch.kwargs).arguments)
-    given |= given.pop("kwargs", {})
+    given = _named(batch, signature)
     named = {name: value for name, value in given.items() if name not in _OF_OUTPUTS}
     if "return_dict" in signature.parameters:
         named["return_dict"] = True
     return (), _own(named, model)
+
+
+def _named(batch: Batch, signature: inspect.Signature) -> dict[str, Any]:
+    """The arguments of a batch by their names, without the switch of the cache."""
+    kwargs = {k: v for k, v in batch.kwargs.items() if k != "use_cache"}
+    try:
+        found = dict(signature.bind_partial(*batch.args, **kwargs).arguments)
+    except TypeError:  # forward does not take them: running it will say so
+        return kwargs
+    rest: dict[str, Any] = found.pop("kwargs", {})
+    return {**found, **rest}
 
 
 def arguments_of(batch: Batch, model: nn.Module) -> Arguments:
@@ -92,7 +100,7 @@ class Tokens:
         self._decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self._how: dict[str, Convention] = {}
         for name in ("attention_mask", "decoder_attention_mask"):
-            masks = [self._named(batch).get(name) for batch in batches]
+            masks = [_named(batch, self._signature).get(name) for batch in batches]
             self._how[name] = convention(
                 [mask for mask in masks if isinstance(mask, Tensor)], marks_padding=False
             )
@@ -103,7 +111,7 @@ class Tokens:
         Raises:
             CalibrationError: the batch has none.
         """
-        ids = self._named(batch).get("input_ids")
+        ids = _named(batch, self._signature).get("input_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
             raise CalibrationError(
                 f"batch {batch.index} has no input_ids [batch, tokens], which are what the models "
@@ -124,7 +132,7 @@ class Tokens:
         """
         decoder = self._decodes and not output.startswith("encoder")
         name = "decoder_attention_mask" if decoder else "attention_mask"
-        mask = self._named(batch).get(name)
+        mask = _named(batch, self._signature).get(name)
         if not isinstance(mask, Tensor):
             return torch.ones(shape, dtype=torch.bool)
         found = counted_tokens(mask, *shape, self._how[name])
@@ -136,7 +144,7 @@ class Tokens:
         Raises:
             CalibrationError: the mask has a form that does not say.
         """
-        ids, labels = self.ids(batch), self._named(batch).get("labels")
+        ids, labels = self.ids(batch), _named(batch, self._signature).get("labels")
         counts = self.counted(batch, (ids.shape[0], ids.shape[1]))
         if counts is None:
             raise CalibrationError(
@@ -147,12 +155,3 @@ class Tokens:
         if isinstance(labels, Tensor) and labels.shape == ids.shape:
             found &= (labels[:, 1:] != IGNORED).cpu()
         return found
-
-    def _named(self, batch: Batch) -> dict[str, Any]:
-        kwargs = {k: v for k, v in batch.kwargs.items() if k != "use_cache"}
-        try:
-            found = dict(self._signature.bind_partial(*batch.args, **kwargs).arguments)
-        except TypeError:  # forward does not take them: running it will say so
-            return kwargs
-        rest: dict[str, Any] = found.pop("kwargs", {})
-        return {**found, **rest}

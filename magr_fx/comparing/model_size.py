@@ -1,22 +1,20 @@
-"""What a model takes in memory and on disk, and bits for each of its weights."""
+"""What a model takes in memory, and bits for each of its weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
 
 from torch import Tensor, fx, nn
 
 from magr_fx.reporting.comparison import ModelSize
 
 
-def model_size(model: nn.Module, files: list[Path] | None = None) -> ModelSize:
+def model_size(model: nn.Module) -> ModelSize:
     """Count each parameter and buffer once; a quantized tensor is what it is made of.
 
     Args:
         model: any; weights that are offloaded count as what they are when they are loaded.
-        files: that hold the model's weights.
     """
     memory = sum(t.nbytes for t in _plain(chain(model.parameters(), model.buffers())))
     held: list[Tensor] = [*model.parameters()]
@@ -25,8 +23,7 @@ def model_size(model: nn.Module, files: list[Path] | None = None) -> ModelSize:
     matrices = [tensor for tensor in held if tensor.dim() > 1]
     weights = sum(matrix.numel() for matrix in matrices)
     own = sum(part.nbytes for part in _plain(iter(matrices)))
-    disk = None if files is None else sum(file.stat().st_size for file in files)
-    return ModelSize(memory, disk, weights, 8 * own / weights if weights else 0.0)
+    return ModelSize(memory, None, weights, 8 * own / weights if weights else 0.0)
 
 
 def _plain(tensors: Iterator[Tensor]) -> Iterator[Tensor]:

@@ -53,7 +53,8 @@ def compare_outputs(
     """
     tokens = Tokens(batches, model)
     rows = [torch.empty(0, 5, dtype=torch.float64)]
-    hidden = None if progress is None else not (progress and ranks.rank == 0)
+    # Bars of several ranks would overwrite each other.
+    hidden = ranks.rank > 0 or (None if progress is None else not progress)
     for at, batch in enumerate(tqdm(batches, "compare", unit="batch", disable=hidden)):
         if not ranks.owns(at):
             continue

@@ -49,18 +49,19 @@ def compare_text(
     first = check_predictable(batches, quantized)
     none = torch.empty(0, dtype=torch.float64)
     parts = [TokenScores(none, none, none, none.bool(), none, none.long())]
-    hide = None if progress is None else not (progress and ranks.rank == 0)
+    # Bars of several ranks would overwrite each other.
+    hide = ranks.rank > 0 or (None if progress is None else not progress)
     for at, batch in enumerate(tqdm(batches, "compare", unit="batch", disable=hide)):
         if not ranks.owns(at):
             continue
         ids, counted = tokens.ids(batch), tokens.predicted(batch)
         window = torch.arange(first[at], first[at + 1])[:, None].expand(ids.shape)
-        arguments = text_arguments(batch, quantized)
+        arguments, hidden = text_arguments(batch, quantized), hidden_of(at)
         with running(quantized, batch):
             own = judged.hidden(arguments)
             for part in _parts(ids.shape[0], ids.shape[1] - 1, judged.vocabulary):
                 both = (
-                    original.logits(hidden_of(at), part, arguments),
+                    original.logits(hidden, part, arguments),
                     judged.logits(own, part, arguments),
                 )
                 keep, numbers = counted[part], window[part]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from tabulate import tabulate
+
+from magr_fx.reporting.report_text import aligned
 
 Floats = npt.NDArray[np.float64]
 
@@ -153,7 +153,7 @@ class Comparison:
         if self.text is not None:
             found = (f"{self.text.perplexity_original:.3f}", f"{self.text.perplexity:.3f}")
             rows.insert(1, ("perplexity", *found))
-        return f"{_table(rows)}\n\n{_table(lines)}"
+        return f"{aligned(rows, text=(0,))}\n\n{aligned(lines, text=(0,))}"
 
     def as_dict(self) -> dict[str, object]:
         """Everything except the divergence of each token, for JSON."""
@@ -225,16 +225,6 @@ def _sizes(original: ModelSize, quantized: ModelSize) -> list[tuple[str, ...]]:
         )
         rows.append(("bits per weight on disk", *bits))
     return rows
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    table: str = tabulate(
-        rows,
-        tablefmt="plain",
-        disable_numparse=True,
-        colalign=["left"] + ["right"] * (len(rows[0]) - 1),
-    )
-    return "\n".join(line.rstrip() for line in table.splitlines())
 
 
 def _finite(value: object) -> object:

@@ -8,18 +8,33 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from magr_fx.reporting.report import MagRReport
 
 _MAX_POINTS = 20_000  # of the left panel; more would only make the file larger
 
 
-def plot_report(report: MagRReport, path: str | PathLike[str]) -> None:
-    """Plot ``report`` to ``path``; the suffix chooses the format (png, pdf, svg)."""
+def new_figure() -> Figure:
+    """An empty figure for two panels.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message has the command.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plotting needs matplotlib: pip install 'magr-fx[plot]'") from error
+    # Not pyplot, which would choose a backend and keep the figure alive for the whole process.
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plot_report(report: MagRReport, path: str | PathLike[str]) -> None:
+    """Plot ``report`` to ``path``; the suffix chooses the format (png, pdf, svg)."""
+    figure = new_figure()
     sites = report.rewritten
     if not sites:
         raise ValueError("no site was rewritten, so there is nothing to plot")
@@ -27,9 +42,6 @@ def plot_report(report: MagRReport, path: str | PathLike[str]) -> None:
     after = np.concatenate([site.channel_max_after for site in sites])
     every = -(-len(before) // _MAX_POINTS)
 
-    # Not pyplot, which would choose a backend and keep the figure alive for the whole process.
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     # Not the maximum: one channel ten times as large would push all others into a corner.
     limit = 1.05 * float(np.quantile(before, 0.999, method="lower")) or 1.0

@@ -7,20 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from magr_fx.reporting.plot import new_figure
+
 if TYPE_CHECKING:
     from magr_fx.reporting.comparison import Comparison
 
 
 def plot_comparison(comparison: Comparison, path: str | PathLike[str]) -> None:
     """Plot ``comparison`` to ``path``; the suffix chooses the format (png, pdf, svg)."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plotting needs matplotlib: pip install 'magr-fx[plot]'") from error
-    # Not pyplot, which would choose a backend and keep the figure alive for the whole process.
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure()
     text, outputs = comparison.text, comparison.outputs
     if text is not None:
         left, right = figure.subplots(1, 2)

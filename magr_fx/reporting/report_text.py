@@ -26,17 +26,17 @@ _QUANTIZATION = (
 def report_text(report: MagRReport) -> str:
     """The whole report as text."""
     done = report.rewritten
-    parts = [_table([_HEADER, *map(_cells, done)], text=(0, 7))] if done else []
+    parts = [aligned([_HEADER, *map(_cells, done)], text=(0, 7))] if done else []
     judged = [_quantization_cells(site) for site in done if site.quantization]
     if judged:
-        table = _table([_QUANTIZATION, *judged], text=(0, 1))
+        table = aligned([_QUANTIZATION, *judged], text=(0, 1))
         parts.append(f"output error after quantization:\n{table}")
     notes = [site for site in done if site.reason]
     size = _parameters(report.sites)
     for title, sites in (("failed", report.failed), ("skipped", report.skipped), ("notes", notes)):
         if sites:
             rows = [(s.name, _shape(s), f"{_parameters([s]) / size:.1%}", s.reason) for s in sites]
-            parts.append(f"{title}:\n{_table(rows, text=(0, 3))}")
+            parts.append(f"{title}:\n{aligned(rows, text=(0, 3))}")
     if report.comparison is not None:
         parts.append(f"the quantized model compared with the original:\n{report.comparison}")
     return "\n\n".join([*parts, report.totals()])
@@ -180,7 +180,7 @@ def _shape(site: SiteReport) -> str:
     return "x".join(map(str, site.shape))
 
 
-def _table(rows: Sequence[tuple[str, ...]], *, text: tuple[int, ...]) -> str:
+def aligned(rows: Sequence[tuple[str, ...]], *, text: tuple[int, ...]) -> str:
     """Rows as aligned columns: the columns in ``text`` to the left, all others to the right."""
     sides = ["left" if column in text else "right" for column in range(len(rows[0]))]
     table: str = tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=sides)
