@@ -25,7 +25,7 @@ help:
 	@echo "make test    set up .venv, then ruff, mypy and pytest without what is slow"
 	@echo "make test-all  the same, and then the slow tests"
 	@echo "make test-lowest   pytest with the oldest versions that pyproject.toml allows (some GB)"
-	@echo "make test-numerics  the numerical tests as other processors round; two hours (ARGS=... for some)"
+	@echo "make test-numerics  the numerical tests as other processors round; 1.5 hours (ARGS=... for some)"
 	@echo "make demo    quantize SmolLM2-135M with and without MagR; writes to out/ (ARGS=... for options)"
 	@echo "make lint    only ruff and mypy"
 	@echo "make clean   remove .venv, out/ and every cache"

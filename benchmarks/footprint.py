@@ -10,13 +10,11 @@ held. Writes its table to benchmarks/footprint.md.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from resident import measured, resident
 
 from magr_fx import magr_transform
 from magr_fx.reporting.report import STAGES, MagRReport
@@ -25,23 +23,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 from language_model import bundled_model, load, token_batches  # noqa: E402
-
-
-def resident(which: str) -> float:
-    """``VmRSS`` (now) or ``VmHWM`` (the most since the last reset) of this process, in MiB."""
-    status = Path("/proc/self/status").read_text()
-    found = re.search(rf"{which}:\s+(\d+) kB", status)
-    if found is None:
-        sys.exit(f"benchmarks: this platform does not tell {which}")
-    return int(found[1]) / 1024
-
-
-def measure(action: Callable[[], object]) -> tuple[float, float]:
-    """Seconds, and the resident high-water mark in MiB, of one call."""
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start, resident("VmHWM")
 
 
 def main() -> None:
@@ -67,14 +48,12 @@ def main() -> None:
     with torch.no_grad():
         model(calib[0])  # warm-up: thread pools and the allocator's first pages
     bare = resident("VmRSS")
-    plain, plain_peak = measure(forward)
-    seconds, peak = measure(lambda: magr_transform(model, calib))
+    _, plain = measured(forward)
+    _, cost = measured(lambda: magr_transform(model, calib))
     report: MagRReport = model.magr_report  # type: ignore[assignment]
-    rows = [
-        ("plain forward of the calibration", f"{plain:.1f}", f"{plain_peak - bare:.0f}"),
-        ("magr_transform", f"{seconds:.1f}", f"{peak - bare:.0f}"),
-        *((f"- {stage}", f"{report.seconds[stage]:.1f}", "") for stage in STAGES[:-1]),
-    ]
+    sides = (("plain forward of the calibration", plain), ("magr_transform", cost))
+    rows = [(side, f"{c.wall_seconds:.1f}", f"{c.peak - bare:.0f}") for side, c in sides]
+    rows += [(f"- {stage}", f"{report.seconds[stage]:.1f}", "") for stage in STAGES[:-1]]
     label = args.model or Path(name).stem
     lines = [
         f"{label}, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters in float32; "

@@ -20,8 +20,8 @@ import argparse
 import copy
 import json
 import logging
-import time
 from collections.abc import Callable
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from layers import Layer, encoder, language_model, real_layers, sentences
 from readme import put_table
+from resident import measured
 from solver import align
 from texts import DATA, TEXT, random_windows
 from torch import Tensor, nn
@@ -138,6 +139,7 @@ def ours(run: Run, **options: Any) -> nn.Module:
 
 
 REFINE = 30
+COSTS = ("CPU seconds", "peak MiB")
 METHODS: dict[str, Callable[[Run], nn.Module]] = {
     "original": lambda run: copy.deepcopy(run.subject.model),
     "torchao alone": torchao_alone,
@@ -199,16 +201,25 @@ def measure(subject: Subject, args: argparse.Namespace, name: str, results: Any)
                     run = Run(
                         subject, bits, group, seed, layers, solved or [_.weight for _ in layers]
                     )
-                    start = time.process_time()
-                    model = METHODS[method](run)
-                    seconds = time.process_time() - start
+                    model, cost = measured(partial(METHODS[method], run))
                     scores = subject.scores(model)
                     if method in ONE_SHOT:
                         scores["held-out output error"] = held_error(model, held)
-                    results.update(_read())  # several of these may be running
-                    results[key] = {**scores, "CPU seconds": round(seconds, 1)}
-                    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-                    print(key, results[key], flush=True)
+                    costs = {
+                        "CPU seconds": round(cost.cpu_seconds, 1),
+                        "peak MiB": round(cost.peak),
+                    }
+                    results.update(add_result(key, {**scores, **costs}))
+
+
+def add_result(key: str, figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Add a row to those that are stored, and return all; several processes may be measuring."""
+    results = {**_read(), key: figures}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(
+        key, {name: x for name, x in figures.items() if not name.startswith("windows")}, flush=True
+    )
+    return results
 
 
 def _read() -> dict[str, dict[str, Any]]:
@@ -244,7 +255,8 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
     parts = [
         f"CPU, torch {torch.__version__}. Lower is better everywhere; mean ± standard deviation "
         "where there are several seeds. The held-out output error is squared, relative, and a mean "
-        "over the inputs of the original model. CPU seconds are those of all cores together.",
+        "over the inputs of the original model. CPU seconds are those of all cores together. "
+        "The peak is of the whole process, with torch and the model.",
         "SmolLM2's weights lie on a Q4_1 grid (groups of 32) from the start: figures per channel "
         "and for groups of 64 are meaningful, for groups of 32 at 4 bits they would not be.",
     ]
@@ -255,9 +267,9 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
     for (name, bits, group), methods in sorted(cells.items()):
         columns = list(dict.fromkeys(c for runs in methods.values() for c in runs[0]))
         columns = [column for column in columns if not column.startswith("windows")]
-        columns.sort(key=lambda column: (column == "CPU seconds", column.startswith("held")))
+        columns.sort(key=lambda column: (column in COSTS, column.startswith("held")))
         rows = []
-        for method in dict.fromkeys([*METHODS, *methods]):  # peers.py adds some
+        for method in dict.fromkeys([*METHODS, *methods]):  # peers/judge.py adds some
             runs = methods.get(method, [])
             if runs:
                 rows.append([method, *(_cell([r[c] for r in runs if c in r]) for c in columns)])

@@ -28,7 +28,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from footprint import resident
+from resident import resident
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace

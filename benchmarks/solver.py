@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 from baselines import brevitas, published
-from footprint import resident
 from layers import Layer, encoder_layers, language_model_layers, synthetic_layer
+from resident import resident
 from torch import Tensor
 
 from magr_fx import Solution, Status, solve_magr, solve_magr_path

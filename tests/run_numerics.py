@@ -8,8 +8,9 @@ otherwise. So the same tests run several times:
 - with inputs, products, sums and factorisations moved in their last bits (tests/other_rounding.py)
   under ten seeds.
 
-Slow tests and what compares no numbers are left out. The output of each run is kept in
-out/numerics. One to two hours on two cores; some of it by names: `ARGS="avx2* seed-3"`.
+These are the tests of the rooms that compute numbers, without the slow ones; `--all` takes every
+room. The output of each run is kept in out/numerics. One and a half hours on two cores (twice that
+with `--all`); some of it by names: `ARGS="avx2* seed-3"`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +31,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "out" / "numerics"
 CAPABILITIES = ("default", "avx2", "avx512")
 SEEDS = range(1, 11)
+# Where numbers are computed and judged. The other rooms compare what is found, refused or kept, or
+# two runs of the same operations.
+ROOMS = (
+    *("collecting", "comparing", "entries", "grams", "iterations", "rewriting", "rounding"),
+    "solver",
+)
 # Files, directories, names and texts: no number is computed that could be another.
 NO_NUMBERS = (
     *("bad_input", "block_log", "cli_bad_input", "cli_device", "cli_hub", "cli_stderr", "config"),
@@ -46,7 +54,7 @@ class Setting(NamedTuple):
     environment: dict[str, str]
     perturbed: int | None = None
 
-    def command(self, workers: int) -> list[str]:
+    def command(self, workers: int, rooms: Sequence[str]) -> list[str]:
         left_out = [*NO_NUMBERS, *(PROCESSES if self.perturbed is not None else ())]
         how = ["--numprocesses", str(workers), "--dist", "loadfile"] if workers > 1 else []
         if self.perturbed is not None:
@@ -54,7 +62,7 @@ class Setting(NamedTuple):
         quiet = ["-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", "-m", "not slow"]
         files = [file for name in left_out for file in ROOT.glob(f"tests/**/test_{name}.py")]
         ignored = [f"--ignore={file.relative_to(ROOT)}" for file in files]
-        return [sys.executable, "-m", "pytest", *quiet, *ignored, *how]
+        return [sys.executable, "-m", "pytest", *quiet, *ignored, *how, *rooms]
 
 
 def settings() -> list[Setting]:
@@ -84,14 +92,17 @@ def settings() -> list[Setting]:
     return [*found, *(Setting(f"seed-{seed}", one, seed) for seed in SEEDS)]
 
 
-def run(setting: Setting, workers: int) -> list[str]:
+def run(setting: Setting, workers: int, rooms: Sequence[str]) -> list[str]:
     """The tests that failed, or what else went wrong; the whole output goes to a file."""
     log = LOGS / f"{setting.name}.txt"
+    # torch.compile keeps code by its source alone, and code for another instruction set gives
+    # wrong outputs.
+    compiled = {"TORCHINDUCTOR_CACHE_DIR": str(LOGS / f"{setting.name}-compiled")}
     with log.open("w") as output:
         ended = subprocess.run(
-            setting.command(workers),
+            setting.command(workers, rooms),
             cwd=ROOT,
-            env={**os.environ, **setting.environment},
+            env={**os.environ, **compiled, **setting.environment},
             stdout=output,
             stderr=subprocess.STDOUT,
             check=False,
@@ -108,15 +119,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="the suite as other processors would run it")
     parser.add_argument("names", nargs="*", default=["*"], help="of settings, with * for any")
     parser.add_argument("--workers", type=int, default=1, help="processes at a time")
+    parser.add_argument("--all", action="store_true", help="the tests of every room")
     chosen = parser.parse_args()
     todo = [s for s in known if any(fnmatch.fnmatch(s.name, name) for name in chosen.names)]
     if not todo:
         parser.error(f"none of these is one of {', '.join(setting.name for setting in known)}")
+    rooms = [] if chosen.all else [f"tests/{room}" for room in ROOMS]
     LOGS.mkdir(parents=True, exist_ok=True)
     minded: dict[str, list[str]] = {}
     for setting in todo:
         started = time.monotonic()
-        failed = run(setting, chosen.workers)
+        failed = run(setting, chosen.workers, rooms)
         for test in failed:
             minded.setdefault(test, []).append(setting.name)
         minutes = (time.monotonic() - started) / 60
