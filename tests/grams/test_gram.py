@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from graph_helpers import gram_of
+from graph_helpers import assert_gram, gram_of
 from tiny_models import activations
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
@@ -33,7 +33,7 @@ def test_add_to_gram(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> Non
     gram = torch.ones(5, 5)
     rows = activations(20, 5).to(dtype)
     add_to_gram(gram, rows)
-    torch.testing.assert_close(gram.double(), 1 + gram_of(rows), rtol=1e-6, atol=1e-6)
+    assert_gram(gram, 1 + gram_of(rows), 1e-6)
 
 
 def test_rows_that_do_not_count_may_hold_anything(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +44,7 @@ def test_rows_that_do_not_count_may_hold_anything(monkeypatch: pytest.MonkeyPatc
     rows[~keep] = torch.tensor([math.nan, math.inf, -math.inf, 1e38, 0.0])
     gram = torch.zeros(5, 5)
     add_to_gram(gram, rows, keep.nonzero().squeeze(1))
-    torch.testing.assert_close(gram.double(), expected, rtol=1e-6, atol=1e-6)
+    assert_gram(gram, expected, 1e-6)
 
 
 @pytest.mark.parametrize("columns", [256, 259, 514])
@@ -53,7 +53,7 @@ def test_wide_grams_are_summed_by_block_rows(columns: int) -> None:
     gram = torch.zeros(columns, columns)
     add_to_gram(gram, rows[:30])
     add_to_gram(gram, rows[30:])
-    torch.testing.assert_close(gram.double(), gram_of(rows), rtol=1e-5, atol=1e-5)
+    assert_gram(gram, gram_of(rows))
     # To the bit, but for the squares on the diagonal: of these each is one product.
     size = -(-columns // 4)
     for start in range(0, columns, size):
@@ -71,7 +71,7 @@ def test_half_precision_is_summed_in_float32_on_cuda(dtype: torch.dtype) -> None
     keep = torch.arange(300) % 3 > 0
     add_to_gram(gram, rows.cuda(), keep.cuda().nonzero().squeeze(1))
     expected = gram_of(rows[keep])
-    torch.testing.assert_close(gram.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    assert_gram(gram.cpu(), expected)
 
 
 def test_no_rows_add_nothing() -> None:
