@@ -21,7 +21,7 @@ from magr_fx.passes.finding.find_linears import FilterFn
 from magr_fx.passes.graphs.trace import calibration_mode, unwrap
 from magr_fx.passes.graphs.unsupported_weights import unsupported_named
 from magr_fx.passes.handover.quantizable_weight import QuantizableWeight
-from magr_fx.passes.handover.target import Target, describe
+from magr_fx.passes.handover.target import describe
 from magr_fx.passes.handover.to_pt2e import (
     export_for_pt2e,
     is_pt2e_quantizer,
@@ -36,7 +36,11 @@ from magr_fx.passes.offloading.offloaded import is_offloaded
 from magr_fx.passes.offloading.sharded import is_sharded
 from magr_fx.passes.rewriting.check_model import check_model, check_not_frozen
 from magr_fx.passes.rewriting.ledger import Ledger
-from magr_fx.passes.rewriting.pipeline import resolve_config, target_for_rewriting
+from magr_fx.passes.rewriting.pipeline import (
+    for_quantizing,
+    resolve_config,
+    target_for_rewriting,
+)
 from magr_fx.passes.rewriting.request import Folders, Request
 from magr_fx.passes.tracing.module_state import state_kept
 from magr_fx.passes.tracing.trace_batches import Tracing
@@ -234,6 +238,11 @@ def magr_quantize(
                 'rounding="gptq" and propagate=True need a torchao config as target, because they '
                 "quantize weight by weight; a PT2E quantizer takes a whole graph. Leave both out"
             )
+        if by_graph and config is not None and config.zero_point == "free":
+            raise ConfigError(
+                'zero_point="free" does not work with a PT2E quantizer, whose graph holds whole '
+                "zero points; leave it out"
+            )
         if by_graph and evaluate is not None:
             raise ConfigError(
                 "evaluate does not work with a PT2E quantizer, which returns a new graph: keep a "
@@ -242,9 +251,12 @@ def magr_quantize(
         config = resolve_config(config, None if by_graph else target, required=not by_graph)
         if config.alpha == 0 and rounding == "nearest":
             raise ConfigError('alpha=0 shrinks nothing; use it only with rounding="gptq"')
+        goal = None
+        if not by_graph:
+            config, goal = for_quantizing(config, target, options)
         request = Request(
             config,
-            None if by_graph else Target(target, options),
+            goal,
             Tracing(trace, calibrate_all_experts),
             filter_fn,
             strict,

@@ -18,6 +18,7 @@ PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 
 ALPHA_WORDS = ("auto", "published")
 ROUNDINGS = ("nearest", "gptq")
+ZERO_POINTS = ("free", "whole")
 STEPS = ("prepare", "convert")
 # From section 4.1 of the paper and the authors' code: relative to the gram's largest eigenvalue.
 PUBLISHED_ALPHA_PER_CHANNEL = 1e-3
@@ -144,6 +145,11 @@ class MagRConfig(AOBaseConfig):  # type: ignore[misc]
             that the calibration hardly reaches. The report's output errors always use the
             calibration gram itself.
         precision: ``"float32"`` or ``"float64"``, of the solver, whatever the weight's dtype.
+        zero_point: ``"free"``: zero points are not rounded to whole numbers, and are fitted, with
+            the scales, to each row; :func:`magr_quantize` only. ``"whole"``: as torchao makes
+            them, which formats and engines with integer zero points need. None is ``"free"`` where
+            torchao's tensor holds such a zero point and a symmetric grid was not asked for:
+            asymmetric Intx configs below 8 bits. It is ``"whole"`` with ``alpha="published"``.
         step: the step of torchao's flow: ``"prepare"`` starts to sum the grams (the options above
             are used by the other step only), ``"convert"`` solves with the grams and quantizes.
         base_config: the torchao config that ``"convert"`` quantizes with.
@@ -159,6 +165,7 @@ class MagRConfig(AOBaseConfig):  # type: ignore[misc]
     tol: float | None = None
     damping: float | None = None
     precision: str = "float32"
+    zero_point: str | None = None
     step: str | None = None
     # Not hashed: most of torchao's configs can be compared but not hashed.
     base_config: AOBaseConfig | None = field(default=None, hash=False)
@@ -176,6 +183,11 @@ class MagRConfig(AOBaseConfig):  # type: ignore[misc]
         SolverOptions(self.solver, self.max_steps, self.tol, self.precision)
         if self.damping is not None and not (_is_number(self.damping) and self.damping >= 0):
             raise ConfigError(f"damping must be a finite number of at least 0, got {self.damping}")
+        if self.zero_point not in (None, *ZERO_POINTS):
+            raise ConfigError(
+                f"zero_point must be one of {', '.join(ZERO_POINTS)}, or None, "
+                f"got {self.zero_point!r}"
+            )
         self._check_step()
 
     def _check_step(self) -> None:

@@ -40,7 +40,7 @@ from magr_fx.machine.tensor_files import DiscardedTensors, TensorFiles
 from magr_fx.model_files.model_class import model_class
 from magr_fx.model_files.model_directory import CONFIG, read_config, read_directory
 from magr_fx.passes.finding.find_linears import FilterFn
-from magr_fx.passes.handover.target import Target, describe
+from magr_fx.passes.handover.target import describe
 from magr_fx.passes.handover.torchao_rounding import quantized_copy
 from magr_fx.passes.known_layers.transformers_private import (
     HfQuantizer,
@@ -49,7 +49,7 @@ from magr_fx.passes.known_layers.transformers_private import (
 )
 from magr_fx.passes.offloading.offloaded import keep_in, offloaded_weights, run_on
 from magr_fx.passes.rewriting.checkpoint import checkpoint_report
-from magr_fx.passes.rewriting.pipeline import resolve_config
+from magr_fx.passes.rewriting.pipeline import for_quantizing, resolve_config
 from magr_fx.passes.rewriting.request import Folders, Request
 from magr_fx.reporting.report import MagRReport
 from magr_fx.reporting.report_files import has_report, read_report, write_report
@@ -152,14 +152,18 @@ def _quantized(model: Any, work: Prepared, rounding: str) -> tuple[Path, MagRRep
     linears = _linears(model, work)
     tensors: MutableMapping[str, torch.Tensor] = {}
     shards = None
-    if rounding == "nearest":
+    options = QuantizeOptions(rounding, refine=job.refine, propagate=job.propagate is not False)
+    config = resolve_config(job.config, job.target, required=True)
+    target = None
+    if job.target is not None:
+        config, target = for_quantizing(config, job.target, options)
+    if target is None or not target.makes_tensors:
         shards = _write_rewritten(model, work, chosen)
     else:
         tensors = TensorFiles(_emptied(job.run / "rounded")) if work.writes else DiscardedTensors()
-    options = QuantizeOptions(rounding, refine=job.refine, propagate=job.propagate is not False)
     request = Request(
-        resolve_config(job.config, job.target, required=True),
-        None if job.target is None else Target(job.target, options),
+        config,
+        target,
         filter_fn=chosen,
         folders=Folders(job.run / CHECKPOINT, job.spill_dir),
         progress=job.progress,

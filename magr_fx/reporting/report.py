@@ -39,6 +39,7 @@ class Quantization:
         error_alone: of torchao alone, which quantizes the original weight, on the calibration.
         error: of the weight that magr-fx made, on the calibration.
         held_alone, held: the two errors on the held-out tokens; NaN if there are none.
+        free: the share of the rows, or groups, whose zero point is not a whole number.
     """
 
     alphas: dict[str, int]
@@ -47,6 +48,7 @@ class Quantization:
     error: float
     held_alone: float = math.nan
     held: float = math.nan
+    free: float = 0.0
 
     @property
     def overfits(self) -> bool:

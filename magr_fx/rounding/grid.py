@@ -13,10 +13,11 @@ class Grid(NamedTuple):
     """The values (code - zero_point)·scale, for the integers ``low`` ≤ code ≤ ``high``.
 
     The inputs of group g in row i have the step ``scale[i, g]``. All groups have the same size.
+    Zero points of a floating dtype need not be whole (:mod:`magr_fx.rounding.free_grid`).
     """
 
     scale: Tensor  # [out, groups], above 0, in the dtype in which it is stored
-    zero_point: Tensor  # [out, groups], integers of any dtype
+    zero_point: Tensor  # [out, groups], integers, or of a floating dtype
     low: int
     high: int
     dtype: torch.dtype  # of the values, which is the weight's
@@ -24,8 +25,9 @@ class Grid(NamedTuple):
     def nearest(self, rows: Tensor) -> Tensor:
         """The codes of the values nearest to ``rows`` ``[out, in]``; float32."""
         grouped = rows.to(torch.float32).view(*self.scale.shape, -1)
-        codes = torch.round(grouped / self.scale.unsqueeze(-1).to(torch.float32))
-        codes += self.zero_point.unsqueeze(-1)
+        steps = grouped / self.scale.unsqueeze(-1).to(torch.float32)
+        whole = not self.zero_point.is_floating_point()
+        codes = _codes(steps, self.zero_point.unsqueeze(-1), whole=whole)
         return codes.clamp_(self.low, self.high).view(rows.shape)
 
     def values(self, codes: Tensor) -> Tensor:
@@ -43,11 +45,19 @@ class Grid(NamedTuple):
         return ColumnGrid(
             self.scale.T.contiguous(),
             self.zero_point.to(self.dtype).T.contiguous(),
+            not self.zero_point.is_floating_point(),
             [column // repeats for column in range(columns)],
             self.low,
             self.high,
             self.dtype,
         )
+
+
+def _codes(steps: Tensor, zero_point: Tensor, *, whole: bool) -> Tensor:
+    """The codes of numbers in steps, not clamped; ``steps`` is changed."""
+    if whole:  # as in torchao half a step goes to the even number of steps, not to the even code
+        return steps.round_().add_(zero_point)
+    return steps.add_(zero_point).round_()
 
 
 def stacked(grids: Sequence[Grid]) -> Grid:
@@ -61,6 +71,7 @@ class ColumnGrid(NamedTuple):
 
     scale: Tensor  # [groups, out]
     zero_point: Tensor  # [groups, out], in ``dtype``
+    whole: bool  # whether all zero points are integers
     group: list[int]  # the group of each input
     low: int
     high: int
@@ -74,7 +85,7 @@ class ColumnGrid(NamedTuple):
         """The codes nearest to ``numbers`` ``[out]`` of one input, and their values; float32."""
         group = self.group[column]
         scale, zero = self.scale[group], self.zero_point[group]
-        codes = torch.round(numbers / scale.to(torch.float32)).add_(zero)
+        codes = _codes(numbers / scale.to(torch.float32), zero, whole=self.whole)
         codes.clamp_(self.low, self.high)
         if self.dtype == torch.float32 == scale.dtype:
             return codes, (codes - zero).mul_(scale)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from magr_fx.rounding.gptq import Compensation, gptq
@@ -66,25 +67,27 @@ class Nearest:
 
 
 class OnGrid:
-    """:func:`magr_fx.rounding.gptq.gptq` on the grid that the quantizer gives the clipped rows.
+    """Rounding to the grid of the clipped rows: by GPTQ, or to the nearest.
 
-    GPTQ gets the rows without the clip: if a value lies outside the grid, the inputs after it
-    compensate the error. The parts are codes, scales and zero points.
+    The rows are rounded without the clip. If a value lies outside the grid, GPTQ lets the inputs
+    after it compensate the error. The parts are codes, scales and zero points.
 
     Args:
-        grid_of: takes a weight ``[out, in]``, returns the grid that the quantizer chooses for it.
-        compensation: of the gram.
+        grid_of: takes a weight ``[out, in]``, returns a grid for it, such as the quantizer's.
+        compensation: of the gram, for :func:`magr_fx.rounding.gptq.gptq`; None rounds to nearest.
     """
 
     makes_codes = True
 
-    def __init__(self, grid_of: Callable[[Tensor], Grid], compensation: Compensation) -> None:
+    def __init__(
+        self, grid_of: Callable[[Tensor], Grid], compensation: Compensation | None
+    ) -> None:
         self.grid_of = grid_of
         self.compensation = compensation
 
     def __call__(self, rows: Tensor, clipped: Tensor) -> Rounded:
         grid = self.grid_of(clipped)
-        codes = gptq(rows, grid, self.compensation)
+        codes = self._codes([rows], grid)
         return Rounded(grid.values(codes), (codes, grid.scale, grid.zero_point))
 
     def each(self, candidates: Iterable[Candidate]) -> Iterator[Rounded]:
@@ -94,9 +97,15 @@ class OnGrid:
         for first in remaining:
             some = [first, *islice(remaining, _at_once(first[0]) - 1)]
             weights, grids = zip(*some, strict=True)
-            codes = gptq(weights, stacked(grids), self.compensation)
+            codes = self._codes(weights, stacked(grids))
             for grid, own in zip(grids, codes.chunk(len(some)), strict=True):
                 yield Rounded(grid.values(own), (own, grid.scale, grid.zero_point))
+
+    def _codes(self, weights: Sequence[Tensor], grid: Grid) -> Tensor:
+        if self.compensation is not None:
+            return gptq(weights, grid, self.compensation)
+        rows = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+        return grid.nearest(rows).to(torch.int8)
 
 
 def _at_once(rows: Tensor) -> int:

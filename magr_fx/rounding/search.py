@@ -76,6 +76,7 @@ def choose(
     config: MagRConfig,
     *,
     dtype: torch.dtype,
+    fitted: Rounding | None = None,
     units: Sequence[int] | None = None,
     all_gather_rows: AllGatherRows | None = None,
 ) -> Choice:
@@ -92,6 +93,8 @@ def choose(
             damping times the squared distance from ``rtn`` to a.
         config: its alpha, group size and solver options are used.
         dtype: the dtype of the weight that the quantizer gets.
+        fitted: another rounding, on grids that are fitted to the rows: tried with every alpha too,
+            without a clip.
         units: as for :class:`Search`.
         all_gather_rows: as for :func:`magr_fx.solve_magr_path`; not with ``units``.
 
@@ -117,6 +120,8 @@ def choose(
     for alpha, solution in zip(alphas, path, strict=True):
         search.add(alpha, solution)
     search.try_each(CLIPS)
+    if fitted is not None:
+        search.try_each((1.0,), fitted)
     separable = not rounding.makes_codes and config.group_size is not None and units is None
     if separable:
         search.refine_groups(FINER_GROUPS)
@@ -222,10 +227,10 @@ class Search:
             self.sources.append(_Source(alpha, rows, solution.status.int(), solution.steps))
 
     @full_float32()
-    def try_each(self, clips: Sequence[float]) -> None:
+    def try_each(self, clips: Sequence[float], rounding: Rounding | None = None) -> None:
         """Try every source with every clip, the same clip for all rows."""
         tried = [(at, clip) for at in range(len(self.sources)) for clip in clips]
-        rounded = self.rounding.each(
+        rounded = (rounding or self.rounding).each(
             (rows, self._clipped(rows, self.clip.new_full((), clip).expand_as(self.clip)))
             for rows, clip in ((self.sources[at].rows, clip) for at, clip in tried)
         )

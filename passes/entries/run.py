@@ -107,7 +107,7 @@ def _select_quantizable(
         if quantizer is not None:
             trial = Trial.of(batches, traced, execution.resident, execution.device)
             found, weights = leave_out_unrunnable(found, weights, model, quantizer.config, trial)
-            if quantizer.options.rounding == "nearest":
+            if not quantizer.makes_tensors:
                 weights = keep_stacks(weights, model, quantizer.config, trial)
     return found, weights
 
@@ -122,7 +122,7 @@ def _try_each_kind(
     with execution.resident([one.weight for one in kinds.values()]):
         # ``weight`` is read only here: an offloaded one changes device when it is loaded.
         matrices = [(one.name, one.weight) for one in kinds.values()]
-        try_target(matrices, target.config, gptq=target.options.rounding == "gptq")
+        try_target(matrices, target.config, gptq=target.makes_tensors)
 
 
 def _checkpoint(

@@ -6,7 +6,9 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
+import torch
 from torchao.core.config import AOBaseConfig
+from torchao.quantization import MappingType
 from torchao.quantization.granularity import PerAxis, PerGroup, PerRow, PerTensor
 
 from magr_fx.config import QuantizeOptions
@@ -31,6 +33,9 @@ _GRANULARITY_FIELD = {
 _WHOLE_ROWS = (None, PerAxis(0), PerRow(-1), PerRow(1), PerTensor())
 
 
+# These make IntxUnpackedToInt8Tensor, whose zero points may be of a floating dtype.
+_FLOAT_ZERO_POINTS = ("IntxWeightOnlyConfig", "Int8DynamicActivationIntxWeightConfig")
+
 # Algorithms for scales and zero points that look at one row, or one group, at a time.
 _BY_ROW = ("affine", "tinygemm", "min_max")
 
@@ -41,6 +46,46 @@ class Target:
 
     config: AOBaseConfig
     options: QuantizeOptions
+    free_zero_points: bool = False  # whether zero points need not be whole numbers
+
+    @property
+    def makes_tensors(self) -> bool:
+        """Whether torchao's tensors are made directly, so that no weight is rewritten.
+
+        torchao itself rounds to nearest, and zero points to whole numbers.
+        """
+        return self.options.rounding == "gptq" or self.free_zero_points
+
+
+def has_free_zero_points(zero_point: str | None, target: AOBaseConfig) -> bool:
+    """Whether zero points need not be whole, by ``MagRConfig.zero_point`` and the target.
+
+    Raises:
+        ConfigError: ``zero_point`` is "free", but torchao's tensors cannot hold such a zero point.
+    """
+    if zero_point == "whole":
+        return False
+    fields = fields_of(target)
+    holds = type(target).__name__ in _FLOAT_ZERO_POINTS and _is_unpacked(fields)
+    if zero_point == "free":
+        if not holds:
+            raise ConfigError(
+                f'zero_point="free" does not work with {describe(target)}, whose tensors hold '
+                f"whole zero points only. Leave it out, or use {_FLOAT_ZERO_POINTS[0]} or "
+                f"{_FLOAT_ZERO_POINTS[1]}, unpacked"
+            )
+        return True
+    mapping = fields.get("mapping_type", fields.get("weight_mapping_type"))
+    bits = fields.get("weight_dtype")
+    by_range = rows_are_independent(target)  # an algorithm for scales was not asked for
+    return holds and by_range and mapping == MappingType.ASYMMETRIC and bits != torch.int8
+
+
+def _is_unpacked(fields: dict[str, Any]) -> bool:
+    """Whether a config makes IntxUnpackedToInt8Tensor, which is what its default is called."""
+    found = [value for name, value in fields.items() if name.endswith("packing_format")]
+    words = [str(value.value if isinstance(value, Enum) else value) for value in found]
+    return all(word.startswith("unpacked") for word in words)
 
 
 def target_group_size(target: AOBaseConfig) -> int | None:

@@ -18,6 +18,7 @@ from magr_fx.rounding.grid import Grid, stacked
 
 # Tensors with the values (qdata - zero_point)·scale, by row or by group, stored without packing.
 GridTensor = (IntxUnpackedToInt8Tensor, Int8Tensor)
+PARTS = ("qdata", "scale", "zero_point")
 # The configs that produce such tensors.
 GPTQ_CONFIGS = (
     "IntxWeightOnlyConfig",
@@ -85,11 +86,19 @@ class TorchaoRounding:
         """
         tensors = self.tensors(weight)
         for tensor, *new in zip(tensors, *(torch.split(p, self.rows) for p in parts), strict=True):
-            for name, numbers in zip(("qdata", "scale", "zero_point"), new, strict=True):
+            if new[-1].is_floating_point():
+                with_float_zero_point(tensor)
+            for name, numbers in zip(PARTS, new, strict=True):
                 stored = getattr(tensor, name)
                 if stored is not None:
                     stored.copy_(numbers)
         return tensors
+
+
+def with_float_zero_point(tensor: Tensor) -> None:
+    """Give a torchao tensor room for zero points that are not whole, in its own dtype."""
+    if isinstance(tensor, IntxUnpackedToInt8Tensor):
+        tensor.zero_point = tensor.zero_point.to(tensor.scale.dtype)
 
 
 def dequantized(tensor: Tensor) -> Tensor:

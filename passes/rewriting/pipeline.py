@@ -19,7 +19,11 @@ from magr_fx.passes.collecting.few_tokens import fill_up
 from magr_fx.passes.collecting.shared_gram import SharedGram
 from magr_fx.passes.finding.find_linears import Found
 from magr_fx.passes.graphs.trace import TracedBatch
-from magr_fx.passes.handover.target import Target, target_group_size
+from magr_fx.passes.handover.target import (
+    Target,
+    has_free_zero_points,
+    target_group_size,
+)
 from magr_fx.passes.offloading.execution import Execution
 from magr_fx.passes.rewriting.coverage import refuse_failed, refuse_uncovered
 from magr_fx.passes.rewriting.ledger import Ledger
@@ -65,6 +69,22 @@ def resolve_config(config: MagRConfig | None, target: Any, *, required: bool = F
     return replace(config, alpha="auto") if config.alpha is None else config
 
 
+def for_quantizing(
+    config: MagRConfig, target: Any, options: QuantizeOptions
+) -> tuple[MagRConfig, Target]:
+    """The config and the target of a run that quantizes, with its kind of zero points decided.
+
+    Raises:
+        ConfigError: the target cannot hold free zero points, which the config asks for.
+    """
+    wanted = config.zero_point
+    if wanted is None and config.is_published:  # as published
+        wanted = "whole"
+    free = has_free_zero_points(wanted, target)
+    zero_point = "free" if free else "whole"
+    return replace(config, zero_point=zero_point), Target(target, options, free)
+
+
 def target_for_rewriting(
     config: MagRConfig, target: Any, propagate: bool | None, holdout: float
 ) -> Target | None:
@@ -74,6 +94,11 @@ def target_for_rewriting(
         ConfigError: the options do not go together.
     """
     options = QuantizeOptions(propagate=propagate is not False, holdout=holdout)
+    if config.zero_point == "free":
+        raise ConfigError(
+            'zero_point="free" belongs to magr_quantize: here torchao makes the zero points later, '
+            "and rounds them; leave it out"
+        )
     if config.alpha == 0:
         raise ConfigError("alpha=0 shrinks nothing, so there is nothing to transform")
     if target is None and propagate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +25,16 @@ from magr_fx.passes.handover.target import (
 from magr_fx.passes.handover.torchao_rounding import TorchaoRounding, dequantized, grid_of
 from magr_fx.reporting.report import Quantization
 from magr_fx.rounding.coordinate_descent import descend
+from magr_fx.rounding.free_grid import fitted_grid, refitted_grid, spanning_grid
 from magr_fx.rounding.gptq import Compensation, compensation
-from magr_fx.rounding.grid import stacked
+from magr_fx.rounding.grid import Grid, stacked
 from magr_fx.rounding.rounding import Nearest, OnGrid, Rounded
 from magr_fx.rounding.row_pieces import cut, pieces, within
 from magr_fx.rounding.search import Choice, choose, joined
+
+# Rounds of fitting a free grid to the codes, each with so many passes over the codes. More rounds
+# lower the error by less than 1% together.
+REFITS, PASSES = 2, 2
 
 
 class QuantizedWeight(NamedTuple):
@@ -104,7 +110,7 @@ def quantized_weights(
     )
     values, parts = choice.rounded
     torchao = TorchaoRounding(target.config, rows)
-    if gptq:
+    if target.makes_tensors:
         tensors, final = torchao.on_grid(whole, parts), values.to(whole.dtype)
     else:
         (final,) = parts
@@ -138,22 +144,44 @@ def _choose(
         "units": torchao.rows if shares_one_step(target.config) else None,
         "all_gather_rows": ranks.concat if ranks.world > 1 else None,
     }
-    if hessian_factor is None:
+    if not target.makes_tensors:
         rounding = Nearest(torchao.values)
         choice = choose(target_weight, gram, rounding, Rounded(rtn, (weight,)), config, **options)
         return rtn, choice
     grid = stacked([grid_of(tensor) for tensor in alone])
     codes = torch.cat([tensor.qdata for tensor in alone])  # type: ignore[attr-defined]
     alone.clear()
+    on_grid, fitted = OnGrid(torchao.grid, hessian_factor), None
+    if target.free_zero_points:
+        grid = grid._replace(zero_point=grid.zero_point.to(grid.scale.dtype))
+        energy = gram.diagonal()
+        on_grid = OnGrid(partial(spanning_grid, like=grid), hessian_factor)
+        fitted = OnGrid(partial(fitted_grid, energy=energy, like=grid), hessian_factor)
     first = Rounded(rtn, (codes, grid.scale, grid.zero_point))
-    choice = choose(
-        target_weight, gram, OnGrid(torchao.grid, hessian_factor), first, config, **options
-    )
+    choice = choose(target_weight, gram, on_grid, first, config, fitted=fitted, **options)
+    codes, grid = _refined(choice, target_weight, gram, grid, target)
+    parts = (codes, grid.scale, grid.zero_point)
+    return rtn, replace(choice, rounded=Rounded(grid.values(codes), parts))
+
+
+def _refined(
+    choice: Choice, target_weight: Tensor, gram: Tensor, grid: Grid, target: Target
+) -> tuple[Tensor, Grid]:
+    """Codes and grid with a smaller error than the chosen ones, or the same.
+
+    Free grids are fitted to the codes, and with GPTQ the codes to the grids, in turn.
+    """
     codes, scale, zero = choice.rounded.parts
     grid = grid._replace(scale=scale, zero_point=zero)
-    if target.options.refine:
-        codes = descend(codes, target_weight, gram, grid, passes=target.options.refine)
-    return rtn, replace(choice, rounded=Rounded(grid.values(codes), (codes, scale, zero)))
+    gptq, refine = target.options.rounding == "gptq", target.options.refine
+    if target.free_zero_points:
+        for _ in range(REFITS):
+            grid = refitted_grid(codes, target_weight, gram, grid)
+            if gptq:
+                codes = descend(codes, target_weight, gram, grid, passes=PASSES)
+    if refine:
+        codes = descend(codes, target_weight, gram, grid, passes=refine)
+    return codes, grid
 
 
 def _report(
@@ -161,7 +189,10 @@ def _report(
 ) -> Quantization:
     alphas, counts = torch.unique(choice.alpha, return_counts=True)
     error_alone, error = _errors(target_weight, alone, values, gram=shared.collected)
+    zeros = choice.rounded.parts[-1]  # or a weight, if torchao makes the grid
+    free = choice.rounded.parts[1:] and bool(zeros.is_floating_point())
     report = Quantization(
+        free=float((zeros != zeros.round()).float().mean()) if free else 0.0,
         alphas={f"{a:g}": n for a, n in zip(alphas.tolist(), counts.tolist(), strict=True)},
         clip=float(choice.clip.mean()),
         error_alone=error_alone,

@@ -64,8 +64,8 @@ class Request:
 
     @property
     def makes_tensors(self) -> bool:
-        """Whether torchao's tensors are made directly (GPTQ), so that no weight is rewritten."""
-        return self.target is not None and self.target.options.rounding == "gptq"
+        """Whether torchao's tensors are made directly, so that no weight is rewritten."""
+        return self.target is not None and self.target.makes_tensors
 
     @property
     def propagates(self) -> bool:

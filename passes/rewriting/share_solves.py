@@ -10,14 +10,14 @@ from magr_fx.machine.ranks import Ranks
 from magr_fx.passes.collecting.shared_gram import SharedGram
 from magr_fx.passes.finding.find_linears import Site
 from magr_fx.passes.handover.target import Target, row_multiple, rows_are_independent
-from magr_fx.passes.handover.torchao_rounding import quantized_copy
+from magr_fx.passes.handover.torchao_rounding import (
+    PARTS,
+    quantized_copy,
+    with_float_zero_point,
+)
 from magr_fx.passes.rewriting.ledger import Step
 from magr_fx.passes.rewriting.rewrite_weights import rewrite_weight
 from magr_fx.passes.rewriting.solve_sites import calibrate_with, calibrate_with_torchao_alone
-
-# The parts of a torchao tensor on a grid, see torchao_rounding.GridTensor.
-_PARTS = ("qdata", "scale", "zero_point")
-
 
 # With at least this cost, and this many rows for each rank, it pays to split the rows of one gram's
 # sites over the ranks, although every rank then factorises the gram, and all meet every fifth step.
@@ -76,13 +76,13 @@ def exchange(
     """
     if ranks.world == 1:
         return
-    gptq = target is not None and target.options.rounding == "gptq"
+    direct = target is not None and target.makes_tensors
     own = {row.name for row in step.rows}
     rows = {row.name: row for part in ranks.gather(step.rows) for row in part}
     for site, owner in _sites(finished, owners):
         row = rows[site.name]
         if row.outcome == "rewritten":
-            if target is not None and gptq:
+            if target is not None and direct:
                 _share_tensor(site, owner, step.tensors, target, ranks)
             else:
                 _share_weight(site, owner, ranks)
@@ -94,7 +94,7 @@ def exchange(
         if row.outcome == "failed":
             calibrate_with_torchao_alone(site, target, step)
         elif target.options.propagate:
-            made = step.tensors[site.name] if gptq else quantized_copy(site.weight, target.config)
+            made = step.tensors[site.name] if direct else quantized_copy(site.weight, target.config)
             calibrate_with(site, made, step)
     order = {site.name: at for at, (site, _) in enumerate(_sites(finished, owners))}
     step.rows.sort(key=lambda row: order[row.name])
@@ -120,7 +120,9 @@ def _share_tensor(
     """Send the codes, scales and zero points of the owner's tensor to all ranks."""
     if owner != ranks.rank:
         tensors[site.name] = quantized_copy(site.weight, target.config)
-    for name in _PARTS:
+        if target.free_zero_points:
+            with_float_zero_point(tensors[site.name])
+    for name in PARTS:
         part = getattr(tensors[site.name], name)
         if part is not None:
             ranks.broadcast(part, owner)

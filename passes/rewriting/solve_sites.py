@@ -95,8 +95,8 @@ def quantize_and_rewrite(
 ) -> None:
     """Choose alpha and clip, and round the sites of one gram.
 
-    The weights are written; with GPTQ torchao's tensors are kept in the step instead. With several
-    ranks, each works on a part of the rows.
+    The weights are written; where torchao's tensors are made, these are kept in the step instead.
+    With several ranks, each works on a part of the rows.
     """
     step = ledger.step
     if not _is_fed(shared, ledger.step):
@@ -123,8 +123,8 @@ def quantize_and_rewrite(
                 calibrate_with_torchao_alone(site, target, step)
                 continue
             status, steps = summary(one.choice.status), int(one.choice.steps.max())
-            gptq = target.options.rounding == "gptq"
-            done = _rewritten(site, one.weight, shared, status, steps, judged=not gptq)
+            tensors = target.makes_tensors
+            done = _rewritten(site, one.weight, shared, status, steps, judged=not tensors)
             done = replace(
                 done,
                 damping=damping,
@@ -133,7 +133,7 @@ def quantize_and_rewrite(
             )
             if target.options.propagate:
                 calibrate_with(site, one.tensor, step)
-            if gptq:
+            if tensors:
                 step.tensors[site.name] = one.tensor
             else:
                 rewrite_weight(site, one.weight)
@@ -243,7 +243,7 @@ def _rewritten(
     *,
     judged: bool = True,
 ) -> SiteReport:
-    """The row of a rewritten site. ``judged`` is False for GPTQ, which writes no float weight."""
+    """The row of a rewritten site. ``judged`` is False if no weight is written."""
     old = site.weight
     error = output_error(new.float() - old.float(), old, shared.collected) if judged else math.nan
     return SiteReport(

@@ -267,9 +267,9 @@ def test_sizes_are_those_of_the_tensors() -> None:
     assert found.size_original.bits == 32
     own = 4 * numbers + buffers
     for module in model.modules():
-        if isinstance(module, nn.Linear):  # a code and a zero point are a byte
+        if isinstance(module, nn.Linear):  # a code is a byte, a scale and a zero point are four
             rows, columns = module.weight.shape
-            own += rows * columns * (1 - 4) + rows * (4 + 1)
+            own += rows * columns * (1 - 4) + rows * (4 + 4)
     assert found.size.memory == own
     assert found.size.weights == sum(p.numel() for p in model.parameters() if p.dim() > 1)
     assert found.size.disk is None

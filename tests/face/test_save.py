@@ -24,7 +24,7 @@ from torchao.utils import TorchAOBaseTensor
 from toys import INT, changed, mlp, report_of, state, vectors
 from transformers import LlamaForCausalLM, TorchAoConfig
 
-from magr_fx import magr_quantize, magr_transform
+from magr_fx import MagRConfig, magr_quantize, magr_transform
 from magr_fx.passes.handover.target import describe
 
 
@@ -86,7 +86,8 @@ def test_saved_without_quantization_it_loads_with_the_rewritten_weights(tmp_path
     ids=describe,
 )
 def test_gptqs_codes_are_saved_and_loaded_as_torchaos_own(target: Any, tmp_path: Path) -> None:
-    model, (x, *_) = magr_quantize(mlp(), vectors(), target, rounding="gptq"), vectors()
+    whole, (x, *_) = MagRConfig(zero_point="whole"), vectors()
+    model = magr_quantize(mlp(), vectors(), target, whole, rounding="gptq")
     torch.save(model.state_dict(), tmp_path / "state.pt")
     # Not weights_only, which refuses the enums in torchao's settings as Python 3.11.2 pickles them.
     saved = torch.load(tmp_path / "state.pt", weights_only=False)

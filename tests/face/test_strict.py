@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -407,8 +408,9 @@ def test_a_failure_keeps_magr_quantize_from_quantizing_anything(
     model = mlp()
     before = state(model)
     monkeypatch.setattr(solve_sites, "quantized_weights", failing("provoked", "0."))
+    config = replace(QUICK, zero_point="whole")
     with pytest.raises(CoverageError, match="nothing was quantized") as caught:
-        quantize(model, vectors(), strict=True)
+        quantize(model, vectors(), strict=True, config=config)
     assert "0.weight: CalibrationError: provoked" in str(caught.value)
     assert tensors(model) == []
     assert changed(model, before) == ["2.weight"]

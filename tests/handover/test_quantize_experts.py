@@ -80,8 +80,9 @@ def quantize(model: nn.Module, target: Any, calib: Any = CALIB, **options: Any) 
 
 @functools.cache
 def nearest(name: str) -> nn.Module:
-    target = TARGETS[name]
-    return magr_quantize(MODELS[name](), CALIB, target, propagate=False, trace=tracer(name))
+    options: Any = {"propagate": False, "trace": tracer(name)}
+    whole = MagRConfig(zero_point="whole")  # as torchao makes them
+    return magr_quantize(MODELS[name](), CALIB, TARGETS[name], whole, **options)
 
 
 @functools.cache

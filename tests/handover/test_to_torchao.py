@@ -174,7 +174,7 @@ def test_bit_equal_to_both_steps_one_by_one(target: Any) -> None:
     quantize_(two_steps, target)
     model = mlp()
     biases = {name: p for name, p in model.named_parameters() if "bias" in name}
-    assert magr_quantize(model, calib, target) is model
+    assert magr_quantize(model, calib, target, MagRConfig(zero_point="whole")) is model
     assert_same_bits(model, two_steps)
 
     assert quantized(model) == ["0.weight", "2.weight"]
@@ -211,7 +211,7 @@ def test_packed_int4_on_the_cpu_or_a_clear_refusal() -> None:
     magr_quantize(model, calib, target)
     quantize_(magr_transform(two_steps, calib, target=target), target)
     assert quantized(model) == ["0.weight", "2.weight"]
-    assert report_of(model).config == MagRConfig(alpha="auto", group_size=32)
+    assert report_of(model).config == MagRConfig(alpha="auto", group_size=32, zero_point="whole")
     assert_same_bits(model, two_steps)
     assert torch.equal(model(calib[0]), two_steps(calib[0]))
 

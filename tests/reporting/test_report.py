@@ -222,6 +222,7 @@ def test_json_holds_every_figure(mixed: MagRReport, tmp_path: Path) -> None:
         "tol": 1e-3,
         "damping": None,
         "precision": "float32",
+        "zero_point": None,
     }
     assert (record["batches"], record["traces"]) == (2, 1)
     assert record["seconds"] == mixed.seconds
@@ -466,6 +467,7 @@ def test_json_knows_what_the_target_made_of_it(holdout: float, tmp_path: Path) -
             "error": found.error,
             "held_alone": found.held_alone if holdout else None,
             "held": found.held if holdout else None,
+            "free": 0.0,
         }
     site = judged("w", math.inf, math.nan)
     assert site.as_dict()["quantization"]["error_alone"] is None
