@@ -1,0 +1,471 @@
+"""Traced graphs → the streams that can be rotated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from magr_fx.passes.graphs.torch_private import schema_of
+from magr_fx.passes.graphs.trace import GUARDS, Trace, attribute
+from magr_fx.passes.rotating.streams import Axis, Fold, Stream, Streams
+
+_ATEN = torch.ops.aten
+_NOTHING = Fold(None)
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+# These give the numbers of their first argument, in another dtype, layout or shape that keeps the
+# order of the numbers. A reshape may cut the last axis in blocks, or join blocks.
+_CASTS = {
+    *(_ATEN.to.dtype, _ATEN.to.dtype_layout, _ATEN.to.device, _ATEN._to_copy.default),
+    *(_ATEN.clone.default, _ATEN.contiguous.default, _ATEN.alias.default, _ATEN.detach.default),
+    *(_ATEN.lift_fresh_copy.default, _ATEN.type_as.default),
+}
+_RESHAPES = {
+    *(_ATEN.view.default, _ATEN.reshape.default, _ATEN._unsafe_view.default),
+    *(_ATEN.flatten.using_ints, _ATEN.unflatten.int),
+}
+# Linear in their first argument, and the same for each number of the last axis unless `dim` is it.
+_BY_DIM = {
+    *(_ATEN.slice.Tensor, _ATEN.select.int, _ATEN.narrow.default, _ATEN.index_select.default),
+    *(_ATEN.split.Tensor, _ATEN.split.sizes, _ATEN.split_with_sizes.default),
+    *(_ATEN.chunk.default, _ATEN.unbind.int, _ATEN.cumsum.default, _ATEN.flip.default),
+    *(_ATEN.sum.dim_IntList, _ATEN.mean.dim),
+}
+_ADDITIONS = {_ATEN.add.Tensor, _ATEN.sub.Tensor, _ATEN.add_.Tensor}
+_PRODUCTS = {_ATEN.mul.Tensor, _ATEN.mul_.Tensor}
+_QUOTIENTS = {_ATEN.div.Tensor}
+_ZEROS = {
+    *(_ATEN.zeros_like.default, _ATEN.new_zeros.default, _ATEN.zeros.default),
+}
+_MATMULS = {_ATEN.matmul.default, _ATEN.bmm.default}
+
+
+def find_streams(
+    traces: Iterable[Trace], model: nn.Module
+) -> tuple[list[tuple[Stream, str]], dict[Axis, nn.Parameter | None]]:
+    """Every stream that a weight reads, with its name: the first weight that reads it.
+
+    All traces count: a stream that one of them fixes is fixed.
+
+    Returns:
+        The streams with their names; and the bias that goes with each weight that reads one.
+    """
+    streams = Streams()
+    owned = {id(parameter): name for name, parameter in model.named_parameters()}
+    for trace in traces:
+        _Reader(trace, streams, owned).read()
+    streams.settle()
+    found = [
+        (stream, min(owned[id(axis.parameter)] for axis in stream.readers))
+        for stream in streams.all()
+    ]
+    return sorted(found, key=lambda pair: pair[1]), streams.biases
+
+
+@dataclass
+class _Scaled:
+    """A value times a norm's weight: only linears may read it."""
+
+    source: fx.Node
+    fold: Fold
+
+
+@dataclass
+class _Reader:
+    """Goes through one graph, and joins or fixes the streams of its values."""
+
+    trace: Trace
+    streams: Streams
+    owned: dict[int, str]
+    scaled: dict[fx.Node, _Scaled] = field(default_factory=dict)
+    squares: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    norm_weights: dict[fx.Node, Fold] = field(default_factory=dict)
+
+    def read(self) -> None:
+        for node in self.trace.graph_module.graph.nodes:
+            if node.op == "get_attr":
+                self._attribute(node)
+            elif node.op == "call_function":
+                self._call(node)
+            elif node.op == "output":
+                self._fix_all(node, "it is an output of the model")
+            elif node.op == "placeholder":
+                if _size(node):
+                    self.streams.of(node, _size(node))
+                    self.streams.fix(node, "it is an input of the model")
+            elif node.target != GUARDS:
+                self._fix_all(node, f"{node.target} reads it")
+
+    def _attribute(self, node: fx.Node) -> None:
+        value = attribute(self.trace, node)
+        if not isinstance(value, nn.Parameter) or id(value) not in self.owned or value.dim() == 0:
+            if _size(node):
+                self.streams.of(node, _size(node))
+                self.streams.fix(node, "a buffer or a constant takes part in it")
+            return
+        if value.dim() == 1:
+            self.norm_weights[node] = Fold(value)
+
+    def _parameter(self, node: Any) -> nn.Parameter | None:
+        """The model's own parameter that an argument is, if it is nothing else."""
+        while isinstance(node, fx.Node) and node.target in _CASTS:
+            node = node.args[0]
+        value = attribute(self.trace, node)
+        known = isinstance(value, nn.Parameter) and id(value) in self.owned
+        return value if known else None
+
+    def _value(self, node: fx.Node) -> fx.Node | Axis:
+        """The member that an argument is: a value, or the last axis of a parameter."""
+        parameter = self._parameter(node)
+        if parameter is not None and parameter.dim() > 0:
+            axis = Axis(parameter, parameter.dim() - 1)
+            self.streams.of(axis).written.add(axis)
+            return axis
+        self.streams.of(node, _size(node) or 1)
+        return node
+
+    def _fix_all(self, node: fx.Node, reason: str) -> None:
+        for source in node.all_input_nodes:
+            self._fix(source, reason)
+
+    def _fix(self, node: fx.Node, reason: str) -> None:
+        scaled, square = self.scaled.get(node), self.squares.get(node)
+        if scaled is not None:
+            self.streams.fix(self._value(scaled.source), f"{reason}, behind a norm")
+        if square is not None:
+            self.streams.fix(self._value(square), reason)
+        parameter = self._parameter(node)
+        if parameter is not None:
+            for at in range(parameter.dim()):
+                self.streams.fix(Axis(parameter, at), reason)
+            return
+        self.streams.of(node, _size(node) or 1)
+        self.streams.fix(node, reason)
+
+    def _unknown(self, node: fx.Node) -> None:
+        reason = f"{node.target} reads it"
+        self._fix_all(node, reason)
+        self._fix(node, f"{node.target} makes it")
+
+    def _call(self, node: fx.Node) -> None:
+        schema = schema_of(node.target)
+        if schema is not None and not schema.returns:
+            return  # an assertion
+        if isinstance(node.meta.get("val"), _NUMBERS):
+            return
+        target: Any = node.target
+        for ops, rule in self._rules():
+            if target in ops:
+                if not rule(node):
+                    self._unknown(node)
+                return
+        if str(target) == "<built-in function getitem>":
+            if not self._same(node, node.args[0]):
+                self._unknown(node)
+            return
+        self._unknown(node)
+
+    def _rules(self) -> list[tuple[set[Any], Any]]:
+        return [
+            ({_ATEN.linear.default}, self._linear),
+            ({_ATEN.addmm.default}, self._addmm),
+            ({_ATEN.mm.default}, self._mm),
+            ({_ATEN.embedding.default}, self._embedding),
+            (_CASTS, self._cast),
+            ({_ATEN.dropout.default}, self._cast),
+            (_RESHAPES, self._reshape),
+            ({_ATEN.transpose.int, _ATEN.permute.default, _ATEN.unsqueeze.default}, self._axes),
+            ({_ATEN.expand.default, _ATEN.expand_as.default, _ATEN.squeeze.dim}, self._axes),
+            ({_ATEN.repeat.default, _ATEN.repeat_interleave.self_int}, self._axes),
+            (_BY_DIM, self._by_dim),
+            (_ADDITIONS, self._add),
+            (_PRODUCTS, self._product),
+            (_QUOTIENTS, self._quotient),
+            ({_ATEN.neg.default}, self._cast),
+            ({_ATEN.pow.Tensor_Scalar, _ATEN.square.default}, self._square),
+            ({_ATEN.cat.default, _ATEN.stack.default}, self._cat),
+            ({_ATEN.index.Tensor}, self._index),
+            (_MATMULS, self._matmul),
+            ({_ATEN.scaled_dot_product_attention.default}, self._attention),
+            ({_ATEN.rms_norm.default, _ATEN.layer_norm.default}, self._norm),
+            (_ZEROS, lambda node: True),
+        ]
+
+    # Rules: whether the op is understood. Each joins and fixes as it has to.
+
+    def _same(self, node: fx.Node, source: Any) -> bool:
+        """The value has the last axis of ``source``."""
+        if not isinstance(source, fx.Node):
+            return False
+        if source in self.scaled:
+            self.scaled[node] = self.scaled[source]
+            self.streams.of(node, _size(node) or 1)
+            return True
+        if source in self.norm_weights and node.target in _CASTS:
+            self.norm_weights[node] = self.norm_weights[source]
+        if source in self.squares:
+            return False
+        one, other = self._value(source), self._value(node)
+        self.streams.join(one, other)
+        return True
+
+    def _cast(self, node: fx.Node) -> bool:
+        if node.target is _ATEN.dropout.default and node.args[2]:
+            return False
+        source = node.args[0]
+        if isinstance(source, fx.Node) and source in self.squares:
+            self.squares[node] = self.squares[source]
+            return True
+        if node.target in _CASTS and self._parameter(source) is not None:
+            # The same parameter: what reads the node looks through the cast.
+            if isinstance(source, fx.Node) and source in self.norm_weights:
+                self.norm_weights[node] = self.norm_weights[source]
+            return True
+        return self._same(node, source)
+
+    def _reshape(self, node: fx.Node) -> bool:
+        source = node.args[0]
+        if not (isinstance(source, fx.Node) and _size(source) and _size(node)):
+            return False
+        return self._same(node, source)
+
+    def _axes(self, node: fx.Node) -> bool:
+        """Ops on other axes: the last one has to stay the last, at its length."""
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or not _size(source) or _size(source) != _size(node):
+            return False
+        ndim = _ndim(source)
+        dims = [arg % ndim for arg in node.args[1:] if isinstance(arg, int)] if ndim else []
+        if node.target is _ATEN.transpose.int and ndim - 1 in dims:
+            return False
+        if node.target is _ATEN.permute.default:
+            order: Any = node.args[1]
+            if order[-1] % ndim != ndim - 1:
+                return False
+        if node.target is _ATEN.unsqueeze.default and node.args[1] in (-1, ndim):
+            return False
+        if node.target is _ATEN.squeeze.dim and ndim - 1 in dims:
+            return False
+        if node.target is _ATEN.repeat_interleave.self_int:
+            dim: Any = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None)
+            if dim is None or dim % ndim == ndim - 1:
+                return False
+        return self._same(node, source)
+
+    def _by_dim(self, node: fx.Node) -> bool:
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            return False
+        ndim, default = _ndim(source), 0
+        if node.target in (_ATEN.sum.dim_IntList, _ATEN.mean.dim):
+            square = self.squares.get(source)
+            dims: Any = node.args[1] or range(ndim)
+            last = [dim % ndim for dim in dims]
+            if square is not None:  # the sum of all squares does not change
+                self.streams.of(node, 1)
+                self.streams.fix(node, "it is a sum of squares")
+                return last == [ndim - 1]
+            return ndim - 1 not in last and self._same(node, source)
+        at = 2 if "split" in str(node.target) or node.target is _ATEN.chunk.default else 1
+        dim: Any = node.kwargs.get("dim", node.args[at] if len(node.args) > at else default)
+        dims = dim if isinstance(dim, (list, tuple)) else [dim]
+        if not all(isinstance(one, int) for one in dims):
+            return False
+        return ndim - 1 not in [one % ndim for one in dims] and self._same(node, source)
+
+    def _add(self, node: fx.Node) -> bool:
+        one, other = node.args[:2]
+        if not (isinstance(one, fx.Node) and isinstance(other, fx.Node)):
+            return self._one_plus(node)
+        if _size(one) != _size(other) or not _size(one):
+            return False
+        return self._same(node, one) and self._same(node, other) and node not in self.scaled
+
+    def _one_plus(self, node: fx.Node) -> bool:
+        """1 + w, of a norm's weight."""
+        source = next((arg for arg in node.args if isinstance(arg, fx.Node)), None)
+        if source not in self.norm_weights or 1 not in node.args or node.kwargs:
+            return False
+        weight = self.norm_weights[source]
+        if weight.plus_one or node.target is _ATEN.sub.Tensor:
+            return False
+        self.norm_weights[node] = weight._replace(plus_one=True)
+        return True
+
+    def _product(self, node: fx.Node) -> bool:
+        one, other = node.args[:2]
+        if one is other and isinstance(one, fx.Node):
+            return self._square(node)
+        for value, factor in ((one, other), (other, one)):
+            if not isinstance(value, fx.Node) or value in self.norm_weights:
+                continue
+            if not isinstance(factor, fx.Node):
+                return self._same(node, value)
+            if factor in self.norm_weights and value not in self.scaled:
+                return self._scale(node, value, self.norm_weights[factor])
+            if self._is_scalar(factor) and (_size(value) or 0) > 1:
+                self._fix(factor, "it is a factor")
+                return self._same(node, value)
+        return False
+
+    def _quotient(self, node: fx.Node) -> bool:
+        value, factor = node.args[:2]
+        if isinstance(factor, fx.Node):
+            if not self._is_scalar(factor) or _size(value) in (None, 1):
+                return False
+            self._fix(factor, "it is a divisor")
+        return self._same(node, value)
+
+    def _is_scalar(self, node: fx.Node) -> bool:
+        """Whether the value is one number for all of another value's last axis."""
+        return _size(node) == 1 or (_ndim(node) == 0 and _is_tensor(node))
+
+    def _scale(self, node: fx.Node, value: fx.Node, fold: Fold) -> bool:
+        if fold.weight is None or _size(value) != len(fold.weight):
+            return False
+        return self._normed(node, value, fold)
+
+    def _normed(self, node: fx.Node, value: fx.Node, fold: Fold) -> bool:
+        """Note that a value is another one times a norm's weight."""
+        if value in self.squares:
+            return False
+        member = self._value(value)
+        for parameter in (fold.weight, fold.shift):
+            if parameter is not None:
+                self.streams.normed.setdefault(parameter, []).append(member)
+        self.scaled[node] = _Scaled(value, fold)
+        self.streams.of(node, _size(node) or 1)
+        return True
+
+    def _square(self, node: fx.Node) -> bool:
+        source = node.args[0]
+        two = node.target is not _ATEN.pow.Tensor_Scalar or node.args[1] == 2
+        if not isinstance(source, fx.Node) or not two:
+            return False
+        if source in self.scaled or source in self.squares:
+            return False
+        self._value(source)
+        self.squares[node] = source
+        return True
+
+    def _cat(self, node: fx.Node) -> bool:
+        parts: Any = node.args[0]
+        dim: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+        ndim = _ndim(parts[0]) + (node.target is _ATEN.stack.default)
+        if dim % ndim == ndim - 1 or any(part in self.scaled for part in parts):
+            return False
+        return all(self._same(node, part) for part in parts)
+
+    def _index(self, node: fx.Node) -> bool:
+        source, indices = node.args[0], node.args[1]
+        if not isinstance(source, fx.Node) or not isinstance(indices, (list, tuple)):
+            return False
+        return len(indices) < _ndim(source) and self._same(node, source)
+
+    def _matmul(self, node: fx.Node) -> bool:
+        """A·B: each row of the product is a sum of rows of B."""
+        left, right = node.args[:2]
+        if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)) or _ndim(right) < 2:
+            return False
+        if self._parameter(right) is not None or right in self.scaled:
+            return False
+        self._fix(left, f"{node.target} sums over it")
+        return self._same(node, right)
+
+    def _attention(self, node: fx.Node) -> bool:
+        query, key, value = node.args[:3]
+        for source in node.all_input_nodes:
+            if source is not value:
+                self._fix(source, f"{node.target} reads it")
+        if value in (query, key) or not isinstance(value, fx.Node) or value in self.scaled:
+            return False
+        return self._same(node, value)
+
+    def _norm(self, node: fx.Node) -> bool:
+        source, shape = node.args[0], node.args[1]
+        sized = isinstance(shape, (list, tuple)) and len(shape) == 1
+        if not isinstance(source, fx.Node) or not sized or source in self.scaled:
+            return False
+        given = [*node.args[2:], None, None, None]
+        centred = node.target is _ATEN.layer_norm.default
+        weight, shift = self._parameter(given[0]), self._parameter(given[1]) if centred else None
+        if (given[0] is not None and weight is None) or (
+            centred and given[1] is not None and shift is None
+        ):
+            return False
+        if centred:
+            self.streams.of(self._value(source)).keeps_mean = True
+        return self._normed(node, source, Fold(weight, shift=shift))
+
+    def _embedding(self, node: fx.Node) -> bool:
+        table = self._parameter(node.args[0])
+        if table is None:
+            return False
+        self.streams.of(node, _size(node) or 1)
+        self.streams.write(node, Axis(table, 1))
+        return True
+
+    def _linear(self, node: fx.Node) -> bool:
+        value, weight = node.args[0], self._parameter(node.args[1])
+        bias = node.args[2] if len(node.args) > 2 else None
+        return self._multiply(node, value, weight, bias, reads=1)
+
+    def _addmm(self, node: fx.Node) -> bool:
+        if node.kwargs:
+            return False
+        bias, value, weight = node.args[:3]
+        return self._multiply(node, value, self._parameter(weight), bias, reads=0)
+
+    def _mm(self, node: fx.Node) -> bool:
+        return self._multiply(node, node.args[0], self._parameter(node.args[1]), None, reads=0)
+
+    def _multiply(
+        self, node: fx.Node, value: Any, weight: nn.Parameter | None, bias: Any, *, reads: int
+    ) -> bool:
+        if weight is None or weight.dim() != 2 or not isinstance(value, fx.Node):
+            return False
+        if value in self.squares:
+            return False
+        shift = None if bias is None else self._parameter(bias)
+        if bias is not None and shift is None:
+            return False
+        scaled = self.scaled.get(value)
+        fold = _NOTHING if scaled is None else scaled.fold
+        source = value if scaled is None else scaled.source
+        member, axis = self._value(source), Axis(weight, reads)
+        if isinstance(member, Axis):  # a parameter is multiplied: no value of the data
+            return False
+        if fold.weight is not None and len(fold.weight) != weight.shape[reads]:
+            return False  # it was cut into blocks behind the norm
+        self.streams.read(member, axis, fold)
+        if fold.shift is not None and shift is None:
+            self.streams.fix(member, "a norm's shift has no bias to go to")
+        self.streams.of(node, _size(node) or 1)
+        self.streams.write(node, Axis(weight, 1 - reads))
+        if shift is not None:
+            self.streams.write(node, Axis(shift, 0))
+        if self.streams.biases.setdefault(axis, shift) is not shift:
+            self.streams.fix(member, "a weight is used with different biases")
+        return True
+
+
+def _size(node: Any) -> int | None:
+    """The length of a value's last axis, where it is a number."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if isinstance(value, (list, tuple)) and value:  # parts along another axis
+        value = value[0]
+    if isinstance(value, torch.Tensor) and value.dim() and isinstance(value.shape[-1], int):
+        return value.shape[-1]
+    return None
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _ndim(node: Any) -> int:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value.dim() if isinstance(value, torch.Tensor) else 0
