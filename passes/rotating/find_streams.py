@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -114,8 +114,9 @@ class _Reader:
         while isinstance(node, fx.Node) and node.target in _CASTS:
             node = node.args[0]
         value = attribute(self.trace, node)
-        known = isinstance(value, nn.Parameter) and id(value) in self.owned
-        return value if known else None
+        if isinstance(value, nn.Parameter) and id(value) in self.owned:
+            return value
+        return None
 
     def _value(self, node: fx.Node) -> fx.Node | Axis:
         """The member that an argument is: a value, or the last axis of a parameter."""
@@ -191,10 +192,15 @@ class _Reader:
             (_MATMULS, self._matmul),
             ({_ATEN.scaled_dot_product_attention.default}, self._attention),
             ({_ATEN.rms_norm.default, _ATEN.layer_norm.default}, self._norm),
-            (_ZEROS, lambda node: True),
+            (_ZEROS, self._zeros),
         ]
 
     # Rules: whether the op is understood. Each joins and fixes as it has to.
+
+    def _zeros(self, node: fx.Node) -> bool:
+        """Zeros stay zeros."""
+        self.streams.of(node, _size(node) or 1)
+        return True
 
     def _same(self, node: fx.Node, source: Any) -> bool:
         """The value has the last axis of ``source``."""
@@ -237,23 +243,22 @@ class _Reader:
         source = node.args[0]
         if not isinstance(source, fx.Node) or not _size(source) or _size(source) != _size(node):
             return False
-        ndim = _ndim(source)
-        dims = [arg % ndim for arg in node.args[1:] if isinstance(arg, int)] if ndim else []
-        if node.target is _ATEN.transpose.int and ndim - 1 in dims:
-            return False
+        last = _ndim(source) - 1
+        return self._moved(node, last + 1).isdisjoint({last}) and self._same(node, source)
+
+    def _moved(self, node: fx.Node, ndim: int) -> set[int]:
+        """The axes of the first argument that the op moves, repeats or removes."""
+        given: Any = [*node.args[1:], *node.kwargs.values()]
         if node.target is _ATEN.permute.default:
-            order: Any = node.args[1]
-            if order[-1] % ndim != ndim - 1:
-                return False
-        if node.target is _ATEN.unsqueeze.default and node.args[1] in (-1, ndim):
-            return False
-        if node.target is _ATEN.squeeze.dim and ndim - 1 in dims:
-            return False
+            return {at for at, axis in enumerate(given[0]) if axis % ndim != at}
+        if node.target is _ATEN.unsqueeze.default:  # a new last axis moves the old one
+            return {ndim - 1} if given[0] in (-1, ndim) else set()
         if node.target is _ATEN.repeat_interleave.self_int:
-            dim: Any = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None)
-            if dim is None or dim % ndim == ndim - 1:
-                return False
-        return self._same(node, source)
+            dim: Any = node.kwargs.get("dim", given[1] if len(given) > 1 else None)
+            return {ndim - 1 if dim is None else dim % ndim}
+        if node.target in (_ATEN.transpose.int, _ATEN.squeeze.dim):
+            return {axis % ndim for axis in given if isinstance(axis, int)}
+        return set()  # expand and repeat: of the last axis they would change the length
 
     def _by_dim(self, node: fx.Node) -> bool:
         source = node.args[0]
@@ -292,7 +297,7 @@ class _Reader:
         weight = self.norm_weights[source]
         if weight.plus_one or node.target is _ATEN.sub.Tensor:
             return False
-        self.norm_weights[node] = weight._replace(plus_one=True)
+        self.norm_weights[node] = replace(weight, plus_one=True)
         return True
 
     def _product(self, node: fx.Node) -> bool:
@@ -363,7 +368,8 @@ class _Reader:
         source, indices = node.args[0], node.args[1]
         if not isinstance(source, fx.Node) or not isinstance(indices, (list, tuple)):
             return False
-        return len(indices) < _ndim(source) and self._same(node, source)
+        taken = sum(_ndim(one) if _is_mask(one) else 1 for one in indices)
+        return taken < _ndim(source) and self._same(node, source)
 
     def _matmul(self, node: fx.Node) -> bool:
         """A·B: each row of the product is a sum of rows of B."""
@@ -464,6 +470,12 @@ def _size(node: Any) -> int | None:
 
 def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _is_mask(node: Any) -> bool:
+    """Whether an index is a boolean tensor, which stands for as many axes as it has."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.bool, torch.uint8)
 
 
 def _ndim(node: Any) -> int:

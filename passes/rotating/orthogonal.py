@@ -21,10 +21,12 @@ def random_orthogonal(size: int, generator: torch.Generator, *, keeps_mean: bool
     if not keeps_mean:
         gaussian = torch.randn(size, size, dtype=torch.float64, generator=generator)
         q, r = torch.linalg.qr(gaussian)
-        return q * r.diagonal().sign()
+        signed: Tensor = q * r.diagonal().sign()
+        return signed
     ones = torch.ones(size, 1, dtype=torch.float64)
     others = torch.eye(size, size - 1, dtype=torch.float64)
     basis, _ = torch.linalg.qr(torch.cat([ones, others], 1))  # its first column is parallel to 1
     rest = basis[:, 1:]
     inner = random_orthogonal(size - 1, generator)
-    return ones @ ones.T / size + rest @ inner @ rest.T
+    rotated: Tensor = ones @ ones.T / size + rest @ inner @ rest.T
+    return rotated

@@ -82,7 +82,7 @@ def rotate(model: nn.Module, batches: list[Batch], tracing: Tracing, seed: int) 
     return [Rotation(name, s.block, len(s.axes), s.fixed) for s, name in streams]
 
 
-def untie(model: nn.Module) -> int:
+def untie_heads(model: nn.Module) -> int:
     """Give every linear that shares its weight with an embedding a copy of its own.
 
     Returns:
