@@ -81,6 +81,10 @@ def _errors_after_quantization(report: MagRReport) -> list[str]:
         lines.append(_gain("calibration", [(q.error_alone, q.error) for q in known]))
         if not all(math.isnan(q.held) for q in known):
             lines.append(_gain("held-out tokens", [(q.held_alone, q.held) for q in known]))
+    free = [q.free for q in known if q.free]
+    if free:
+        share = sum(free) / len(known)
+        lines.append(f"zero points that are no whole numbers: {share:.0%} of the rows or groups")
     if report.overfitted:
         lines.append(f"{len(report.overfitted)} sites fit the calibration too closely")
     return lines

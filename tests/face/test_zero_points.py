@@ -57,6 +57,7 @@ def test_they_are_free_where_the_tensor_holds_them(target: Any, free: bool, roun
     found = [site.quantization.free for site in report.rewritten if site.quantization]
     assert len(found) == 2
     assert all(share > 0.5 if free else share == 0 for share in found)
+    assert ("zero points that are no whole numbers: " in report.totals()) == free
     assert not is_free(magr_quantize(mlp(), vectors(), target, WHOLE, rounding=rounding))
 
 
