@@ -42,7 +42,7 @@ def fitted_grid(rows: Tensor, energy: Tensor, like: Grid) -> Grid:
 
     With the codes fixed, scale and zero point solve a least-squares problem in two variables; with
     these fixed, the nearest codes are best. In turn neither raises the sum (Lloyd's algorithm for
-    values at equal distances). The loss is that of NeUQI (arXiv 2505.17595, section 3), which
+    values at equal distances). The loss is that of NeUQI (arXiv 2505.17595), which
     searches for the scale and then for the zero point.
 
     Args:

@@ -31,7 +31,7 @@ def rotate_transform(
     (R2). It becomes x·Q for a random orthogonal Q: weights ``[out, in]`` that write it become QᵀW,
     weights that read it W·Q, and embeddings E·Q. The weights of norms move into the linears behind
     them. Large weights are thereby spread over many smaller ones, which an integer grid fits
-    better; nothing is added to the model (Liu et al., "SpinQuant", arXiv 2405.16406, section 3.1;
+    better; nothing is added to the model (Liu et al., "SpinQuant", arXiv 2405.16406, R1 and R2;
     Q is not trained here). Everything is computed in float64.
 
     Hidden states and key-value caches are rotated as well: give ``calib`` inputs that make the
