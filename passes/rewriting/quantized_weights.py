@@ -86,7 +86,7 @@ def quantized_weights(
     for piece in cut(len(weight), count):
         stacked_rows = within(rows, slice(own.start + piece.start, own.start + piece.stop))
         torchao = TorchaoRounding(target.config, stacked_rows)
-        rtn, choice = _choose(
+        rtn, choice = choose_rows(
             weight[piece],
             target_weight[piece],
             gram,
@@ -123,7 +123,7 @@ def quantized_weights(
     return result
 
 
-def _choose(
+def choose_rows(
     weight: Tensor,
     target_weight: Tensor,
     gram: Tensor,
@@ -131,7 +131,7 @@ def _choose(
     config: MagRConfig,
     target: Target,
     hessian_factor: Compensation | None,
-    ranks: Ranks,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, Choice]:
     """For one piece of the rows: the values of torchao alone (round to nearest), and the choice.
 
