@@ -182,3 +182,12 @@ def assert_gram(gram: Tensor | None, expected: Tensor, tolerance: float = 1e-5) 
     size = expected.diagonal().double().sqrt()
     error = (gram.double() - expected).abs()
     assert bool((error <= tolerance * size.outer(size)).all())
+
+
+def assert_drift(drift: Tensor | None, expected: Tensor, tolerance: float = 1e-5) -> None:
+    """Equal up to rounding, relative to the largest entry."""
+    assert drift is not None
+    assert drift.dtype == torch.float32
+    assert drift.shape == expected.shape
+    error = (drift.double() - expected).abs().max() / expected.abs().max()
+    assert float(error) <= tolerance

@@ -74,7 +74,7 @@ COPIES = frozenset(
 
 
 # Views whose sizes may come from the input, such as the batch that a weight is expanded over.
-_RESIZES = frozenset(
+RESIZES = frozenset(
     {aten.expand.default, aten.reshape.default, aten.view.default, aten._unsafe_view.default}
 )
 
@@ -203,7 +203,7 @@ def replay(
         if node.target in COPIES:
             continue
         inputs = (node.args[1:], node.kwargs)
-        if node.target not in _RESIZES and any(isinstance(a, fx.Node) for a in tree_leaves(inputs)):
+        if node.target not in RESIZES and any(isinstance(a, fx.Node) for a in tree_leaves(inputs)):
             return None  # the elements that it reads depend on the input's shape
         args, kwargs = tree_map_only(fx.Node, _smallest, inputs)
         try:

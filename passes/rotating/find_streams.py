@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import fx, nn
 
 from magr_fx.passes.graphs.torch_private import schema_of
 from magr_fx.passes.graphs.trace import GUARDS, Trace, attribute
+from magr_fx.passes.graphs.weight_views import COPIES, RESIZES
 from magr_fx.passes.rotating.streams import Axis, Fold, Stream, Streams
 
 _ATEN = torch.ops.aten
@@ -18,15 +20,8 @@ _NOTHING = Fold(None)
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 # These give the numbers of their first argument, in another dtype, layout or shape that keeps the
 # order of the numbers. A reshape may cut the last axis in blocks, or join blocks.
-_CASTS = {
-    *(_ATEN.to.dtype, _ATEN.to.dtype_layout, _ATEN.to.device, _ATEN._to_copy.default),
-    *(_ATEN.clone.default, _ATEN.contiguous.default, _ATEN.alias.default, _ATEN.detach.default),
-    *(_ATEN.lift_fresh_copy.default, _ATEN.type_as.default),
-}
-_RESHAPES = {
-    *(_ATEN.view.default, _ATEN.reshape.default, _ATEN._unsafe_view.default),
-    *(_ATEN.flatten.using_ints, _ATEN.unflatten.int),
-}
+_CASTS = COPIES | {_ATEN.alias.default, _ATEN.detach.default, _ATEN.type_as.default}
+_RESHAPES = (RESIZES - {_ATEN.expand.default}) | {_ATEN.flatten.using_ints, _ATEN.unflatten.int}
 # Linear in their first argument, and the same for each number of the last axis unless `dim` is it.
 _BY_DIM = {
     *(_ATEN.slice.Tensor, _ATEN.select.int, _ATEN.narrow.default, _ATEN.index_select.default),
@@ -169,7 +164,7 @@ class _Reader:
             return
         self._unknown(node)
 
-    def _rules(self) -> list[tuple[set[Any], Any]]:
+    def _rules(self) -> list[tuple[AbstractSet[Any], Any]]:
         return [
             ({_ATEN.linear.default}, self._linear),
             ({_ATEN.addmm.default}, self._addmm),

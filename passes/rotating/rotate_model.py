@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from magr_fx.errors import ModelError
+from magr_fx.passes.graphs.torch_private import tree_leaves, tree_map
 from magr_fx.passes.graphs.trace import calibration_mode
 from magr_fx.passes.inputs.calibration import Batch
 from magr_fx.passes.rotating.find_streams import find_streams
@@ -103,10 +103,10 @@ def untie_heads(model: nn.Module) -> int:
 
 def _outputs(model: nn.Module, batch: Batch) -> list[torch.Tensor]:
     """The tensors that the model gives for a batch, which it does not change."""
-    args, kwargs = pytree.tree_map(_copied, (batch.args, batch.kwargs))
+    args, kwargs = tree_map(_copied, (batch.args, batch.kwargs))
     with torch.compiler.set_stance("force_eager"), side_effects_undone(model):
         outputs = model(*args, **kwargs)
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
 
 
 def _copied(leaf: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import targets
 import torch
-from graph_helpers import Formula, analyse, assert_gram, call, weight
+from graph_helpers import Formula, analyse, assert_drift, assert_gram, call, weight
 from targets import ASYMMETRIC, SYMMETRIC, intx
 from tiny_models import activations, text_calib, tiny_llama
 from torch import Tensor, fx, nn
@@ -392,7 +392,7 @@ def test_padding_counts_neither_here_nor_there() -> None:
     used, held = torch.split(x[keep].double(), [10, 3])  # 3 is three tenths of the 13, rounded down
     assert_gram(shared.gram, used.T @ used)
     assert_gram(shared.held, held.T @ held)
-    assert_gram(shared.drift, used.T @ torch.ones_like(used))
+    assert_drift(shared.drift, used.T @ torch.ones_like(used))
     assert (int(shared.tokens), int(shared.held_tokens)) == (10, 3)
 
 
@@ -568,7 +568,7 @@ def test_the_quantized_run_routes_as_the_original_one_did(monkeypatch: pytest.Mo
     assert not torch.equal(chosen, order), "the quantized gate should choose others here"
     now = quantized[order]
     assert_gram(seen["b.weight"].gram, now.T @ now)
-    assert_gram(seen["b.weight"].drift, now.T @ (kept - now))
+    assert_drift(seen["b.weight"].drift, now.T @ (kept - now))
 
 
 def test_the_quantized_run_draws_the_same_noise(

@@ -24,6 +24,7 @@ def test_defaults() -> None:
         "tol": None,
         "damping": None,
         "precision": "float32",
+        "zero_point": None,
         "step": None,
         "base_config": None,
     }

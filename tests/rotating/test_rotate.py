@@ -25,6 +25,7 @@ from tiny_models import (
 )
 from torch import Tensor, fx, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 from toys import changed, state
 
 from magr_fx import ConfigError, ModelError, RotatePass, magr_quantize, rotate_transform
@@ -122,7 +123,7 @@ def assert_same_outputs(model: nn.Module, other: nn.Module, batches: Any, within
 
 
 def leaves(outputs: Any) -> list[Tensor]:
-    found = torch.utils._pytree.tree_leaves(outputs)
+    found = tree_leaves(outputs)
     return [leaf for leaf in found if isinstance(leaf, Tensor)]
 
 
