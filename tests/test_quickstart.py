@@ -71,7 +71,7 @@ def test_quickstart_compares_and_reports(local_model: Path, tmp_path: Path) -> N
     report = json.loads((tmp_path / "int2.json").read_text())
     sites = [site for site in report["sites"] if site["outcome"] == "rewritten"]
     assert len(sites) == 14
-    assert all(0 < site["output_error"] < 1 for site in sites)
+    assert all(0 < site["quantization"]["error"] < 1 for site in sites)
     assert (tmp_path / "int4.png").stat().st_size > 10_000
     assert done.stdout.count("14 rewritten") == 2
     assert "Q4_1" not in done.stdout  # the caveat is about the default model alone

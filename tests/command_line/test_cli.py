@@ -18,7 +18,6 @@ from tiny_directories import save_model, save_text
 from tiny_models import tiny_llama, tiny_mixtral
 from torch import nn
 from torch.nn import functional
-from torchao.quantization import quantize_
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -172,8 +171,7 @@ def test_a_quantized_directory_is_what_transformers_saves(
     }
     model = load(source)
     chosen = rewritable(model, ("*.0.*.o_proj",), linears_only=True)
-    magr_transform(model, batches(source, text), target=TARGET, filter_fn=chosen)
-    quantize_(model, TARGET, chosen)
+    magr_quantize(model, batches(source, text), TARGET, filter_fn=chosen)
     model.config.quantization_config = TorchAoConfig(TARGET)
     model.hf_quantizer = AutoHfQuantizer.from_config(model.config.quantization_config)
     model.save_pretrained(wanted)

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from magr_fx import CheckpointError, ConfigError, ModelError, magr_quantize, magr_transform
+from magr_fx.machine.memory import trim
 from magr_fx.machine.safetensors_header import read_header
 from magr_fx.passes.collecting import spill
 from magr_fx.passes.entries import run as run_module
@@ -551,7 +552,8 @@ def test_a_run_that_was_cut_short_goes_on_on_another_device(
 
 
 def resident_mebibytes() -> float:
-    """What no file backs: private and shared pages."""
+    """What no file backs: private and shared pages, without what glibc keeps of earlier tests."""
+    trim()
     with open("/proc/self/status") as lines:
         found = [line.split()[1] for line in lines if line.startswith(("RssAnon", "RssShmem"))]
     return sum(map(int, found)) / 1024
