@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import errno
 import functools
+import multiprocessing
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -572,6 +574,12 @@ def test_released_weights_hold_no_values(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.slow
 def test_what_is_not_needed_takes_up_no_memory(tmp_path: Path) -> None:
+    """In a process of its own: what glibc keeps of other tests comes and goes."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        process.submit(load_one_after_the_other, tmp_path).result()
+
+
+def load_one_after_the_other(tmp_path: Path) -> None:
     each = 16  # MiB
     layers = [nn.Linear(2048, each * 128, bias=False) for _ in range(8)]
     hooked = disk_offload(nn.Sequential(*layers), str(tmp_path))
