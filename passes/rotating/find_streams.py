@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -158,7 +159,7 @@ class _Reader:
                 if not rule(node):
                     self._unknown(node)
                 return
-        if str(target) == "<built-in function getitem>":
+        if target is operator.getitem:
             if not self._same(node, node.args[0]):
                 self._unknown(node)
             return
@@ -205,8 +206,6 @@ class _Reader:
             self.scaled[node] = self.scaled[source]
             self.streams.of(node, _size(node) or 1)
             return True
-        if source in self.norm_weights and node.target in _CASTS:
-            self.norm_weights[node] = self.norm_weights[source]
         if source in self.squares:
             return False
         one, other = self._value(source), self._value(node)
@@ -259,7 +258,7 @@ class _Reader:
         source = node.args[0]
         if not isinstance(source, fx.Node):
             return False
-        ndim, default = _ndim(source), 0
+        ndim = _ndim(source)
         if node.target in (_ATEN.sum.dim_IntList, _ATEN.mean.dim):
             square = self.squares.get(source)
             dims: Any = node.args[1] or range(ndim)
@@ -270,7 +269,7 @@ class _Reader:
                 return last == [ndim - 1]
             return ndim - 1 not in last and self._same(node, source)
         at = 2 if "split" in str(node.target) or node.target is _ATEN.chunk.default else 1
-        dim: Any = node.kwargs.get("dim", node.args[at] if len(node.args) > at else default)
+        dim: Any = node.kwargs.get("dim", node.args[at] if len(node.args) > at else 0)
         dims = dim if isinstance(dim, (list, tuple)) else [dim]
         if not all(isinstance(one, int) for one in dims):
             return False

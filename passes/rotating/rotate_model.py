@@ -18,10 +18,8 @@ from magr_fx.passes.rotating.rotate_weights import parameters_of, rotate_weights
 from magr_fx.passes.tracing.compare_outputs import difference
 from magr_fx.passes.tracing.make_fx import side_effects_undone
 from magr_fx.passes.tracing.read_exported import trace_or_read
+from magr_fx.passes.tracing.same_output import COARSE, TOLERANCE
 from magr_fx.passes.tracing.trace_batches import Tracing
-
-# Of ‖after - before‖ / ‖before‖, in the model's dtype: float32, and anything coarser.
-TOLERANCE, COARSE = 1e-4, 0.03
 
 
 @dataclass(frozen=True)
