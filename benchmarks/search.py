@@ -36,7 +36,8 @@ class Timed:
     """A rounding that counts its calls and their seconds."""
 
     def __init__(self, rounding: Rounding) -> None:
-        self.rounding, self.makes_codes = rounding, rounding.makes_codes
+        self.rounding = rounding
+        self.makes_codes, self.fits = rounding.makes_codes, rounding.fits
         self.calls, self.seconds = 0, 0.0
 
     def __call__(self, rows: Tensor, clipped: Tensor) -> Rounded:

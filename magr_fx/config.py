@@ -37,7 +37,7 @@ ADMM_STEPS = 100
 ADMM_TOL = 1e-3
 # The relative dual gap at which alpha="auto" accepts a solution of ADMM. A smaller gap makes no
 # difference after rounding, and the rounded rows are compared anyway (benchmarks/README.md).
-SEARCH_TOL = 0.1
+SEARCH_TOL = 0.3
 
 LEAST_DAMPING, MOST_DAMPING = 0.1, 0.3
 

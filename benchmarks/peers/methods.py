@@ -127,6 +127,7 @@ def llmcompressor(
     return model
 
 
+@torch.no_grad()
 def brevitas(
     model: nn.Module, calib: list[Tensor], bits: int, group: int, tokenizer: Any, *, qronos: bool
 ) -> nn.Module:
@@ -212,6 +213,7 @@ def _first_inputs(model: nn.Module, block: nn.Module, calib: list[Tensor]) -> li
     return found
 
 
+@torch.no_grad()
 def hqq(model: nn.Module, calib: list[Tensor], bits: int, group: int, tokenizer: Any) -> nn.Module:
     """HQQ, without calibration; its zero points are floats, but for 4 bits."""
     del calib, tokenizer
@@ -224,6 +226,7 @@ def hqq(model: nn.Module, calib: list[Tensor], bits: int, group: int, tokenizer:
     )
 
 
+@torch.no_grad()
 def sinq(
     model: nn.Module, calib: list[Tensor], bits: int, group: int, tokenizer: Any, *, inputs: bool
 ) -> nn.Module:

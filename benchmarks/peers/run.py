@@ -59,7 +59,6 @@ def main() -> None:
         subprocess.run([sys.executable, __file__, args.peer, *chosen], check=False)
 
 
-@torch.no_grad()
 def quantize(peer: str, bits: int, group: int) -> None:
     name, method = METHODS[peer]
     model, tokenizer = load(bundled_model(), device="cpu", dtype=torch.float32)
@@ -70,7 +69,8 @@ def quantize(peer: str, bits: int, group: int) -> None:
     }
     calib = random_windows(tokenizer, TEXT, count=32, seed=0)
     done, cost = measured(lambda: method(model, calib, bits, group, tokenizer))
-    tensors = weights(done.eval(), shapes)
+    with torch.no_grad():  # not around the method: AutoRound trains
+        tensors = weights(done.eval(), shapes)
     OUT.mkdir(parents=True, exist_ok=True)
     figures = {
         "key": f"smollm2|{bits}|{group}|{name}|0",

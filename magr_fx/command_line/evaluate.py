@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from magr_fx.comparing.compare import compare
 from magr_fx.errors import ConfigError, ModelError, brief
-from magr_fx.model_files.calibration_text import BATCH, text_batches
+from magr_fx.model_files.calibration_text import text_batches
 from magr_fx.model_files.model_class import model_class
 from magr_fx.model_files.model_directory import CONFIG, find_model
 from magr_fx.reporting.comparison import Comparison
@@ -95,20 +95,12 @@ def _windows(place: Named, text: Path, *, tokens: int, length: int) -> list[Tens
         tokenizer = AutoTokenizer.from_pretrained(
             place.folder, trust_remote_code=False, **place.options
         )
-        first, plain = (
-            tokenizer("a", add_special_tokens=special)["input_ids"][:1] for special in (True, False)
-        )
     except Exception as error:  # transformers can raise anything here
         raise ModelError(
             f"{place.folder} has no tokenizer that transformers can load ({brief(error)}); copy "
             "its tokenizer files there"
         ) from error
-    if first == plain:
-        return text_batches(tokenizer, text, tokens=tokens, length=length)
-    windows = BATCH * -(-tokens // (BATCH * length))
-    own = length - 1
-    batches = text_batches(tokenizer, text, tokens=windows * own, length=own)
-    return [torch.cat([batch.new_full((len(batch), 1), first[0]), batch], 1) for batch in batches]
+    return text_batches(tokenizer, text, tokens=tokens, length=length)
 
 
 def _load(place: Named, device: torch.device) -> Any:

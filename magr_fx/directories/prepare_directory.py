@@ -28,7 +28,7 @@ from magr_fx.errors import CalibrationError, CheckpointError, ConfigError, Model
 from magr_fx.machine.disk import is_full
 from magr_fx.machine.ranks import Ranks, distributed_session
 from magr_fx.machine.safetensors_header import StoredTensor
-from magr_fx.model_files.calibration_text import text_batches
+from magr_fx.model_files.calibration_text import calibration_batches
 from magr_fx.model_files.model_directory import (
     experts_of,
     find_model,
@@ -148,7 +148,7 @@ def prepared(job: Job, ranks: Ranks, *, quantized: bool) -> Iterator[Prepared]:
             copies = copies_of(config, quantized=quantized, ranks=ranks.world)
             _check_space(job, config, copies, sum(tensor.nbytes for tensor in tensors.values()))
         tokenizer = _tokenizer(source)
-        calib = text_batches(tokenizer, job.text, tokens=job.tokens, length=job.length)
+        calib = calibration_batches(tokenizer, job.text, tokens=job.tokens, length=job.length)
         _check_ids(model, tokenizer, calib, source)
         yield Prepared(job, ranks, source, tensors, calib)
 

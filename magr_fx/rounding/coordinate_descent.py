@@ -32,32 +32,36 @@ def descend(codes: Tensor, weight: Tensor, gram: Tensor, grid: Grid, *, passes: 
         Codes ``[out, in]``, int8.
     """
     gram = gram.to(torch.float32)
-    energy = gram.diagonal()
-    alive = (energy > 0).tolist()
+    energy = gram.diagonal().tolist()
     columns = len(gram)
     steps = grid.by_column(columns)
     target = weight.to(torch.float32).T.contiguous()
     # A copy, [in, out], so that the codes of one input are contiguous.
     codes = codes.T.clone(memory_format=torch.contiguous_format)
     values = grid.values(codes.T).T.contiguous()
-    changes = torch.empty_like(values[:BLOCK])
+    changes, found = torch.empty_like(values[:BLOCK]), torch.empty_like(values[:BLOCK])
     for _ in range(passes):
         before = codes.clone()
         slope = gram @ (values - target)  # recomputed, so that no rounding errors add up
         for start in range(0, columns, BLOCK):
             end = min(start + BLOCK, columns)
             changes[: end - start].zero_()
-            for j in range(start, end):
-                if not alive[j]:
+            found[: end - start] = codes[start:end]
+            block = slope[start:end]
+            for j, row in enumerate(gram[start:end, start:end].unbind()):
+                if energy[start + j] <= 0:
                     continue
-                best = values[j] - slope[j] / energy[j]
-                code, value = steps.round(j, best)
-                # Values are rounded to the weight's dtype, so the nearest code may be worse.
-                better = (value - best).abs() < (values[j] - best).abs()
-                change = torch.mul(value - values[j], better, out=changes[j - start])
-                slope[j:end].addr_(gram[j:end, j], change)
-                codes[j] = torch.where(better, code.to(codes.dtype), codes[j])
-                values[j] = torch.where(better, value, values[j])
+                old, change = values[start + j], changes[j]
+                best = torch.sub(old, block[j], alpha=1 / energy[start + j])
+                value = steps.round(start + j, best, found[j])
+                if not steps.exact:  # values are rounded, so the nearest code may be worse
+                    worse = (value - best).abs() >= (old - best).abs()
+                    value = torch.where(worse, old, value)
+                    found[j] = torch.where(worse, codes[start + j], found[j])
+                torch.sub(value, old, out=change)
+                block[j + 1 :].addr_(row[j + 1 :], change)
+                old.copy_(value)
+            codes[start:end] = found[: end - start]
             slope[end:].addmm_(gram[end:, start:end], changes[: end - start])
         if torch.equal(codes, before):
             break

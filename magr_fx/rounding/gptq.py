@@ -91,21 +91,22 @@ def gptq(weight: Tensor | Sequence[Tensor], grid: Grid, compensation: Compensati
     """
     order, factor = compensation
     columns = len(order)
-    # One row per input, so that the numbers of an input are contiguous.
+    # One row per input, so that the numbers of an input are contiguous. Those that have been
+    # rounded are replaced by their errors e_j·U_jj, hence the factor with a diagonal of ones.
     rest = _by_column([weight] if isinstance(weight, Tensor) else weight, order)
+    unit = factor / factor.diagonal().unsqueeze(-1)
     steps = grid.by_column(columns).permuted(order)
     codes = torch.empty(rest.shape, dtype=torch.int8, device=rest.device)
-    pivots = factor.diagonal().unsqueeze(-1)
+    found = torch.empty_like(rest[:BLOCK])
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
-        errors = torch.empty_like(rest[start:end])
-        for j in range(start, end):
-            code, value = steps.round(j, rest[j])
-            codes[j] = code
-            error = errors[j - start]
-            torch.div(rest[j] - value, pivots[j], out=error)
-            rest[j + 1 : end].addr_(factor[j, j + 1 : end], error, alpha=-1)
-        rest[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+        block = rest[start:end]
+        factors = unit[start:end, start:end]
+        for j, (numbers, row) in enumerate(zip(block.unbind(), factors.unbind(), strict=True)):
+            numbers.sub_(steps.round(start + j, numbers, found[j]))
+            block[j + 1 :].addr_(row[j + 1 :], numbers, alpha=-1)
+        codes[start:end] = found[: end - start]
+        rest[end:].addmm_(unit[start:end, end:].T, block, alpha=-1)
     result = torch.empty_like(codes)
     result[order] = codes
     return result.T.contiguous()

@@ -43,8 +43,8 @@ class Grid(NamedTuple):
         """The same grid in a layout that is read one input at a time."""
         repeats = columns // self.scale.shape[1]
         return ColumnGrid(
-            self.scale.T.contiguous(),
-            self.zero_point.to(self.dtype).T.contiguous(),
+            self.scale.T.contiguous().unbind(),
+            self.zero_point.to(self.dtype).T.contiguous().unbind(),
             not self.zero_point.is_floating_point(),
             [column // repeats for column in range(columns)],
             self.low,
@@ -67,27 +67,38 @@ def stacked(grids: Sequence[Grid]) -> Grid:
 
 
 class ColumnGrid(NamedTuple):
-    """A :class:`Grid` with a row for each group, to visit one input of all rows at a time."""
+    """A :class:`Grid` by groups, to visit one input of all rows at a time."""
 
-    scale: Tensor  # [groups, out]
-    zero_point: Tensor  # [groups, out], in ``dtype``
+    scale: tuple[Tensor, ...]  # [out] of each group
+    zero_point: tuple[Tensor, ...]  # [out] of each group, in ``dtype``
     whole: bool  # whether all zero points are integers
     group: list[int]  # the group of each input
     low: int
     high: int
     dtype: torch.dtype
 
+    @property
+    def exact(self) -> bool:
+        """Whether the values are those of float32, not rounded to a smaller dtype."""
+        return self.dtype == torch.float32 == self.scale[0].dtype
+
     def permuted(self, order: Tensor) -> ColumnGrid:
         """The grid for inputs in another order."""
         return self._replace(group=[self.group[column] for column in order.tolist()])
 
-    def round(self, column: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """The codes nearest to ``numbers`` ``[out]`` of one input, and their values; float32."""
+    def round(self, column: int, numbers: Tensor, codes: Tensor) -> Tensor:
+        """The values nearest to ``numbers`` ``[out]`` of one input; float32.
+
+        Their codes are written to ``codes`` ``[out]``, float32.
+        """
         group = self.group[column]
         scale, zero = self.scale[group], self.zero_point[group]
-        codes = _codes(numbers / scale.to(torch.float32), zero, whole=self.whole)
+        if self.whole or not self.exact:
+            torch.div(numbers, scale.to(torch.float32), out=codes)
+            _codes(codes, zero, whole=self.whole)
+        else:
+            torch.addcdiv(zero, numbers, scale, out=codes).round_()
         codes.clamp_(self.low, self.high)
-        if self.dtype == torch.float32 == scale.dtype:
-            return codes, (codes - zero).mul_(scale)
-        values = ((codes.to(self.dtype) - zero) * scale).to(self.dtype)
-        return codes, values.to(torch.float32)
+        if self.exact:
+            return (codes - zero).mul_(scale)
+        return ((codes.to(self.dtype) - zero) * scale).to(self.dtype).to(torch.float32)

@@ -25,8 +25,12 @@ class Rounded(NamedTuple):
     parts: tuple[Tensor, ...]  # each [out, ...]: a weight, or codes, scales and zero points
 
 
-# Rows [out, in] in float32, and the same rows after clipping, in the weight's dtype.
-Candidate = tuple[Tensor, Tensor]
+class Candidate(NamedTuple):
+    """Rows to round, and the rows that set the grid."""
+
+    rows: Tensor  # [out, in], float32
+    clipped: Tensor  # the same after clipping, in the weight's dtype
+    fitted: bool = False  # whether the grid is fitted to them, not only spans them
 
 
 class Rounding(Protocol):
@@ -37,6 +41,7 @@ class Rounding(Protocol):
     """
 
     makes_codes: bool
+    fits: bool  # whether it has grids that are fitted to rows
 
     def __call__(self, rows: Tensor, clipped: Tensor) -> Rounded:
         """Round one candidate."""
@@ -52,7 +57,7 @@ class Nearest:
         quantize: takes a weight ``[out, in]``, returns its quantized values.
     """
 
-    makes_codes = False
+    makes_codes, fits = False, False
 
     def __init__(self, quantize: Callable[[Tensor], Tensor]) -> None:
         self.quantize = quantize
@@ -63,7 +68,7 @@ class Nearest:
 
     def each(self, candidates: Iterable[Candidate]) -> Iterator[Rounded]:
         """One after the other, so that only one is in memory at a time."""
-        return (self(*candidate) for candidate in candidates)
+        return (self(one.rows, one.clipped) for one in candidates)
 
 
 class OnGrid:
@@ -75,15 +80,20 @@ class OnGrid:
     Args:
         grid_of: takes a weight ``[out, in]``, returns a grid for it, such as the quantizer's.
         compensation: of the gram, for :func:`magr_fx.rounding.gptq.gptq`; None rounds to nearest.
+        fit: returns another grid for a weight, for candidates that are ``fitted``.
     """
 
     makes_codes = True
 
     def __init__(
-        self, grid_of: Callable[[Tensor], Grid], compensation: Compensation | None
+        self,
+        grid_of: Callable[[Tensor], Grid],
+        compensation: Compensation | None,
+        fit: Callable[[Tensor], Grid] | None = None,
     ) -> None:
-        self.grid_of = grid_of
+        self.grid_of, self.fit = grid_of, fit
         self.compensation = compensation
+        self.fits = fit is not None
 
     def __call__(self, rows: Tensor, clipped: Tensor) -> Rounded:
         grid = self.grid_of(clipped)
@@ -93,13 +103,18 @@ class OnGrid:
     def each(self, candidates: Iterable[Candidate]) -> Iterator[Rounded]:
         """Several at once, as many as take hardly longer than one."""
         # Only the grid of the clipped rows is needed, so the rows are freed at once.
-        remaining = ((rows, self.grid_of(clipped)) for rows, clipped in candidates)
+        remaining = ((one.rows, self._grid(one)) for one in candidates)
         for first in remaining:
             some = [first, *islice(remaining, _at_once(first[0]) - 1)]
             weights, grids = zip(*some, strict=True)
             codes = self._codes(weights, stacked(grids))
             for grid, own in zip(grids, codes.chunk(len(some)), strict=True):
                 yield Rounded(grid.values(own), (own, grid.scale, grid.zero_point))
+
+    def _grid(self, candidate: Candidate) -> Grid:
+        if candidate.fitted and self.fit is not None:
+            return self.fit(candidate.clipped)
+        return self.grid_of(candidate.clipped)
 
     def _codes(self, weights: Sequence[Tensor], grid: Grid) -> Tensor:
         if self.compensation is not None:

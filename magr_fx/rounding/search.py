@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from magr_fx.grams.gram import row_errors
 from magr_fx.iterations.admm import AllGatherRows
 from magr_fx.iterations.solution import Solution, Status
 from magr_fx.machine.matmul_precision import full_float32
-from magr_fx.rounding.rounding import Rounded, Rounding
+from magr_fx.rounding.rounding import Candidate, Rounded, Rounding
 from magr_fx.solver.row_scale import row_scale
 from magr_fx.solver.solver import solve_magr_path
 
@@ -30,6 +30,10 @@ FINER = (0.1, 0.05)
 # The same steps for groups that are clipped independently after their row has been chosen.
 FINER_GROUPS = (0.2, 0.1, 0.05)
 LEAST_CLIP = 0.05
+# Which alphas a weight needs is seen on a sample of its rows, with fewer clips. An alpha has to
+# lower the error by this share.
+WORTHWHILE = 0.005
+SAMPLE_CLIPS = (1.0, 0.8)
 # The relative difference between float32 sums in different orders.
 RELATIVE_ROUNDING = 1e-5
 
@@ -76,7 +80,7 @@ def choose(
     config: MagRConfig,
     *,
     dtype: torch.dtype,
-    fitted: Rounding | None = None,
+    alphas: Sequence[float] | None = None,
     units: Sequence[int] | None = None,
     all_gather_rows: AllGatherRows | None = None,
 ) -> Choice:
@@ -93,8 +97,8 @@ def choose(
             damping times the squared distance from ``rtn`` to a.
         config: its alpha, group size and solver options are used.
         dtype: the dtype of the weight that the quantizer gets.
-        fitted: another rounding, on grids that are fitted to the rows: tried with every alpha too,
-            without a clip.
+        alphas: which to try with ``alpha="auto"``, such as those of :func:`best_alphas`; None tries
+            0 and all others.
         units: as for :class:`Search`.
         all_gather_rows: as for :func:`magr_fx.solve_magr_path`; not with ``units``.
 
@@ -102,26 +106,14 @@ def choose(
         MagRError: as for :func:`magr_fx.solve_magr`.
     """
     group_size = config.group_size or target_weight.shape[1]
-    scale = None if config.is_published else row_scale(target_weight, units)
     search = Search(target_weight, gram, rounding, dtype=dtype, group_size=group_size, units=units)
     if config.alpha != "auto":
-        solution = None
-        if config.penalty:
-            (solution,) = _path(
-                target_weight, gram, [config.penalty], config, scale, all_gather_rows
-            )
-        search.add(config.penalty, solution)
+        search.add_path(config, [config.penalty], all_gather_rows)
         search.take_only()
         return search.choice()
     search.start(rtn)
-    search.add(0.0)
-    alphas = ALPHAS if config.group_size is None else ALPHAS_GROUPS
-    path = _path(target_weight, gram, alphas, config, scale, all_gather_rows)
-    for alpha, solution in zip(alphas, path, strict=True):
-        search.add(alpha, solution)
-    search.try_each(CLIPS)
-    if fitted is not None:
-        search.try_each((1.0,), fitted)
+    search.add_path(config, all_alphas(config) if alphas is None else alphas, all_gather_rows)
+    search.try_sources(CLIPS)
     separable = not rounding.makes_codes and config.group_size is not None and units is None
     if separable:
         search.refine_groups(FINER_GROUPS)
@@ -134,28 +126,41 @@ def choose(
     return search.choice()
 
 
-def _path(
-    target_weight: Tensor,
-    gram: Tensor,
-    alphas: Sequence[float],
-    config: MagRConfig,
-    scale: Tensor | None,
-    all_gather_rows: AllGatherRows | None,
-) -> list[Solution]:
-    options = config.resolved()
-    return solve_magr_path(
-        target_weight,
-        gram,
-        alphas,
-        group_size=options.group_size,
-        solver=options.solver,
-        max_steps=options.max_steps,
-        tol=options.tol,
-        precision=options.precision,
-        row_scale=scale,
-        all_gather_rows=all_gather_rows,
-        exact=False,  # the rows are compared after rounding anyway
-    )
+def all_alphas(config: MagRConfig) -> tuple[float, ...]:
+    """Every alpha that ``alpha="auto"`` may choose: 0 first, then from the largest down."""
+    return (0.0, *(ALPHAS if config.group_size is None else ALPHAS_GROUPS))
+
+
+@torch.no_grad()
+def best_alphas(
+    sample: Tensor, gram: Tensor, rounding: Rounding, config: MagRConfig, *, dtype: torch.dtype
+) -> list[float]:
+    """The alphas that are worth trying on a weight, by a sample of its rows.
+
+    The first is best for the sample as a whole. Others follow as long as one lowers the sum of the
+    rows' relative errors, each row with its best alpha so far, by more than :data:`WORTHWHILE`.
+
+    Args:
+        sample: a of some rows, ``[rows, in]`` float32.
+        gram: as for :func:`choose`.
+        rounding: how these rows are rounded.
+        config: with ``alpha="auto"``.
+        dtype: of the weight.
+    """
+    alphas = all_alphas(config)
+    group_size = config.group_size or sample.shape[1]
+    search = Search(sample, gram, rounding, dtype=dtype, group_size=group_size)
+    search.add_path(config, alphas)
+    errors = search.errors_of_sources(SAMPLE_CLIPS)
+    errors /= errors.amin(0).clamp(min=torch.finfo(torch.float32).tiny)
+    chosen = [int(errors.mean(-1).argmin())]
+    while True:
+        best = errors[chosen].amin(0)
+        means = torch.minimum(errors, best).mean(-1)
+        further = int(means.argmin())
+        if means[further] * (1 + WORTHWHILE) >= best.mean():
+            return [alphas[at] for at in sorted(chosen)]
+        chosen.append(further)
 
 
 class Search:
@@ -213,6 +218,37 @@ class Search:
         self.best = self._errors(self.values)
         self.source = torch.zeros_like(self.source)
 
+    def add_path(
+        self,
+        config: MagRConfig,
+        alphas: Sequence[float],
+        all_gather_rows: AllGatherRows | None = None,
+    ) -> None:
+        """Add the solution for each alpha as a source; for alpha 0 it is ``target_weight``."""
+        options = config.resolved()
+        positive = [alpha for alpha in alphas if alpha > 0]
+        path = iter(
+            solve_magr_path(
+                self.target_weight,
+                self.gram,
+                positive,
+                group_size=options.group_size,
+                solver=options.solver,
+                max_steps=options.max_steps,
+                tol=options.tol,
+                precision=options.precision,
+                row_scale=None
+                if config.is_published
+                else row_scale(self.target_weight, self.units),
+                all_gather_rows=all_gather_rows,
+                exact=False,  # the rows are compared after rounding anyway
+            )
+            if positive
+            else ()
+        )
+        for alpha in alphas:
+            self.add(alpha, next(path) if alpha > 0 else None)
+
     def add(self, alpha: float, solution: Solution | None = None) -> None:
         """Add the rows of one alpha as a source; without a solution these are ``target_weight``."""
         if solution is None:
@@ -227,15 +263,29 @@ class Search:
             self.sources.append(_Source(alpha, rows, solution.status.int(), solution.steps))
 
     @full_float32()
-    def try_each(self, clips: Sequence[float], rounding: Rounding | None = None) -> None:
-        """Try every source with every clip, the same clip for all rows."""
-        tried = [(at, clip) for at in range(len(self.sources)) for clip in clips]
-        rounded = (rounding or self.rounding).each(
-            (rows, self._clipped(rows, self.clip.new_full((), clip).expand_as(self.clip)))
-            for rows, clip in ((self.sources[at].rows, clip) for at, clip in tried)
-        )
-        for (at, clip), candidate in zip(tried, rounded, strict=True):
+    def try_sources(self, clips: Sequence[float]) -> None:
+        """Try every source with every clip, the same for all rows, and on fitted grids."""
+        for at, clip, candidate in self._rounded_sources(clips):
             self._keep_better(candidate, at, clip)
+
+    @full_float32()
+    def errors_of_sources(self, clips: Sequence[float]) -> Tensor:
+        """The least error of every row with each source, ``[sources, out]``, tried likewise."""
+        least = torch.full_like(self.best, torch.inf).expand(len(self.sources), -1).clone()
+        for at, _, candidate in self._rounded_sources(clips):
+            torch.minimum(least[at], self._errors(candidate.values), out=least[at])
+        return least
+
+    def _rounded_sources(self, clips: Sequence[float]) -> Iterator[tuple[int, float, Rounded]]:
+        tried = [(at, clip, False) for at in range(len(self.sources)) for clip in clips]
+        if self.rounding.fits:
+            tried += [(at, 1.0, True) for at in range(len(self.sources))]
+        rounded = self.rounding.each(
+            Candidate(rows, self._clipped(rows, self.clip.new_full(self.clip.shape, clip)), fitted)
+            for rows, clip, fitted in ((self.sources[at].rows, c, f) for at, c, f in tried)
+        )
+        for (at, clip, _), candidate in zip(tried, rounded, strict=True):
+            yield at, clip, candidate
 
     @full_float32()
     def refine(self, steps: Sequence[float]) -> None:
@@ -244,7 +294,9 @@ class Search:
             source = self.source.clamp(min=0)
             rows = self._of_source(source)
             clips = [(self.clip + change).clamp_(LEAST_CLIP, 1.0) for change in (step, -step)]
-            rounded = self.rounding.each((rows, self._clipped(rows, clip)) for clip in clips)
+            rounded = self.rounding.each(
+                Candidate(rows, self._clipped(rows, clip)) for clip in clips
+            )
             for clip, candidate in zip(clips, rounded, strict=True):
                 self._keep_better(candidate, source, clip)
 

@@ -23,12 +23,16 @@ import torch
 from torch import fx, nn
 from tqdm import tqdm
 
-from magr_fx.errors import CalibrationError
 from magr_fx.machine.memory import high_water_mark
 from magr_fx.machine.ranks import ALONE, Ranks
 from magr_fx.passes.collecting.blocks import Block, cut_into_blocks, in_step, read_by
 from magr_fx.passes.collecting.boundary import Environment
-from magr_fx.passes.collecting.input_capture import CapturedInput, InputCapture, place_captures
+from magr_fx.passes.collecting.input_capture import (
+    CapturedInput,
+    FiniteInputs,
+    InputCapture,
+    place_captures,
+)
 from magr_fx.passes.collecting.runner import Runner, run_node
 from magr_fx.passes.collecting.shared_gram import SharedGram, add_up
 from magr_fx.passes.collecting.spill import Spill
@@ -95,7 +99,7 @@ class CalibrationRun:
         self._devices = {tensor.device for tensor in chain(stored, given)}
         self._spill = None if spill is None else Spill(spill, stored)
         self._masks = MaskInputs(batches)
-        self._seen: dict[SharedGram, int] = dict.fromkeys(self.grams, 0)
+        self._inputs = FiniteInputs()
         self._captures: dict[fx.Node, list[InputCapture]] = {}
         calls: dict[Trace, list[Call]] = defaultdict(list)
         for call in (call for site in sites for call in site.calls):
@@ -135,27 +139,19 @@ class CalibrationRun:
         with buffers_kept(self._blocks):
             bar = tqdm(steps, "checking", unit="block", disable=_disable(progress))
             for number, step in enumerate(bar):
-                seen: list[tuple[str, int]] = []
-                finite: list[torch.Tensor] = []  # read together, for one sync per step
                 with self._resident(read_by(step), ahead=_read_after(steps, number)):
                     for block, batch, (environment,) in self._runs(step, streams):
-                        look = partial(self._look, batch, seen, finite)
+                        look = partial(self._inputs.look, batch=batch.index)
                         self._run(block, batch, environment, look)
-                flags = (
-                    torch.stack([f.to(finite[0].device) for f in finite]).tolist() if finite else []
-                )
-                if not all(flags):
-                    name, index = seen[flags.index(False)]
-                    raise CalibrationError(
-                        f"the input of {name} holds NaN or Inf in calibration batch {index}; "
-                        "nothing was changed. Look for overflow (float16?) or broken values "
-                        "before that layer, or leave the batch out"
-                    )
+                self._inputs.refuse()
                 self._ranks.meet()  # if one rank raises, all ranks stop
 
     def unfed(self) -> list[Site]:
-        """After :meth:`check`: the sites that no counted token reaches, on any rank."""
-        seen = torch.tensor([self._seen[shared] for shared in self.grams], device="cpu")
+        """The sites that no counted token reaches, on any rank.
+
+        After :meth:`check`, or :meth:`collect` with ``check``.
+        """
+        seen = torch.tensor([self._inputs.tokens[shared] for shared in self.grams], device="cpu")
         self._ranks.sum(seen)
         pairs = zip(self.grams, seen.tolist(), strict=True)
         return [site for shared, tokens in pairs if not tokens for site in shared.sites]
@@ -170,6 +166,7 @@ class CalibrationRun:
         *,
         after: tuple[int, Any] | None = None,
         save: Callable[[int, Callable[[], Any], bool], None] | None = None,
+        check: bool = False,
         progress: bool | None = None,
     ) -> Generator[list[SharedGram], Replacements | None, None]:
         """Sum the grams step by step, and yield those that a step completes.
@@ -183,7 +180,12 @@ class CalibrationRun:
             after: the number and the boundary of the step after which to resume; None starts anew.
             save: called after each step with its number, a function that returns its boundary, and
                 whether it was the last.
+            check: whether to check the original model's activations on the way, instead of by
+                :meth:`check` before it. Then nothing should be written before the end.
             progress: whether to show a bar; None shows it on a terminal only.
+
+        Raises:
+            CalibrationError: with ``check``, as :meth:`check` does.
         """
         streams = Streams(self.batches, self._traces, 1 + self.propagate)
         steps, waiting, done = self.steps(), list(self.grams), -1
@@ -203,7 +205,7 @@ class CalibrationRun:
                 parameters = [site.parameter for shared in finished for site in shared.sites]
                 reads = [*read_by(step), *parameters]
                 with self._resident(reads, ahead=_read_after(steps, number)):
-                    decisions = self._run_originals(step, streams)
+                    decisions = self._run_originals(step, streams, check=check)
                     replaced: Replaced = {}
                     if finished:
                         add_up(finished, self._ranks)
@@ -221,21 +223,25 @@ class CalibrationRun:
                     save(number, state_now, number + 1 == len(steps))
                 bar.set_postfix_str(f"peak {high_water_mark(shown):.0f} MiB", refresh=False)
 
-    def _run_originals(self, step: list[Block], streams: Streams) -> list[Decisions]:
+    def _run_originals(
+        self, step: list[Block], streams: Streams, *, check: bool
+    ) -> list[Decisions]:
         """Run the blocks of a step with the original weights, and capture the sites' inputs.
 
         With ``propagate`` the inputs of both runs are captured, and only the original model is run.
         Its decisions for each block and batch are returned.
         """
-        if not self.propagate:
-            for block, batch, (env,) in self._runs(step, streams):
-                self._run(block, batch, env, self._add)
-            return []
         decisions = []
-        for block, batch, (env, original) in self._runs(step, streams):
-            self._take_both(block, batch, env, original)
-            decisions.append(Decisions())
-            self._run(block, batch, original, None, record=decisions[-1])
+        for block, batch, (env, *originals) in self._runs(step, streams):
+            look = partial(self._inputs.look, batch=batch.index) if check else None
+            if self.propagate:
+                (original,) = originals
+                self._take_both(block, batch, env, original, look)
+                decisions.append(Decisions())
+                self._run(block, batch, original, None, record=decisions[-1])
+            else:
+                self._run(block, batch, env, partial(self._add, look=look))
+        self._inputs.refuse()
         return decisions
 
     def _run_quantized(
@@ -274,7 +280,12 @@ class CalibrationRun:
         }
 
     def _take_both(
-        self, block: Block, batch: TracedBatch, env: Environment, original: Environment
+        self,
+        block: Block,
+        batch: TracedBatch,
+        env: Environment,
+        original: Environment,
+        look: Take | None,
     ) -> None:
         """Capture, in both runs, the activations that the block's first matmuls read."""
         self._fetch(env)
@@ -288,6 +299,8 @@ class CalibrationRun:
                 # Both runs route each token alike: the quantized run follows the decisions.
                 both = zip(capture.take(env, batch), capture.take(original, batch), strict=True)
                 for captured, was in both:
+                    if look is not None:
+                        look(was)
                     for shared in captured.grams:
                         shared.add(
                             captured.tokens,
@@ -297,27 +310,14 @@ class CalibrationRun:
                         )
         self._keep(env)  # the quantized run of this block starts after all batches are captured
 
-    def _look(
-        self,
-        batch: TracedBatch,
-        seen: list[tuple[str, int]],
-        finite: list[torch.Tensor],
-        captured: CapturedInput,
-    ) -> None:
-        # One pass over the tokens: a sum is finite only if all its terms are.
-        good = captured.tokens.sum(-1, dtype=torch.float32).isfinite()
-        seen.append((captured.grams[0].sites[0].name, batch.index))
-        counted = good if captured.counted is None else good[captured.counted]
-        finite.append(counted.all())
-        for shared in captured.grams:
-            self._seen[shared] += len(counted)
-
     def _take(self, node: fx.Node, batch: TracedBatch, env: Environment, take: Take) -> None:
         for capture in self._captures.get(node, ()):
             for captured in capture.take(env, batch):
                 take(captured)
 
-    def _add(self, captured: CapturedInput) -> None:
+    def _add(self, captured: CapturedInput, look: Take | None) -> None:
+        if look is not None:
+            look(captured)
         for shared in captured.grams:
             shared.add(captured.tokens, captured.counted, holdout=self.holdout)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from magr_fx.errors import CalibrationError
 from magr_fx.passes.collecting.shared_gram import SharedGram
 from magr_fx.passes.finding.padding import TokenMask, rows_that_count
 from magr_fx.passes.finding.weight_uses import Call
@@ -22,6 +23,47 @@ class CapturedInput(NamedTuple):
     grams: list[SharedGram]
     tokens: torch.Tensor
     counted: torch.Tensor | None
+
+
+class FiniteInputs:
+    """Looks at activations; one sync with the device for many of them.
+
+    Attributes:
+        tokens: how many counted tokens of each gram were looked at.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: Counter[SharedGram] = Counter()
+        self._seen: list[tuple[str, int]] = []
+        self._finite: list[torch.Tensor] = []
+
+    def look(self, captured: CapturedInput, batch: int) -> None:
+        """Take note of an activation of the batch with this number."""
+        # One pass over the tokens: a sum is finite only if all its terms are.
+        good = captured.tokens.sum(-1, dtype=torch.float32).isfinite()
+        counted = good if captured.counted is None else good[captured.counted]
+        self._seen.append((captured.grams[0].sites[0].name, batch))
+        self._finite.append(counted.all())
+        for shared in captured.grams:
+            self.tokens[shared] += len(counted)
+
+    def refuse(self) -> None:
+        """Raise if a counted token since the last call was not finite.
+
+        Raises:
+            CalibrationError: the message names the site and the batch.
+        """
+        seen, finite = self._seen, self._finite
+        self._seen, self._finite = [], []
+        flags = torch.stack([f.to(finite[0].device) for f in finite]).tolist() if finite else []
+        if all(flags):
+            return
+        name, index = seen[flags.index(False)]
+        raise CalibrationError(
+            f"the input of {name} holds NaN or Inf in calibration batch {index}; "
+            "nothing was changed. Look for overflow (float16?) or broken values "
+            "before that layer, or leave the batch out"
+        )
 
 
 @dataclass(frozen=True, eq=False)

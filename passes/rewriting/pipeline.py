@@ -17,7 +17,7 @@ from magr_fx.machine.ranks import Ranks
 from magr_fx.passes.collecting.collect_grams import CalibrationRun
 from magr_fx.passes.collecting.few_tokens import fill_up
 from magr_fx.passes.collecting.shared_gram import SharedGram
-from magr_fx.passes.finding.find_linears import Found
+from magr_fx.passes.finding.find_linears import Found, Site
 from magr_fx.passes.graphs.trace import TracedBatch
 from magr_fx.passes.handover.target import (
     Target,
@@ -144,11 +144,15 @@ def rewrite_sites(
     )
     _describe(run, traced, ledger.report)
     saved = ledger.saved()
-    if saved is None:
+    # Where nothing is written before the end, the run itself can find what is wrong.
+    checks = saved is None and request.makes_tensors and not request.strict
+    if saved is None and not checks:
         _check(run, found, request, ledger.report)
     try:
         ledger.restore(saved, found.sites, execution.resident, gptq=request.makes_tensors)
-        _rewrite_blocks(run, saved, request, execution.ranks, ledger)
+        _rewrite_blocks(run, saved, request, execution.ranks, ledger, check=checks)
+        if checks:
+            _describe_inputs(run, found, ledger.report)
     except BaseException as error:
         ledger.interrupted(error, gptq=request.makes_tensors)
         raise
@@ -177,6 +181,17 @@ def _check(run: CalibrationRun, found: Found, request: Request, report: MagRRepo
     """
     with report.timed("check"):
         run.check(progress=request.progress)
+    unfed = _describe_inputs(run, found, report)
+    if request.strict:
+        refuse_uncovered(found.rejections, unfed, request.filter_fn)
+
+
+def _describe_inputs(run: CalibrationRun, found: Found, report: MagRReport) -> list[Site]:
+    """Log what is unclear about the inputs; the sites that no token reaches.
+
+    Raises:
+        CalibrationError: no token counts.
+    """
     for note in run.notes:
         logger.warning("%s", note)
     unfed = run.unfed()
@@ -186,8 +201,7 @@ def _check(run: CalibrationRun, found: Found, request: Request, report: MagRRepo
             "their masks, or the inputs are empty; nothing was changed. In attention_mask, 1 "
             "means a token (0 if the mask is added to the scores)"
         )
-    if request.strict:
-        refuse_uncovered(found.rejections, unfed, request.filter_fn)
+    return unfed
 
 
 def _rewrite_blocks(
@@ -196,6 +210,8 @@ def _rewrite_blocks(
     request: Request,
     ranks: Ranks,
     ledger: Ledger,
+    *,
+    check: bool,
 ) -> None:
     """Run the calibration step by step, and rewrite the sites whose grams each step completes.
 
@@ -204,6 +220,7 @@ def _rewrite_blocks(
     steps = run.collect(
         after=None if saved is None else (saved["step"], saved.pop("boundary")),
         save=None if ledger.checkpoint is None else ledger.save,
+        check=check,
         progress=request.progress,
     )
     finished: list[SharedGram] | None = None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,13 +29,15 @@ from magr_fx.rounding.coordinate_descent import descend
 from magr_fx.rounding.free_grid import fitted_grid, refitted_grid, spanning_grid
 from magr_fx.rounding.gptq import Compensation, compensation
 from magr_fx.rounding.grid import Grid, stacked
-from magr_fx.rounding.rounding import Nearest, OnGrid, Rounded
+from magr_fx.rounding.rounding import Nearest, OnGrid, Rounded, Rounding
 from magr_fx.rounding.row_pieces import cut, pieces, within
-from magr_fx.rounding.search import Choice, choose, joined
+from magr_fx.rounding.search import Choice, best_alphas, choose, joined
 
 # Rounds of fitting a free grid to the codes, each with so many passes over the codes. More rounds
 # lower the error by less than 1% together.
 REFITS, PASSES = 2, 2
+# One row of so many shows which alphas are worth trying, but at least so many rows.
+SAMPLE, LEAST_SAMPLE = 8, 64
 
 
 class QuantizedWeight(NamedTuple):
@@ -73,6 +76,9 @@ def quantized_weights(
     gptq = target.options.rounding == "gptq"
     gram = within_range(damped(shared.collected, shared.damping(config)))
     hessian_factor = compensation(gram, by_activation=target.options.act_order) if gptq else None
+    alphas = None
+    if config.alpha == "auto" and rows_are_independent(target.config):
+        alphas = ranks.gather(_best_alphas(whole, shared, gram, config, target, hessian_factor))[0]
     own = ranks.part_of(len(whole), row_multiple(target.config))
     weight = whole[own]
     target_weight = weight.to(torch.float32)
@@ -94,6 +100,7 @@ def quantized_weights(
             config,
             target,
             hessian_factor,
+            alphas,
             ranks,
         )
         rtns.append(rtn)
@@ -131,37 +138,81 @@ def choose_rows(
     config: MagRConfig,
     target: Target,
     hessian_factor: Compensation | None,
+    alphas: Sequence[float] | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[Tensor, Choice]:
     """For one piece of the rows: the values of torchao alone (round to nearest), and the choice.
 
-    ``hessian_factor`` is GPTQ's factor of the gram, or None to round to nearest.
+    ``hessian_factor`` is GPTQ's factor of the gram, or None to round to nearest; ``alphas`` are
+    those to try, or None for all.
+    """
+    rounding, rtn, grid = _rounding(weight, gram, torchao, target, hessian_factor)
+    choice = choose(
+        target_weight,
+        gram,
+        rounding,
+        rtn,
+        config,
+        dtype=weight.dtype,
+        alphas=alphas,
+        units=torchao.rows if shares_one_step(target.config) else None,
+        all_gather_rows=ranks.concat if ranks.world > 1 else None,
+    )
+    if grid is not None:
+        codes, grid = _refined(choice, target_weight, gram, grid, target)
+        parts = (codes, grid.scale, grid.zero_point)
+        choice = replace(choice, rounded=Rounded(grid.values(codes), parts))
+    return rtn.values, choice
+
+
+def _rounding(
+    weight: Tensor,
+    gram: Tensor,
+    torchao: TorchaoRounding,
+    target: Target,
+    hessian_factor: Compensation | None,
+) -> tuple[Rounding, Rounded, Grid | None]:
+    """How rows are rounded, what torchao alone makes of the weight, and the grid of that.
+
+    The grid is None if torchao rounds, and not codes are made here.
     """
     alone = torchao.tensors(weight)
     rtn = torch.cat([dequantized(tensor) for tensor in alone])
-    options: dict[str, Any] = {
-        "dtype": weight.dtype,
-        "units": torchao.rows if shares_one_step(target.config) else None,
-        "all_gather_rows": ranks.concat if ranks.world > 1 else None,
-    }
     if not target.makes_tensors:
-        rounding = Nearest(torchao.values)
-        choice = choose(target_weight, gram, rounding, Rounded(rtn, (weight,)), config, **options)
-        return rtn, choice
+        return Nearest(torchao.values), Rounded(rtn, (weight,)), None
     grid = stacked([grid_of(tensor) for tensor in alone])
     codes = torch.cat([tensor.qdata for tensor in alone])  # type: ignore[attr-defined]
     alone.clear()
-    on_grid, fitted = OnGrid(torchao.grid, hessian_factor), None
+    rounding = OnGrid(torchao.grid, hessian_factor)
     if target.free_zero_points:
         grid = grid._replace(zero_point=grid.zero_point.to(grid.scale.dtype))
-        energy = gram.diagonal()
-        on_grid = OnGrid(partial(spanning_grid, like=grid), hessian_factor)
-        fitted = OnGrid(partial(fitted_grid, energy=energy, like=grid), hessian_factor)
-    first = Rounded(rtn, (codes, grid.scale, grid.zero_point))
-    choice = choose(target_weight, gram, on_grid, first, config, fitted=fitted, **options)
-    codes, grid = _refined(choice, target_weight, gram, grid, target)
-    parts = (codes, grid.scale, grid.zero_point)
-    return rtn, replace(choice, rounded=Rounded(grid.values(codes), parts))
+        spanning = partial(spanning_grid, like=grid)
+        fitted = partial(fitted_grid, energy=gram.diagonal(), like=grid)
+        rounding = OnGrid(spanning, hessian_factor, fitted)
+    return rounding, Rounded(rtn, (codes, grid.scale, grid.zero_point)), grid
+
+
+def _best_alphas(
+    whole: Tensor,
+    shared: SharedGram,
+    gram: Tensor,
+    config: MagRConfig,
+    target: Target,
+    hessian_factor: Compensation | None,
+) -> list[float] | None:
+    """The alphas worth trying, by rows at equal distances; None if the weight has few rows."""
+    multiple = row_multiple(target.config)
+    count = max(LEAST_SAMPLE, len(whole) // SAMPLE) // multiple * multiple
+    if len(whole) < 2 * count or count == 0:
+        return None
+    rows = torch.arange(count, device=whole.device) * len(whole) // count
+    sample = whole[rows]
+    target_weight = sample.to(torch.float32)
+    if shared.drift is not None:
+        target_weight = compensate_input_error(sample, shared.collected, shared.drift)
+    torchao = TorchaoRounding(target.config, [count])
+    rounding, _, _ = _rounding(sample, gram, torchao, target, hessian_factor)
+    return best_alphas(target_weight, gram, rounding, config, dtype=whole.dtype)
 
 
 def _refined(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -308,8 +309,20 @@ def three() -> dict[str, nn.Linear]:
     return {"a": nn.Linear(8, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 2)}
 
 
+def check_on_the_way(run: CalibrationRun) -> None:
+    list(run.collect(check=True, progress=False))
+
+
+def check_before(run: CalibrationRun) -> None:
+    run.check(progress=False)
+
+
+@pytest.mark.parametrize("check", [check_before, check_on_the_way])
+@pytest.mark.parametrize("propagate", [False, True])
 @pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e5])
-def test_the_check_names_site_and_batch_and_changes_nothing(bad: float) -> None:
+def test_the_check_names_site_and_batch_and_changes_nothing(
+    bad: float, propagate: bool, check: Callable[[CalibrationRun], None]
+) -> None:
     model = Formula(overflowing, **three())
     model.register_buffer("seen", torch.zeros(1))
     model.function = lambda m, x: (m.seen.add_(1), overflowing(m, x))[1]
@@ -324,7 +337,7 @@ def test_the_check_names_site_and_batch_and_changes_nothing(bad: float) -> None:
             CalibrationError, match=rf"input of {at} holds NaN or Inf in .* batch 2; noth"
         ),
     ):
-        batches_ok.run().check(progress=False)
+        check(CalibrationRun(batches_ok.traced, batches_ok.found.sites, propagate=propagate))
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
 
@@ -340,6 +353,29 @@ def test_the_check_passes_a_good_calibration_and_leaves_the_run_fresh() -> None:
     expected = collect(analysis)
     for name, gram in grams.items():
         torch.testing.assert_close(gram, expected[name].gram, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("check", [check_before, check_on_the_way])
+@pytest.mark.parametrize("propagate", [False, True])
+def test_either_check_knows_the_sites_that_no_token_reaches(
+    propagate: bool, check: Callable[[CalibrationRun], None]
+) -> None:
+    model = Formula(lambda m, x: (m.a(x[:, :0]), m.b(x))[1], a=nn.Linear(8, 4), b=nn.Linear(8, 4))
+    analysis = analyse(model, [activations(2, 5, 8)])
+    with calibration_mode(model):
+        run = CalibrationRun(analysis.traced, analysis.found.sites, propagate=propagate)
+        check(run)
+        assert [site.name for site in run.unfed()] == ["a.weight"]
+
+
+def test_without_the_check_activations_may_be_infinite() -> None:
+    model = Formula(lambda m, x: m.a(x), a=nn.Linear(8, 4))
+    x = activations(2, 5, 8)
+    analysis = analyse(model, [x])
+    x[0, 0] = float("inf")
+    with calibration_mode(model):
+        (found,) = next(analysis.run().collect(progress=False))
+        assert not found.collected.isfinite().all()
 
 
 def test_the_check_looks_at_what_a_matmul_reads_only() -> None:

@@ -157,9 +157,9 @@ def visits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     round_one = ColumnGrid.round
 
-    def counted(self: ColumnGrid, column: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def counted(self: ColumnGrid, column: int, numbers: Tensor, codes: Tensor) -> Tensor:
         seen.append(column)
-        return round_one(self, column, numbers)
+        return round_one(self, column, numbers, codes)
 
     monkeypatch.setattr(ColumnGrid, "round", counted)
     return seen

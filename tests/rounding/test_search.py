@@ -18,16 +18,19 @@ from magr_fx.config import SEARCH_TOL, MagRConfig
 from magr_fx.iterations.solution import Solution, Status
 from magr_fx.rounding.gptq import compensation, gptq
 from magr_fx.rounding.grid import Grid
-from magr_fx.rounding.rounding import Nearest, OnGrid, Rounded
+from magr_fx.rounding.rounding import Candidate, Nearest, OnGrid, Rounded
 from magr_fx.rounding.search import (
     ALPHAS,
     ALPHAS_GROUPS,
     CLIPS,
     FINER,
     FINER_GROUPS,
+    WORTHWHILE,
     Choice,
     Search,
     _worst,
+    all_alphas,
+    best_alphas,
     choose,
 )
 from magr_fx.solver.row_scale import row_scale
@@ -335,7 +338,7 @@ def test_rows_choose_by_themselves(group_size: int | None) -> None:
     def chosen(rows: list[int]) -> Choice:
         quantize = quantizer(3, group_size, symmetric=False)
         search, start = ready(weight[rows], gram, quantize, group_size)
-        search.try_each(CLIPS)
+        search.try_sources(CLIPS)
         search.refine(FINER)
         if group_size is not None:
             search.refine_groups(FINER_GROUPS)
@@ -357,7 +360,7 @@ def test_each_row_has_the_best_of_all_candidates() -> None:
     weight, gram = problem(rows=8, columns=20, tokens=60)
     quantize = quantizer(3, None, symmetric=True)
     search, start = ready(weight, gram, quantize)
-    search.try_each(CLIPS)
+    search.try_sources(CLIPS)
     choice = search.choice()
     every = [start.values]
     for source in search.sources:
@@ -388,7 +391,7 @@ def test_no_step_raises_an_error(
     search, start = ready(weight, gram, quantize, size)
     before = start.values.clone()
     steps: list[Callable[[], None]] = [
-        lambda: search.try_each(CLIPS),
+        lambda: search.try_sources(CLIPS),
         lambda: search.refine(FINER),
         lambda: search.refine_groups(FINER_GROUPS[:1]),
         lambda: search.refine_groups(FINER_GROUPS[1:]),
@@ -461,7 +464,7 @@ def test_of_several_solves_the_worst_is_told() -> None:
 def test_groups_that_choose_by_themselves_help() -> None:
     weight, gram = problem(rows=20, columns=24, tokens=80)
     search, _ = ready(weight, gram, quantizer(2, 6, symmetric=True), 6)
-    search.try_each(CLIPS)
+    search.try_sources(CLIPS)
     search.refine(FINER)
     before, clip = search.best.clone(), search.clip.clone()
     assert (clip == clip[:, :1]).all()
@@ -503,7 +506,7 @@ def test_a_shared_clip_is_of_the_shared_largest() -> None:
     search = Search(weight, gram, Nearest(quantize), dtype=weight.dtype, group_size=12, units=units)
     search.start(Rounded(quantize(weight), (weight,)))
     search.add(0.0)
-    search.try_each((0.6,))
+    search.try_sources((0.6,))
     choice = search.choice()
     assert (choice.clip == 0.6).all()
     limits = 0.6 * torch.tensor([weight[:4].abs().max()] * 4 + [weight[4].abs().max()])
@@ -670,11 +673,11 @@ def test_gptq_of_several_candidates_is_that_of_each(
     monkeypatch.setattr("magr_fx.rounding.rounding.CPU_ROWS", 6 * at_once + 5)
     rounding, _ = on_grid(weight, gram, 3, group_size, symmetric=False)
     clips = (1.0, 0.8, 0.6, 0.5, 0.4)
-    candidates = [(weight * clip, weight.clamp(-clip, clip)) for clip in clips]
+    candidates = [Candidate(weight * clip, weight.clamp(-clip, clip)) for clip in clips]
     found = list(rounding.each(iter(candidates)))
     assert len(found) == len(candidates)
     for one, candidate in zip(found, candidates, strict=True):
-        want = rounding(*candidate)
+        want = rounding(candidate.rows, candidate.clipped)
         assert torch.equal(one.values, want.values)
         for part, wanted in zip(one.parts, want.parts, strict=True):
             assert torch.equal(part, wanted)
@@ -691,3 +694,81 @@ def test_gptq_rounds_the_row_that_was_not_clipped() -> None:
     assert torch.equal(rounded.parts[0], codes)
     assert torch.equal(rounded.values, grid.values(codes))
     assert not torch.equal(codes, gptq(clipped, grid, compensation(gram)))
+
+
+# --- the alphas that are worth trying
+
+
+def errors_by_alpha(
+    weight: Tensor, gram: Tensor, grid_of: Callable[[Tensor], Grid], group_size: int | None
+) -> Tensor:
+    """The least error of each row with each alpha over the clips 1 and 0.8, ``[alphas, out]``."""
+    alphas = all_alphas(MagRConfig(alpha="auto", group_size=group_size))
+    path = solve_magr_path(
+        weight,
+        gram,
+        alphas[1:],
+        group_size=group_size,
+        tol=SEARCH_TOL,
+        row_scale=row_scale(weight),
+        exact=False,
+    )
+    found = []
+    for rows in (weight, *(solution.weight for solution in path)):
+        grouped = rows.view(len(rows), -1, group_size or rows.shape[1])
+        limit = grouped.abs().amax(-1, keepdim=True)
+        tried = []
+        for clip in (1.0, 0.8):
+            grid = grid_of(grouped.clamp(-clip * limit, clip * limit).view_as(rows))
+            values = grid.values(gptq(rows, grid, compensation(gram)))
+            tried.append(energies(values, weight, gram))
+        found.append(torch.stack(tried).amin(0))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("group_size", [None, 8])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_the_best_alphas_are_those_of_a_greedy_choice(bits: int, group_size: int | None) -> None:
+    weight, gram = problem(rows=24, columns=32, tokens=100)
+    rounding, _ = on_grid(weight, gram, bits, group_size, symmetric=False)
+    config = MagRConfig(alpha="auto", group_size=group_size)
+    alphas = all_alphas(config)
+    found = best_alphas(weight, gram, rounding, config, dtype=weight.dtype)
+    errors = errors_by_alpha(weight, gram, rounding.grid_of, group_size)
+    relative = errors / errors.amin(0)
+    chosen = [alphas.index(alpha) for alpha in found]
+    assert chosen == sorted(set(chosen))
+    assert int(relative.mean(-1).argmin()) in chosen
+    total = relative[chosen].amin(0).mean()
+    for at in range(len(alphas)):  # no other is worthwhile
+        more = relative[[*chosen, at]].amin(0).mean()
+        assert more * (1 + WORTHWHILE) >= total * (1 - 1e-4)
+    if len(chosen) > 1:  # and each of them is, but for the first
+        without = [relative[[a for a in chosen if a != at]].amin(0).mean() for at in chosen]
+        assert sum(one > total for one in without) >= len(chosen) - 1
+
+
+def test_few_alphas_are_worth_it_at_8_bits_and_shrinking_at_2() -> None:
+    weight, gram = problem(rows=64, columns=32, tokens=100)
+    weight[:, 0] *= 8  # an outlier in each row
+    config = MagRConfig(alpha="auto")
+    found = {}
+    for bits in (2, 8):
+        rounding, _ = on_grid(weight, gram, bits, None, symmetric=False)
+        found[bits] = best_alphas(weight, gram, rounding, config, dtype=weight.dtype)
+    assert max(found[2]) > 0
+    assert max(found[8]) <= max(found[2])
+    assert len(found[8]) < len(all_alphas(config))
+
+
+@pytest.mark.parametrize("alphas", [[0.0], [3e-2], [0.0, 8e-3]])
+def test_only_the_given_alphas_are_tried(alphas: list[float]) -> None:
+    weight, gram = problem(rows=20, columns=24, tokens=60)
+    rounding, start = on_grid(weight, gram, 3, None, symmetric=False)
+    config = MagRConfig(alpha="auto")
+    choice = choose(weight, gram, rounding, start, config, dtype=weight.dtype, alphas=alphas)
+    given = torch.tensor([0.0, *alphas])
+    assert torch.isin(choice.alpha, given).all()
+    assert_no_row_is_worse(choice.rounded.values, start.values, weight, gram)
+    everything = choose(weight, gram, rounding, start, config, dtype=weight.dtype)
+    assert choice.error.sum() > everything.error.sum()
