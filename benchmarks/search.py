@@ -38,6 +38,7 @@ class Timed:
     def __init__(self, rounding: Rounding) -> None:
         self.rounding = rounding
         self.makes_codes, self.fits = rounding.makes_codes, rounding.fits
+        self.shorter = rounding.shorter
         self.calls, self.seconds = 0, 0.0
 
     def __call__(self, rows: Tensor, clipped: Tensor) -> Rounded:

@@ -19,7 +19,6 @@ ONE_OF, SHORTER, SHORTEST = 4, 8, 32
 def calibration_batches(tokenizer: Any, file: Path, *, tokens: int, length: int) -> list[Tensor]:
     """Batches ``[windows, length]`` of int64 token ids, a quarter of them with shorter windows.
 
-    Many models give the first token of a window a part of its own, on which all others rely. What
     Many models give the first token of a window a part of its own, which all later ones rely on. A
     quantized model does that well only if the calibration has enough first tokens: of windows of
     512 tokens 1 in 512, and with a quarter of the tokens in windows of 64 1 in 186.

@@ -42,6 +42,9 @@ class Rounding(Protocol):
 
     makes_codes: bool
     fits: bool  # whether it has grids that are fitted to rows
+    # Of a grid whose whole zero point takes all levels, the shorter side as a share of the longer
+    # one: such as ½ of -2, -1, 0 and 1. None: it has no sides, or no such grid.
+    shorter: float | None
 
     def __call__(self, rows: Tensor, clipped: Tensor) -> Rounded:
         """Round one candidate."""
@@ -55,12 +58,13 @@ class Nearest:
 
     Args:
         quantize: takes a weight ``[out, in]``, returns its quantized values.
+        shorter: as in :class:`Rounding`.
     """
 
     makes_codes, fits = False, False
 
-    def __init__(self, quantize: Callable[[Tensor], Tensor]) -> None:
-        self.quantize = quantize
+    def __init__(self, quantize: Callable[[Tensor], Tensor], shorter: float | None = None) -> None:
+        self.quantize, self.shorter = quantize, shorter
 
     def __call__(self, rows: Tensor, clipped: Tensor) -> Rounded:
         del rows
@@ -81,6 +85,7 @@ class OnGrid:
         grid_of: takes a weight ``[out, in]``, returns a grid for it, such as the quantizer's.
         compensation: of the gram, for :func:`magr_fx.rounding.gptq.gptq`; None rounds to nearest.
         fit: returns another grid for a weight, for candidates that are ``fitted``.
+        shorter: as in :class:`Rounding`.
     """
 
     makes_codes = True
@@ -90,8 +95,9 @@ class OnGrid:
         grid_of: Callable[[Tensor], Grid],
         compensation: Compensation | None,
         fit: Callable[[Tensor], Grid] | None = None,
+        shorter: float | None = None,
     ) -> None:
-        self.grid_of, self.fit = grid_of, fit
+        self.grid_of, self.fit, self.shorter = grid_of, fit, shorter
         self.compensation = compensation
         self.fits = fit is not None
 

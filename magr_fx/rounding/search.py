@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -200,6 +201,8 @@ class Search:
         # The index of the source; -1 is the first candidate, see start
         self.source = torch.full((rows, groups), -1, device=target_weight.device)
         self.clip = torch.ones(rows, groups, dtype=torch.float32, device=target_weight.device)
+        # 1 if the side below 0 is clipped to less than the side above, -1 the other way round
+        self.lean = torch.zeros_like(self.clip)
         self.values = target_weight.new_empty(0)
         self.parts: tuple[Tensor, ...] = ()
 
@@ -264,28 +267,18 @@ class Search:
 
     @full_float32()
     def try_sources(self, clips: Sequence[float]) -> None:
-        """Try every source with every clip, the same for all rows, and on fitted grids."""
-        for at, clip, candidate in self._rounded_sources(clips):
-            self._keep_better(candidate, at, clip)
+        """Try every source with every clip, the same for all rows, and on the rounding's grids."""
+        for candidate in self._of_sources(clips):
+            self._keep_better(candidate)
 
     @full_float32()
     def errors_of_sources(self, clips: Sequence[float]) -> Tensor:
         """The least error of every row with each source, ``[sources, out]``, tried likewise."""
         least = torch.full_like(self.best, torch.inf).expand(len(self.sources), -1).clone()
-        for at, _, candidate in self._rounded_sources(clips):
-            torch.minimum(least[at], self._errors(candidate.values), out=least[at])
+        for candidate in self._of_sources(clips):
+            errors = self._errors(candidate.rounded.values)
+            torch.minimum(least[candidate.source], errors, out=least[candidate.source])
         return least
-
-    def _rounded_sources(self, clips: Sequence[float]) -> Iterator[tuple[int, float, Rounded]]:
-        tried = [(at, clip, False) for at in range(len(self.sources)) for clip in clips]
-        if self.rounding.fits:
-            tried += [(at, 1.0, True) for at in range(len(self.sources))]
-        rounded = self.rounding.each(
-            Candidate(rows, self._clipped(rows, self.clip.new_full(self.clip.shape, clip)), fitted)
-            for rows, clip, fitted in ((self.sources[at].rows, c, f) for at, c, f in tried)
-        )
-        for (at, clip, _), candidate in zip(tried, rounded, strict=True):
-            yield at, clip, candidate
 
     @full_float32()
     def refine(self, steps: Sequence[float]) -> None:
@@ -294,11 +287,8 @@ class Search:
             source = self.source.clamp(min=0)
             rows = self._of_source(source)
             clips = [(self.clip + change).clamp_(LEAST_CLIP, 1.0) for change in (step, -step)]
-            rounded = self.rounding.each(
-                Candidate(rows, self._clipped(rows, clip)) for clip in clips
-            )
-            for clip, candidate in zip(clips, rounded, strict=True):
-                self._keep_better(candidate, source, clip)
+            for candidate in self._round(_Clipped(rows, source, c, self.lean) for c in clips):
+                self._keep_better(candidate)
 
     @full_float32()
     def try_target_weight(self) -> None:
@@ -310,8 +300,9 @@ class Search:
         its error. But that is sometimes better.
         """
         source = self.source.clamp(min=0)
-        clipped = self._clipped(self._of_source(source), self.clip)
-        self._keep_better(self.rounding(self.target_weight, clipped), source, self.clip)
+        best = _Clipped(self._of_source(source), source, self.clip, self.lean)
+        rounded = self.rounding(self.target_weight, self._clipped(best))
+        self._keep_better(_Candidate(rounded, source, self.clip, self.lean))
 
     @full_float32()
     def refine_groups(self, steps: Sequence[float]) -> None:
@@ -327,9 +318,12 @@ class Search:
         for step in steps:
             clip = self.clip.clone()
             for change in (step, -step):
-                self._sweep(rows, chosen, (clip + change).clamp_(LEAST_CLIP, 1.0), slope)
+                changed = (clip + change).clamp_(LEAST_CLIP, 1.0)
+                self._sweep(_Clipped(rows, chosen, changed, self.lean.clone()), slope)
         for at, source in enumerate(self.sources):
-            self._sweep(source.rows, torch.full_like(chosen, at), self.clip.clone(), slope)
+            whole = torch.full_like(chosen, at)
+            for lean in self._leans(source.rows, self.clip):
+                self._sweep(_Clipped(source.rows, whole, self.clip.clone(), lean), slope)
         self.best = self._errors(self.values)
 
     @full_float32()
@@ -350,7 +344,7 @@ class Search:
                 return
             if bool((worse & ~changed).any()):  # other rows disturb it: revert them all
                 worse = changed
-            self._take(rtn, worse, -1, 1.0)
+            self._take(_Candidate(rtn, -1, 1.0, 0.0), worse)
 
     def choice(self) -> Choice:
         """The best candidate of each row."""
@@ -369,17 +363,51 @@ class Search:
             self.best,
         )
 
-    def _keep_better(self, rounded: Rounded, source: Tensor | int, clip: Tensor | float) -> None:
+    def _of_sources(self, clips: Sequence[float]) -> Iterator[_Candidate]:
+        """Every source with every clip, on both sides alike and leaning, and on fitted grids."""
+        return self._round(
+            _Clipped(source.rows, at, share, lean, fitted)
+            for at, source in enumerate(self.sources)
+            for fitted in ((False, True) if self.rounding.fits else (False,))
+            for share in (self.clip.new_full(self.clip.shape, clip) for clip in clips)
+            if not fitted or bool(share[0, 0] == 1)
+            for lean in self._leans(source.rows, share)
+        )
+
+    def _leans(self, rows: Tensor, clip: Tensor) -> list[Tensor]:
+        """0, and if the rounding asks for it the side of each group where less is lost."""
+        even = torch.zeros_like(clip)
+        if self.rounding.shorter is None or self.units is not None:
+            return [even]
+        lost = []
+        for lean in (1.0, -1.0):
+            clipped = self._clipped(_Clipped(rows, 0, clip, torch.full_like(clip, lean)))
+            change = (rows - clipped).square_().mul_(self.gram.diagonal())
+            lost.append(change.view(*clip.shape, -1).sum(-1))
+        return [even, torch.where(lost[0] <= lost[1], 1.0, -1.0).to(clip)]
+
+    def _round(self, candidates: Iterable[_Clipped]) -> Iterator[_Candidate]:
+        waiting: deque[_Clipped] = deque()
+
+        def remembered() -> Iterator[Candidate]:
+            for one in candidates:
+                waiting.append(one._replace(rows=self.values))  # frees the rows
+                yield Candidate(one.rows, self._clipped(one), one.fitted)
+
+        for rounded in self.rounding.each(remembered()):
+            one = waiting.popleft()
+            yield _Candidate(rounded, one.source, one.clip, one.lean)
+
+    def _keep_better(self, candidate: _Candidate) -> None:
         """Take the rows of a candidate that have a smaller error than the best so far."""
-        errors = self._errors(rounded.values)
+        errors = self._errors(candidate.rounded.values)
         better = errors < self.best
         self.best = torch.where(better, errors, self.best)
-        self._take(rounded, better, source, clip)
+        self._take(candidate, better)
 
-    def _take(
-        self, rounded: Rounded, chosen: Tensor, source: Tensor | int, clip: Tensor | float
-    ) -> None:
+    def _take(self, candidate: _Candidate, chosen: Tensor) -> None:
         column = chosen.unsqueeze(-1)
+        rounded, source, clip, lean = candidate
         self.values = torch.where(column, rounded.values, self.values)
         self.parts = tuple(
             torch.where(column, new, old)
@@ -387,16 +415,16 @@ class Search:
         )
         self.source = torch.where(column, source, self.source)
         self.clip = torch.where(column, clip, self.clip)
+        self.lean = torch.where(column, lean, self.lean)
 
-    def _sweep(self, rows: Tensor, source: Tensor, clip: Tensor, slope: Tensor) -> None:
+    def _sweep(self, candidate: _Clipped, slope: Tensor) -> None:
         """Take those groups of a candidate that lower the error of their row.
 
-        The candidate is ``rows``, from ``source`` ``[out, groups]``, with ``clip``. ``slope`` is
-        (v - a)G, and is updated.
+        Its source is ``[out, groups]``. ``slope`` is (v - a)G, and is updated.
         """
-        rounded = self.rounding(rows, self._clipped(rows, clip))
+        rounded = self.rounding(candidate.rows, self._clipped(candidate))
         (weight,) = self.parts
-        for group in range(clip.shape[1]):
+        for group in range(self.clip.shape[1]):
             inputs = slice(group * self.group_size, (group + 1) * self.group_size)
             change = rounded.values[:, inputs] - self.values[:, inputs]
             gain = change @ self.gram[inputs, inputs]
@@ -407,18 +435,28 @@ class Search:
             weight[:, inputs] = torch.where(better, new, weight[:, inputs])
             self.values[:, inputs] += change * better
             better = better.squeeze(-1)
-            self.clip[:, group] = torch.where(better, clip[:, group], self.clip[:, group])
-            self.source[:, group] = torch.where(better, source[:, group], self.source[:, group])
+            for kept, other in (
+                (self.source, candidate.source),
+                (self.clip, candidate.clip),
+                (self.lean, candidate.lean),
+            ):
+                kept[:, group] = torch.where(better, other[:, group], kept[:, group])
 
-    def _clipped(self, rows: Tensor, clip: Tensor) -> Tensor:
+    def _clipped(self, candidate: _Clipped) -> Tensor:
         """The rows clamped to shares ``[out, groups]`` of the magnitude that sets their step."""
+        rows, _, clip, lean, _ = candidate
         grouped = rows.view(*self.clip.shape, self.group_size)
         largest = grouped.abs().amax(-1)
         if self.units is not None:
             parts = torch.split(largest, list(self.units))
             largest = torch.cat([part.amax(0, keepdim=True).expand_as(part) for part in parts])
-        limit = (largest * clip).unsqueeze(-1)
-        return grouped.clamp(-limit, limit).view(rows.shape).to(self.dtype)
+        high = largest * clip
+        low = -high
+        if self.rounding.shorter is not None:
+            short = self.rounding.shorter * high
+            low, high = torch.where(lean > 0, -short, low), torch.where(lean < 0, short, high)
+        clamped = grouped.clamp(low.unsqueeze(-1), high.unsqueeze(-1))
+        return clamped.view(rows.shape).to(self.dtype)
 
     def _errors(self, values: Tensor) -> Tensor:
         errors = row_errors(values - self.target_weight, self.gram)
@@ -452,3 +490,22 @@ class _Source(NamedTuple):
     rows: Tensor
     status: Tensor  # [out], int32
     steps: Tensor  # [out], int32
+
+
+class _Clipped(NamedTuple):
+    """Rows to round, from a source, with a clip."""
+
+    rows: Tensor  # [out, in], float32
+    source: Any  # its index, or those of the groups, [out, groups]
+    clip: Tensor  # [out, groups]
+    lean: Tensor  # [out, groups], as in Search
+    fitted: bool = False  # on a grid that is fitted to the rows
+
+
+class _Candidate(NamedTuple):
+    """Rounded rows, with their sources and clips: ``[out, groups]``, or one for all."""
+
+    rounded: Rounded
+    source: Any
+    clip: Any
+    lean: Any

@@ -151,6 +151,23 @@ def fields_of(target: AOBaseConfig) -> dict[str, Any]:
     return {field.name: getattr(target, field.name) for field in fields(target)}
 
 
+_FEW_BITS = {torch.int2: 2, torch.int3: 3, torch.int4: 4}  # type: ignore[attr-defined]
+
+
+def shorter_side(target: AOBaseConfig) -> float | None:
+    """Of a grid with a whole zero point and all levels in use, the shorter side by the longer.
+
+    For b bits (2ᵇ⁻¹ - 1)/2ᵇ⁻¹, such as ½ of -2, -1, 0 and 1. A row of the range ±t has a grid
+    of this kind only if it is clipped to it: torchao's own zero point leaves one level unused. None
+    for symmetric configs, for 1 bit, and from 5 bits on, where it makes no difference.
+    """
+    by_name = fields_of(target)
+    bits = _FEW_BITS.get(by_name.get("weight_dtype"))
+    if by_name.get("mapping_type") != MappingType.ASYMMETRIC or bits is None:
+        return None
+    return 1 - 2.0 ** (1 - bits)
+
+
 def row_multiple(target: AOBaseConfig) -> int:
     """The number of rows at whose multiples stacked weights may be cut into parts.
 

@@ -22,6 +22,7 @@ from magr_fx.passes.handover.target import (
     row_multiple,
     rows_are_independent,
     shares_one_step,
+    shorter_side,
 )
 from magr_fx.passes.handover.torchao_rounding import TorchaoRounding, dequantized, grid_of
 from magr_fx.reporting.report import Quantization
@@ -179,11 +180,12 @@ def _rounding(
     alone = torchao.tensors(weight)
     rtn = torch.cat([dequantized(tensor) for tensor in alone])
     if not target.makes_tensors:
-        return Nearest(torchao.values), Rounded(rtn, (weight,)), None
+        shorter = shorter_side(target.config)
+        return Nearest(torchao.values, shorter), Rounded(rtn, (weight,)), None
     grid = stacked([grid_of(tensor) for tensor in alone])
     codes = torch.cat([tensor.qdata for tensor in alone])  # type: ignore[attr-defined]
     alone.clear()
-    rounding = OnGrid(torchao.grid, hessian_factor)
+    rounding = OnGrid(torchao.grid, hessian_factor, shorter=shorter_side(target.config))
     if target.free_zero_points:
         grid = grid._replace(zero_point=grid.zero_point.to(grid.scale.dtype))
         spanning = partial(spanning_grid, like=grid)

@@ -14,6 +14,8 @@ from torchao.quantization import (
     Int4WeightOnlyConfig,
     Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
+    MappingType,
+    PerAxis,
     PerGroup,
 )
 from torchao.quantization.quantize_.workflows import (
@@ -29,7 +31,9 @@ from magr_fx.passes.handover.target import (
     described_in_full,
     fields_of,
     rows_are_independent,
+    shorter_side,
 )
+from magr_fx.passes.handover.torchao_rounding import grid_of, quantized_copy
 
 HQQ = IntxChooseQParamsAlgorithm.HQQ_SCALE_ONLY
 
@@ -70,6 +74,24 @@ def test_what_is_not_the_default_counts(config: type, name: str, usual: Any, giv
     target = another_release(config, **{name: usual})(**{name: given})
     assert "hqq" in describe(target) or "affine" in describe(target)
     assert rows_are_independent(target)
+
+
+def test_which_grids_lean_to_one_side() -> None:
+    """Only few bits and whole zero points: see what torchao makes of rows clipped like that."""
+    wanted = {torch.int2: 0.5, torch.int3: 0.75, torch.int4: 0.875}  # type: ignore[attr-defined]
+    for dtype in (getattr(torch, f"int{bits}") for bits in range(1, 9)):
+        asymmetric = IntxWeightOnlyConfig(dtype, PerAxis(0), MappingType.ASYMMETRIC)
+        shorter = shorter_side(asymmetric)
+        assert shorter == wanted.get(dtype)
+        assert shorter_side(IntxWeightOnlyConfig(dtype, PerAxis(0))) is None
+        if shorter is None:
+            continue
+        levels = round(1 / (1 - shorter))  # below 0
+        row = torch.linspace(-1, shorter, 1000).view(1, -1)
+        grid = grid_of(quantized_copy(row, asymmetric))
+        assert (grid.low, grid.high, int(grid.zero_point)) == (-levels, levels - 1, 0)
+        assert float(grid.scale) == pytest.approx(1 / levels)
+    assert shorter_side(Int8WeightOnlyConfig()) is None
 
 
 def test_every_target_that_is_tested() -> None:

@@ -28,6 +28,7 @@ from magr_fx.rounding.search import (
     WORTHWHILE,
     Choice,
     Search,
+    _Clipped,
     _worst,
     all_alphas,
     best_alphas,
@@ -772,3 +773,83 @@ def test_only_the_given_alphas_are_tried(alphas: list[float]) -> None:
     assert_no_row_is_worse(choice.rounded.values, start.values, weight, gram)
     everything = choose(weight, gram, rounding, start, config, dtype=weight.dtype)
     assert choice.error.sum() > everything.error.sum()
+
+
+# --- grids that lean to one side
+
+
+def whole_grid(bits: int, group_size: int | None) -> Callable[[Tensor], Grid]:
+    """An asymmetric grid with a whole zero point, as torchao's."""
+
+    def grid_of(rows: Tensor) -> Grid:
+        return make_grid(rows, bits, group_size, symmetric=False)
+
+    return grid_of
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("side", [1, -1])
+def test_a_row_that_leans_has_all_levels(bits: int, side: int) -> None:
+    """Clipped to [-t, t·shorter], or the other way round, the grid ends at both."""
+    shorter = 1 - 2.0 ** (1 - bits)
+    weight = torch.linspace(-1, 1, 64).view(1, 64)
+    rounding = Nearest(lambda w: w, shorter)
+    search = Search(weight, torch.eye(64), rounding, dtype=weight.dtype, group_size=64)
+    one = torch.ones(1, 1)
+    rows = search._clipped(_Clipped(weight, 0, one, side * one))
+    ends = sorted([-side * shorter, side * 1.0])
+    assert [float(rows.min()), float(rows.max())] == pytest.approx(ends, abs=1e-6)
+    grid = whole_grid(bits, None)(rows)
+    codes = grid.nearest(rows)
+    assert len(codes.unique()) == 2**bits
+    values = grid.values(codes)
+    assert [float(values.min()), float(values.max())] == pytest.approx(ends, rel=1e-5)
+    even = whole_grid(bits, None)(weight)
+    levels = even.values(torch.arange(even.low, even.high + 1, dtype=torch.float32).view(1, -1))
+    assert float(levels.abs().max()) > 1.1  # one lies beyond the row
+
+
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_each_group_leans_to_where_less_is_lost(group_size: int | None) -> None:
+    weight, gram = problem(rows=12, columns=32, tokens=100)
+    size = group_size or 32
+    rounding = Nearest(quantizer(2, group_size, symmetric=False), 0.5)
+    search = Search(weight, gram, rounding, dtype=weight.dtype, group_size=size)
+    clip = torch.full_like(search.clip, 0.8)
+    even, lean = search._leans(weight, clip)
+    assert not even.any()
+    grouped = weight.double().view(12, -1, size)
+    limit = 0.8 * grouped.abs().amax(-1, keepdim=True)
+    energy = gram.double().diagonal().view(-1, size)
+    high = ((grouped - grouped.clamp(-limit, limit / 2)).square() * energy).sum(-1)
+    low = ((grouped - grouped.clamp(-limit / 2, limit)).square() * energy).sum(-1)
+    assert torch.equal(lean, torch.where(low <= high, 1.0, -1.0))
+    assert distinct(lean) == 2
+
+
+@pytest.mark.parametrize("group_size", [None, 8])
+@pytest.mark.parametrize("with_gptq", [False, True])
+def test_leaning_lowers_the_error_at_2_bits(group_size: int | None, with_gptq: bool) -> None:
+    weight, gram = problem(rows=60, columns=32, tokens=100)
+    grid_of = whole_grid(2, group_size)
+    start = quantizer(2, group_size, symmetric=False)(weight)
+    config = MagRConfig(alpha="auto", group_size=group_size)
+    found = []
+    for shorter in (None, 0.5):
+        rounding: Any = Nearest(quantizer(2, group_size, symmetric=False), shorter)
+        first = Rounded(start, (weight,))
+        if with_gptq:
+            rounding = OnGrid(grid_of, compensation(gram), shorter=shorter)
+            _, first = on_grid(weight, gram, 2, group_size, symmetric=False)
+        choice = choose(weight, gram, rounding, first, config, dtype=weight.dtype)
+        assert_no_row_is_worse(choice.rounded.values, first.values, weight, gram)
+        assert ((choice.clip > 0) & (choice.clip <= 1)).all()
+        found.append(float(energies(choice.rounded.values, weight, gram).sum()))
+    assert found[1] < 0.99 * found[0]
+
+
+def test_tensors_with_one_step_do_not_lean() -> None:
+    weight, gram = problem(rows=6, columns=12)
+    rounding = Nearest(per_tensor(2, [2, 4]), 0.5)
+    search = Search(weight, gram, rounding, dtype=weight.dtype, group_size=12, units=[2, 4])
+    assert len(search._leans(weight, search.clip)) == 1
