@@ -69,7 +69,8 @@ def compare_text(
                 p, q = (each[keep.to(each.device)] for each in both)
                 following = ids[:, 1:][part][keep]
                 parts.append(token_scores(p, q.to(p.device), following, numbers[keep]))
-        trim()  # glibc keeps blocks of up to 32 MB: those of a small vocabulary pile up
+                del both, p, q
+                trim()  # glibc keeps blocks of up to 32 MB, and they pile up
     scores = TokenScores(*(ranks.concat(column) for column in TokenScores.joined(parts)))
     return summarise(scores)
 

@@ -21,7 +21,10 @@ from magr_fx.rounding.search import ALPHAS, CLIPS, FINER, FINER_GROUPS
 FLOAT = 4  # bytes: grams and solves are in float32
 STEPS, CHECKS = 20, 3  # of one solve to a gap of 1e-3
 PATH_PRODUCTS = 8 + 1.5 + 1  # steps, checks and certificate of each penalty of a search's path
-CANDIDATES = (1 + len(ALPHAS)) * len(CLIPS)  # roundings of every source with every clip
+MOST_CANDIDATES = (1 + len(ALPHAS)) * 2 * len(CLIPS)  # every alpha and clip, even and leaning
+SOURCES = 2.5  # alphas that are tried with all rows; and all with a sample of the rows
+CANDIDATES = SOURCES * (len(CLIPS) + 1)  # and on a grid that is fitted, or that leans
+REFITS = 9  # two fits of a grid to its codes, each with two passes of coordinate descent
 SWEEPS = 2 * len(FINER_GROUPS) + 1 + len(ALPHAS)  # of groups, by their clips and sources
 # Elementwise work takes as long as products with so many further inputs. Measured on a CPU: solves
 # of 256, 512 and 1024 inputs take 2.5, 16.5 and 93 s, and are predicted to take 3.3, 16 and 76 s.
@@ -75,16 +78,18 @@ def solver_bytes(shape: Shape, method: Method) -> int:
     solving = 12 * shape.inputs**2 + 32 * min(piece, 2048) * shape.inputs + FLOAT * numbers
     if not method.gptq:
         return solving
-    together = piece * min(CANDIDATES, max(1, CPU_ROWS // piece)) if method.search else piece
+    together = piece * min(MOST_CANDIDATES, max(1, CPU_ROWS // piece)) if method.search else piece
     rounding = 8 * shape.inputs**2 + FLOAT * numbers + 7 * together * shape.inputs
     return max(solving + FLOAT * shape.inputs**2, rounding)
 
 
 def calibration_flops(shapes: Iterable[Shape], tokens: int, method: Method) -> float:
-    """``2·tokens·in`` times ``out`` for each pass (2, or 3 with a search), and times ``in`` for
-    the gram, and again for the drift. Attention is not counted.
+    """``2·tokens·in`` times ``out`` for each pass, and times ``in`` for the gram, and again for
+    the drift. Attention is not counted. A search has three passes, of the check, the original and
+    the quantized model; with GPTQ, which checks on the way, two.
     """
-    passes, grams = (3, 2) if method.search else (2, 1)
+    grams = 2 if method.search else 1
+    passes = 3 if method.search and not method.gptq else 2
     return sum(2.0 * tokens * s.calls * s.inputs * (passes * s.rows + grams * s.inputs)
                for s in shapes)  # fmt: skip
 
@@ -99,8 +104,8 @@ def solve_flops(shapes: Iterable[Shape], method: Method) -> float:
     if method.search:
         sweeps = SWEEPS + 2 if method.groups and not method.gptq else 0
         rounded = CANDIDATES + (0 if sweeps else 2 * len(FINER))
-        products = len(ALPHAS) * PATH_PRODUCTS + rounded + sweeps
-        products += 12 + rounded / 2 * method.gptq  # 12: for the drift, and for the report
+        products = SOURCES * PATH_PRODUCTS + rounded + sweeps
+        products += 12 + (rounded / 2 + REFITS) * method.gptq  # 12: for the drift, and the report
     return products * sum(2.0 * s.rows * s.inputs * (s.inputs + ELEMENTWISE) for s in shapes)
 
 

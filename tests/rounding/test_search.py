@@ -801,7 +801,7 @@ def test_a_row_that_leans_has_all_levels(bits: int, side: int) -> None:
     assert [float(rows.min()), float(rows.max())] == pytest.approx(ends, abs=1e-6)
     grid = whole_grid(bits, None)(rows)
     codes = grid.nearest(rows)
-    assert len(codes.unique()) == 2**bits
+    assert distinct(codes) == 2**bits
     values = grid.values(codes)
     assert [float(values.min()), float(values.max())] == pytest.approx(ends, rel=1e-5)
     even = whole_grid(bits, None)(weight)
