@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,17 +68,15 @@ def rotate(model: nn.Module, batches: list[Batch], tracing: Tracing, seed: int) 
         ]
         changed = parameters_of((s for s, _ in chosen), biases)
         before = _outputs(model, batches[0])
-        kept = [parameter.detach().cpu().clone() for parameter in changed]
-        rotate_weights(chosen, biases)
-        found = difference(_outputs(model, batches[0]), before, _tolerance(model))
-        if found:
-            with torch.no_grad():
-                for parameter, value in zip(changed, kept, strict=True):
-                    parameter.copy_(value)
-            raise ModelError(
-                f"rotated, the model computes something else with calibration batch "
-                f"{batches[0].index}: its outputs {found}. It is as it was; leave the rotation out"
-            )
+        with _restored_on_error(changed):
+            rotate_weights(chosen, biases)
+            found = difference(_outputs(model, batches[0]), before, _tolerance(model))
+            if found:
+                raise ModelError(
+                    "rotated, the model computes something else with calibration batch "
+                    f"{batches[0].index}: its outputs {found}. It is as it was; leave the rotation "
+                    "out"
+                )
     return [Rotation(name, s.block, len(s.axes), s.fixed) for s, name in streams]
 
 
@@ -97,6 +97,19 @@ def untie_heads(model: nn.Module) -> int:
     if added and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False  # transformers would tie them again when it loads them
     return added
+
+
+@contextlib.contextmanager
+def _restored_on_error(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Give the parameters their values back if the block raises, or is interrupted."""
+    kept = [parameter.detach().cpu().clone() for parameter in parameters]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.copy_(value)
+        raise
 
 
 def _outputs(model: nn.Module, batch: Batch) -> list[torch.Tensor]:

@@ -394,6 +394,28 @@ def test_a_rotation_that_goes_wrong_is_undone(monkeypatch: pytest.MonkeyPatch) -
     assert changed(model, before) == []
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
+def test_a_rotation_that_is_interrupted_is_undone(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama()
+    before = state(model)
+    runs: list[None] = []
+
+    def fails_the_second_time(*args: Any) -> Any:
+        runs.append(None)
+        if len(runs) > 1:
+            assert changed(model, before)
+            raise error("in the rotated model")
+        return outputs(*args)
+
+    outputs = rotate_model._outputs
+    monkeypatch.setattr(rotate_model, "_outputs", fails_the_second_time)
+    with pytest.raises(error, match="in the rotated model"):
+        rotate_transform(model, text_calib())
+    assert changed(model, before) == []
+
+
 def test_the_graph_is_the_same_node_for_node() -> None:
     model = tiny_llama(use_cache=False)
     (ids, *_) = text_calib()
