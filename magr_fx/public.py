@@ -20,9 +20,9 @@ from magr_fx.iterations.solution import Solution, Status
 from magr_fx.passes.entries.magr_pass import MagRPass
 from magr_fx.passes.entries.rotate_pass import RotatePass, rotate_transform
 from magr_fx.passes.known_layers.as_linears import as_linears
-from magr_fx.passes.rotating.rotate_model import Rotation
 from magr_fx.reporting.comparison import Comparison
 from magr_fx.reporting.report import MagRReport, SiteReport
+from magr_fx.reporting.rotation import Rotation
 from magr_fx.solver.solver import solve_magr, solve_magr_path
 
 __all__ = [

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from magr_fx.config import MagRConfig
 from magr_fx.reporting.comparison import Comparison
 from magr_fx.reporting.report_text import report_text, totals
+from magr_fx.reporting.rotation import Rotation
 
 Outcome = Literal["rewritten", "skipped", "failed"]
 # A site overfits if its error relative to torchao alone is larger on held-out tokens than on the
@@ -143,6 +144,7 @@ class MagRReport:
         states, saved_bytes: the number of states saved in ``checkpoint_dir``, and the bytes that
             all ranks wrote to it, also before an interruption; 0 without a ``checkpoint_dir``.
         peak_memory: the largest ``memory`` of the sites, in MiB.
+        rotations: the streams of the model, if :func:`magr_fx.rotate_transform` had rotated it.
         comparison: how far the quantized model is from the original; None without ``evaluate``.
     """
 
@@ -157,6 +159,7 @@ class MagRReport:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     states: int = 0
     saved_bytes: int = 0
+    rotations: list[Rotation] = field(default_factory=list)
     comparison: Comparison | None = None
 
     @property
@@ -217,6 +220,7 @@ class MagRReport:
             "seconds": self.seconds,
             "states": self.states,
             "saved_bytes": self.saved_bytes,
+            "rotations": [asdict(rotation) for rotation in self.rotations],
             "comparison": None if self.comparison is None else self.comparison.as_dict(),
             "sites": [site.as_dict() for site in self.sites],
         }

@@ -12,6 +12,7 @@ import numpy as np
 from magr_fx.config import MagRConfig
 from magr_fx.errors import ConfigError
 from magr_fx.reporting.report import MagRReport, Quantization, SiteReport
+from magr_fx.reporting.rotation import Rotation
 
 ROWS, CHANNELS = "magr_report.json", "magr_report.npz"
 _ARRAYS = ("channel_max_before", "channel_max_after")
@@ -52,9 +53,11 @@ def read_report(folder: Path) -> MagRReport:
         rest = {
             key: value
             for key, value in record.items()
-            if key not in ("config", "sites", "comparison")
+            if key not in ("config", "sites", "comparison", "rotations")
         }
-        report = MagRReport(MagRConfig(**record["config"]), sites=sites, **rest)
+        rotations = [Rotation(**row) for row in record.get("rotations", ())]
+        config = MagRConfig(**record["config"])
+        report = MagRReport(config, sites=sites, rotations=rotations, **rest)
         str(report)  # a report that cannot be printed counts as damaged
         return report
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -47,6 +47,7 @@ def totals(report: MagRReport) -> list[str]:
     return [
         *_rewritten(report),
         *_errors_after_quantization(report),
+        *_rotated(report),
         *_quantized(report),
         *_run(report),
     ]
@@ -88,6 +89,14 @@ def _errors_after_quantization(report: MagRReport) -> list[str]:
     if report.overfitted:
         lines.append(f"{len(report.overfitted)} sites fit the calibration too closely")
     return lines
+
+
+def _rotated(report: MagRReport) -> list[str]:
+    if not report.rotations:
+        return []
+    done = [rotation for rotation in report.rotations if not rotation.reason]
+    parameters = sum(rotation.weights for rotation in done)
+    return [f"{len(done)} of {len(report.rotations)} streams rotated, {parameters} parameters"]
 
 
 def _quantized(report: MagRReport) -> list[str]:

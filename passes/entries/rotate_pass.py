@@ -14,8 +14,9 @@ from magr_fx.passes.graphs.trace import unwrap
 from magr_fx.passes.inputs.calibration import read_calib
 from magr_fx.passes.offloading.execution import is_offloaded_or_sharded
 from magr_fx.passes.rewriting.check_model import check_model, check_not_frozen
-from magr_fx.passes.rotating.rotate_model import Rotation, rotate, untie_heads
+from magr_fx.passes.rotating.rotate_model import rotate, untie_heads
 from magr_fx.passes.tracing.trace_batches import Tracing
+from magr_fx.reporting.rotation import Rotation
 
 logger = logging.getLogger("magr_fx")
 Model = TypeVar("Model", bound=nn.Module)

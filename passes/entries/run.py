@@ -55,6 +55,8 @@ def run(
     """
     report = ledger.report
     report.notes += notes_of(batches)
+    of_graph = getattr(model, "meta", {}).get("magr_rotations", ())
+    report.rotations = list(getattr(model, "magr_rotations", of_graph))
     with calibration_mode(model, execution.device):
         with report.timed("trace"):
             traced = trace_or_read(model, batches, request.tracing)

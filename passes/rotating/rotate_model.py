@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,23 +21,7 @@ from magr_fx.passes.tracing.make_fx import side_effects_undone
 from magr_fx.passes.tracing.read_exported import trace_or_read
 from magr_fx.passes.tracing.same_output import COARSE, TOLERANCE
 from magr_fx.passes.tracing.trace_batches import Tracing
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """A stream of the model, and whether it is rotated.
-
-    Attributes:
-        name: the first weight that reads it.
-        block: the numbers that one rotation mixes: the hidden size, or that of a head.
-        weights: how many parameters are rotated along one axis.
-        reason: why it is not rotated; empty if it is.
-    """
-
-    name: str
-    block: int
-    weights: int
-    reason: str = ""
+from magr_fx.reporting.rotation import Rotation
 
 
 def rotate(model: nn.Module, batches: list[Batch], tracing: Tracing, seed: int) -> list[Rotation]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from model_zoo import ZOO
+from targets import ASYMMETRIC, intx
 from tiny_models import (
     activations,
     t5_calib,
@@ -28,9 +30,18 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 from toys import changed, state
 
-from magr_fx import ConfigError, ModelError, RotatePass, magr_quantize, rotate_transform
+from magr_fx import (
+    ConfigError,
+    MagRPass,
+    MagRReport,
+    ModelError,
+    RotatePass,
+    magr_quantize,
+    rotate_transform,
+)
 from magr_fx.passes.rotating import rotate_model
 from magr_fx.passes.rotating.rotate_weights import rotate_weights
+from magr_fx.reporting.report_files import read_report, write_report
 
 WIDTH, HEADS = 16, 4
 
@@ -430,6 +441,9 @@ def test_the_graph_is_the_same_node_for_node() -> None:
     torch.testing.assert_close(exported(ids).logits, tiny_llama()(ids).logits, rtol=1e-4, atol=1e-5)
     with pytest.raises(ModelError, match=r"takes a torch\.fx GraphModule"):
         RotatePass([ids]).call(model)
+    after = MagRPass([ids])(exported)
+    assert after is not None
+    assert after.graph_module.meta["magr"].rotations == found
 
 
 def test_a_seed_is_a_rotation() -> None:
@@ -442,11 +456,19 @@ def test_a_seed_is_a_rotation() -> None:
         rotate_transform(one, text_calib(), seed=-1)
 
 
-def test_what_is_rotated_can_be_quantized() -> None:
-    from targets import ASYMMETRIC, intx
-
+def test_what_is_rotated_can_be_quantized_and_is_in_the_report(tmp_path: Path) -> None:
     model = rotate_transform(tiny_llama(), text_calib())
     magr_quantize(model, text_calib(), intx(4, ASYMMETRIC, 16), rounding="gptq")
+    report: MagRReport = model.magr_report
+    assert report.rotations == model.magr_rotations
+    done = [one for one in report.rotations if not one.reason]
+    line = f"{len(done)} of {len(report.rotations)} streams rotated"
+    assert line in report.totals()
+    write_report(report, tmp_path)
+    assert read_report(tmp_path).rotations == report.rotations
+    plain = magr_quantize(tiny_llama(), text_calib(), intx(4, ASYMMETRIC, 16)).magr_report
+    assert plain.rotations == []
+    assert "rotated" not in plain.totals()
     with torch.no_grad():
         logits = model(text_calib()[0]).logits
     assert bool(logits.isfinite().all())
