@@ -47,6 +47,9 @@ class Timed:
         self.calls, self.seconds = self.calls + 1, self.seconds + time.process_time() - start
         return rounded
 
+    def on_grid_of(self, parts: tuple[Tensor, ...], rows: Tensor, dtype: torch.dtype) -> Rounded:
+        return self.rounding.on_grid_of(parts, rows, dtype)
+
     def each(self, candidates: Iterable[Candidate]) -> Iterator[Rounded]:
         listed = list(candidates)
         start = time.process_time()

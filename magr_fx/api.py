@@ -295,9 +295,9 @@ def quantize_apart(
     Args:
         model, calib: as for :func:`magr_quantize`.
         request: the options, with a target that quantizes.
-        tensors: with GPTQ it receives torchao's tensor of each site under the site's name, block by
-            block, and the model does not change. With nearest rounding the model's weights are
-            rewritten.
+        tensors: if the target makes tensors (GPTQ, free zero points) it receives torchao's tensor
+            of each site under the site's name, block by block, and the model does not change.
+            Otherwise the model's weights are rewritten.
 
     Returns:
         The names of all weights that torchao can quantize. The report says why the others that

@@ -138,7 +138,7 @@ class MagRConfig(AOBaseConfig):  # type: ignore[misc]
             (proximal) gradient descent, which is meant to stop before the optimum.
         max_steps: the maximum number of steps; None is 100 for admm, 200 for pgd.
         tol: relative dual gap (gap / objective) at which a row counts as converged; None is 1e-3
-            for admm (0.1 with ``alpha="auto"``) and 0 for pgd; 0 always takes ``max_steps``.
+            for admm (0.3 with ``alpha="auto"``) and 0 for pgd; 0 always takes ``max_steps``.
         damping: s in G + s·mean(diag G)·I, the gram that is solved with. None is, for admm, between
             0.3 with few tokens and 0.1 with many, see :func:`damping_for`, and for pgd 0, the
             calibration gram itself. A larger value changes the weight less in the directions

@@ -19,6 +19,7 @@ from magr_fx.iterations.prox import project_l1_ball, prox_linf
 from magr_fx.iterations.solution import Solution, Status
 from magr_fx.passes.entries.magr_pass import MagRPass
 from magr_fx.passes.entries.rotate_pass import RotatePass, rotate_transform
+from magr_fx.passes.entries.save_packed import save_packed
 from magr_fx.passes.known_layers.as_linears import as_linears
 from magr_fx.reporting.comparison import Comparison
 from magr_fx.reporting.report import MagRReport, SiteReport
@@ -52,6 +53,7 @@ __all__ = [
     "project_l1_ball",
     "prox_linf",
     "rotate_transform",
+    "save_packed",
     "solve_magr",
     "solve_magr_path",
 ]

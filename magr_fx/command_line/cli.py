@@ -129,8 +129,12 @@ def transform(target: str | None, head: bool, **given: Any) -> None:
                  type=click.Choice(["nearest", "gptq"])),
     click.option("--refine", type=click.IntRange(0), default=0, show_default=True,
                  help="Passes of coordinate descent after GPTQ."),
+    click.option("--format", "stored", default="torchao", show_default=True,
+                 type=click.Choice(["torchao", "compressed-tensors"]),
+                 help="compressed-tensors stores the target's bits for each weight, torchao a "
+                 "byte."),
 )  # fmt: skip
-def quantize(target: str, rounding: str, refine: int, **given: Any) -> None:
+def quantize(target: str, rounding: str, refine: int, stored: str, **given: Any) -> None:
     """Rewrite and quantize MODEL, and write it into OUT, which transformers loads.
 
     Only one block of the model is in memory at a time, or one shard while it is saved.
@@ -143,7 +147,7 @@ def quantize(target: str, rounding: str, refine: int, **given: Any) -> None:
 
         return quantize_directory(job, rounding)
 
-    _run_job(make, partial(_job, target, given, refine=refine), given)
+    _run_job(make, partial(_job, target, given, refine=refine, stored=stored), given)
 
 
 @magr_fx.command()
@@ -250,6 +254,7 @@ def _job(
     *,
     head: bool = False,
     refine: int = 0,
+    stored: str = "torchao",
 ) -> Any:
     from magr_fx.command_line.named_device import named_device
     from magr_fx.command_line.named_targets import named_target
@@ -274,6 +279,7 @@ def _job(
         device=named_device(
             given["device"], local_rank=launched.local_rank, several=launched.world > 1
         ),
+        format=stored,
         refine=refine,
         propagate=given["propagate"],
         spill_dir=given["spill"],

@@ -11,6 +11,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ from magr_fx.model_files.model_class import model_class
 from magr_fx.model_files.model_directory import CONFIG, read_config, read_directory
 from magr_fx.passes.finding.find_linears import FilterFn
 from magr_fx.passes.handover.target import describe
+from magr_fx.passes.handover.to_compressed_tensors import (
+    Packing,
+    linears_besides,
+    quantization_config,
+)
 from magr_fx.passes.handover.torchao_rounding import quantized_copy
 from magr_fx.passes.known_layers.transformers_private import (
     HfQuantizer,
@@ -154,6 +160,8 @@ def _quantized(model: Any, work: Prepared, rounding: str) -> tuple[Path, MagRRep
     shards = None
     options = QuantizeOptions(rounding, refine=job.refine, propagate=job.propagate is not False)
     config = resolve_config(job.config, job.target, required=True)
+    if job.format == "compressed-tensors" and config.zero_point is None:
+        config = replace(config, zero_point="whole")  # it holds no others
     target = None
     if job.target is not None:
         config, target = for_quantizing(config, job.target, options)
@@ -216,9 +224,16 @@ def _write_quantized(
     }
     folder = _emptied(job.run / QUANTIZED)
     parts = functools.partial(revert_weight_conversion, model)
-    done = write_quantized(stored, wanted, value, parts, folder, progress=job.progress)
-    config = TorchAoConfig(job.target, modules_to_not_convert=left)
-    write_quantized_config(work.source, folder, json.loads(config.to_json_string()))
+    write = functools.partial(write_quantized, stored, wanted, value, parts, folder)
+    if job.format == "compressed-tensors":
+        packing = Packing(job.target)
+        done = write(flatten=packing, progress=job.progress)
+        described = quantization_config(packing.layouts, linears_besides(model, packing.layouts))
+    else:
+        done = write(progress=job.progress)
+        config = TorchAoConfig(job.target, modules_to_not_convert=left)
+        described = json.loads(config.to_json_string())
+    write_quantized_config(work.source, folder, described)
     copy_rest(work.source, folder, keep=(CONFIG,))
     return done
 

@@ -38,6 +38,7 @@ from magr_fx.model_files.model_directory import (
     text_config,
 )
 from magr_fx.model_files.stored_model import check_stored, empty_model
+from magr_fx.passes.handover.to_compressed_tensors import check_format, check_installed
 
 _CPU = torch.device("cpu")
 
@@ -58,6 +59,7 @@ class Job:
         head: whether to rewrite the head too, which transformers does not quantize by default.
         resume: whether to continue an interrupted run for ``out``, if there is one.
         device: where the model's blocks are run and solved.
+        format: of a quantized model: "torchao", or "compressed-tensors".
         refine, propagate, spill_dir, progress: as for :func:`magr_fx.magr_quantize`.
     """
 
@@ -72,6 +74,7 @@ class Job:
     head: bool = False
     resume: bool = False
     device: torch.device = _CPU
+    format: str = "torchao"
     refine: int = 0
     propagate: bool | None = None
     spill_dir: Path | None = None
@@ -125,6 +128,9 @@ def prepared(job: Job, ranks: Ranks, *, quantized: bool) -> Iterator[Prepared]:
         raise ConfigError(
             "accelerate, which reads models from disk, is not installed: pip install 'magr-fx[cli]'"
         )
+    if job.format == "compressed-tensors":
+        check_installed()
+        check_format(job.target)
     # The inner session makes the ranks end together, so that no rank still uses the run's folder
     # when run_folder removes it.
     if ranks.rank == 0:

@@ -1,8 +1,9 @@
 """Write a model with quantized weights into a directory that transformers loads.
 
 The format is that of transformers' own ``save_pretrained`` with a ``TorchAoConfig``: torchao
-splits each of its tensors into plain ones, and the metadata of every file says how to join them.
-Unlike with ``save_pretrained``, only one shard at a time is in memory.
+splits each of its tensors into plain ones, and the metadata of every file says how to join them;
+or that of compressed-tensors. Unlike with ``save_pretrained``, only one shard at a time is in
+memory.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ from magr_fx.model_files.model_directory import CONFIG, INDEX
 SHARD = 512 * 2**20
 
 
+# Tensors by name, quantized or not → plain tensors, and metadata for the file.
+Flatten = Callable[[dict[str, torch.Tensor]], tuple[dict[str, torch.Tensor], dict[str, str]]]
+
+
 def write_quantized(
     tensors: dict[str, StoredTensor],
     quantized: Mapping[str, list[str]],
@@ -34,6 +39,7 @@ def write_quantized(
     stored_as: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
     folder: Path,
     *,
+    flatten: Flatten = flatten_tensor_state_dict,
     progress: bool | None = None,
 ) -> set[str]:
     """Write every tensor of a model, some of them quantized.
@@ -46,6 +52,7 @@ def write_quantized(
             does not quantize it.
         stored_as: tensors by the model's names → the same tensors by their names in the files.
         folder: the directory to write into.
+        flatten: makes plain tensors of quantized ones; by default in torchao's format.
         progress: whether to show a bar; None shows it on a terminal.
 
     Returns:
@@ -69,15 +76,16 @@ def write_quantized(
         flat: dict[str, torch.Tensor] = {}
         for key in shard:
             own = {name: value(name).detach() for name in quantized.get(key, ())}
-            flat_own, described = flatten_tensor_state_dict(own or {key: _plain(tensors[key], key)})
-            names += json.loads(described.pop("tensor_names"))
+            flat_own, described = flatten(own or {key: _plain(tensors[key], key)})
+            names += json.loads(described.pop("tensor_names", "[]"))
             metadata |= described
             done |= {name for name, one in own.items() if type(one) is not torch.Tensor}
             flat |= stored_as(flat_own) if own else flat_own
         save_file(flat, folder / file)
         files |= dict.fromkeys(flat, file)
     # The metadata of every file must list the names of all files, as a reader may use only one.
-    metadata |= {"tensor_names": json.dumps(names), "format": "pt"}
+    metadata |= {"tensor_names": json.dumps(names)} if names else {}
+    metadata["format"] = "pt"
     for file in dict.fromkeys(files.values()):
         _describe(folder / file, metadata)
     if len(shards) > 1:

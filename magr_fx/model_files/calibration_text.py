@@ -30,7 +30,7 @@ def calibration_batches(tokenizer: Any, file: Path, *, tokens: int, length: int)
     batches = text_batches(tokenizer, file, tokens=(count - short) * BATCH * length, length=length)
     if short:
         own = length // SHORTER
-        batch = BATCH * SHORTER
+        batch = -(-BATCH * length // own)
         batches += text_batches(
             tokenizer, file, tokens=short * batch * own, length=own, batch=batch
         )
@@ -82,8 +82,8 @@ def text_batches(
             f"{file} has {len(ids):,} tokens, but {windows * own:,} are needed; ask for fewer "
             "tokens or shorter windows, or give a longer text"
         )
-    starts = torch.linspace(0, len(ids) - own, windows, dtype=torch.float32, device=ids.device)
-    cut = torch.stack([torch.cat([begin, ids[at : at + own]]) for at in starts.long()])
+    starts = [i * (len(ids) - own) // max(1, windows - 1) for i in range(windows)]
+    cut = torch.stack([torch.cat([begin, ids[at : at + own]]) for at in starts])
     return list(torch.split(cut, batch))
 
 

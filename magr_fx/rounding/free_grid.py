@@ -4,8 +4,8 @@ A row of MagR has the range ±t, and a grid of b bits has an even number of leve
 point 0 is one of them: at 2 bits the levels are then -1.33t, -0.67t, 0 and 0.67t, of which three
 are of use. With the zero point -½ they are -t, -t/3, t/3 and t.
 
-The scale is rounded to the dtype in which it is stored before the zero point is computed, and the
-zero point before any code is: so nothing is lost later, in half precision either.
+Scale and zero point are rounded to the dtype in which they are stored before any code is computed:
+so nothing is lost later, in half precision either.
 """
 
 from __future__ import annotations
@@ -47,11 +47,13 @@ def fitted_grid(rows: Tensor, energy: Tensor, like: Grid) -> Grid:
 
     Args:
         rows: w, ``[out, in]``.
-        energy: ``[in]``, above 0: the diagonal of the gram.
+        energy: ``[in]``: the diagonal of the gram. Where it is 0 in a whole group, all count alike.
         like: as for :func:`spanning_grid`.
     """
     grouped = rows.to(torch.float32).view(*like.scale.shape, -1)
-    share = (energy / energy.mean()).to(torch.float32).view(1, like.scale.shape[1], -1)
+    share = energy.to(torch.float32).view(1, grouped.shape[1], -1)
+    mean = share.mean(-1, keepdim=True)
+    share = torch.where(mean > 0, share / mean, 1.0)
     bottom, top = _range(grouped)
     scale, centre = START * (top - bottom) / (like.high - like.low), (top + bottom) / 2
     total, pulled = share.sum(-1), share * grouped

@@ -52,6 +52,9 @@ class Rounding(Protocol):
     def each(self, candidates: Iterable[Candidate]) -> Iterator[Rounded]:
         """Round several candidates of the same shape, in their order."""
 
+    def on_grid_of(self, parts: tuple[Tensor, ...], rows: Tensor, dtype: torch.dtype) -> Rounded:
+        """Round rows to the grid of earlier parts, for weights of a dtype; if it makes codes."""
+
 
 class Nearest:
     """Rounding by the quantizer itself, which takes the clipped rows as the weight.
@@ -73,6 +76,14 @@ class Nearest:
     def each(self, candidates: Iterable[Candidate]) -> Iterator[Rounded]:
         """One after the other, so that only one is in memory at a time."""
         return (self(one.rows, one.clipped) for one in candidates)
+
+    def on_grid_of(self, parts: tuple[Tensor, ...], rows: Tensor, dtype: torch.dtype) -> Rounded:
+        """There is none.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("the quantizer chooses the grid")
 
 
 class OnGrid:
@@ -116,6 +127,13 @@ class OnGrid:
             codes = self._codes(weights, stacked(grids))
             for grid, own in zip(grids, codes.chunk(len(some)), strict=True):
                 yield Rounded(grid.values(own), (own, grid.scale, grid.zero_point))
+
+    def on_grid_of(self, parts: tuple[Tensor, ...], rows: Tensor, dtype: torch.dtype) -> Rounded:
+        """Round rows to the grid of earlier codes, scales and zero points."""
+        _, scale, zero = parts
+        grid = self.grid_of(rows.to(dtype))._replace(scale=scale, zero_point=zero)
+        codes = self._codes([rows], grid)
+        return Rounded(grid.values(codes), (codes, scale, zero))
 
     def _grid(self, candidate: Candidate) -> Grid:
         if candidate.fitted and self.fit is not None:

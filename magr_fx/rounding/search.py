@@ -21,7 +21,7 @@ from magr_fx.solver.solver import solve_magr_path
 
 # The alphas that are tried, for whole rows and for groups, relative to the rows' scale. They are a
 # factor 4 apart, from the best ones at 2 bits to the best ones at 4 bits (benchmarks/README.md).
-# 0, the unchanged row, is always tried as well.
+# 0 is tried as well: the unchanged row.
 ALPHAS = (1.2e-1, 3e-2, 8e-3, 2e-3)
 ALPHAS_GROUPS = (2.4e-2, 6e-3, 1.5e-3, 4e-4)
 # Clips, as shares of the largest magnitude of a row or group. CLIPS are tried with every alpha.
@@ -35,6 +35,7 @@ LEAST_CLIP = 0.05
 # lower the error by this share.
 WORTHWHILE = 0.005
 SAMPLE_CLIPS = (1.0, 0.8)
+HOPELESS = 1e3  # the error of a row relative to its least one counts as this at most
 # The relative difference between float32 sums in different orders.
 RELATIVE_ROUNDING = 1e-5
 
@@ -153,7 +154,11 @@ def best_alphas(
     search = Search(sample, gram, rounding, dtype=dtype, group_size=group_size)
     search.add_path(config, alphas)
     errors = search.errors_of_sources(SAMPLE_CLIPS)
-    errors /= errors.amin(0).clamp(min=torch.finfo(torch.float32).tiny)
+    errors = torch.where(errors.isfinite(), errors, torch.inf)
+    least = errors.amin(0)
+    errors /= least.clamp(min=torch.finfo(torch.float32).tiny)
+    errors = errors.nan_to_num(HOPELESS).clamp_(max=HOPELESS)  # inf/inf is NaN
+    errors[:, ~least.isfinite()] = 1  # such rows do not choose
     chosen = [int(errors.mean(-1).argmin())]
     while True:
         best = errors[chosen].amin(0)
@@ -299,10 +304,8 @@ class Search:
         a large entry. In ``target_weight`` itself only the inputs after a large entry compensate
         its error. But that is sometimes better.
         """
-        source = self.source.clamp(min=0)
-        best = _Clipped(self._of_source(source), source, self.clip, self.lean)
-        rounded = self.rounding(self.target_weight, self._clipped(best))
-        self._keep_better(_Candidate(rounded, source, self.clip, self.lean))
+        rounded = self.rounding.on_grid_of(self.parts, self.target_weight, self.dtype)
+        self._keep_better(_Candidate(rounded, self.source, self.clip, self.lean))
 
     @full_float32()
     def refine_groups(self, steps: Sequence[float]) -> None:
@@ -352,7 +355,8 @@ class Search:
         rows = torch.arange(len(source), device=source.device).unsqueeze(-1)
         status = torch.stack([s.status for s in self.sources])[source, rows]
         steps = torch.stack([s.steps for s in self.sources])[source, rows]
-        alphas = torch.tensor([s.alpha for s in self.sources], device=source.device)[source]
+        tried = [s.alpha for s in self.sources]
+        alphas = torch.tensor(tried, dtype=torch.float32, device=source.device)[source]
         alphas = torch.where(touched, alphas, 0)
         return Choice(
             Rounded(self.values, self.parts),

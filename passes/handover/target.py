@@ -39,6 +39,9 @@ _FLOAT_ZERO_POINTS = ("IntxWeightOnlyConfig", "Int8DynamicActivationIntxWeightCo
 # Algorithms for scales and zero points that look at one row, or one group, at a time.
 _BY_ROW = ("affine", "tinygemm", "min_max")
 
+# From 5 bits on it makes no difference whether a level is unused.
+_FEW_BITS = {torch.int2: 2, torch.int3: 3, torch.int4: 4}  # type: ignore[attr-defined]
+
 
 @dataclass(frozen=True)
 class Target:
@@ -73,6 +76,11 @@ def has_free_zero_points(zero_point: str | None, target: AOBaseConfig) -> bool:
                 f'zero_point="free" does not work with {describe(target)}, whose tensors hold '
                 f"whole zero points only. Leave it out, or use {_FLOAT_ZERO_POINTS[0]} or "
                 f"{_FLOAT_ZERO_POINTS[1]}, unpacked"
+            )
+        if not rows_are_independent(target):
+            raise ConfigError(
+                f'zero_point="free" fits scales to the rows, and {describe(target)} asks for an '
+                "algorithm of its own: leave one of the two out"
             )
         return True
     mapping = fields.get("mapping_type", fields.get("weight_mapping_type"))
@@ -151,19 +159,17 @@ def fields_of(target: AOBaseConfig) -> dict[str, Any]:
     return {field.name: getattr(target, field.name) for field in fields(target)}
 
 
-_FEW_BITS = {torch.int2: 2, torch.int3: 3, torch.int4: 4}  # type: ignore[attr-defined]
-
-
 def shorter_side(target: AOBaseConfig) -> float | None:
     """Of a grid with a whole zero point and all levels in use, the shorter side by the longer.
 
     For b bits (2ᵇ⁻¹ - 1)/2ᵇ⁻¹, such as ½ of -2, -1, 0 and 1. A row of the range ±t has a grid
     of this kind only if it is clipped to it: torchao's own zero point leaves one level unused. None
-    for symmetric configs, for 1 bit, and from 5 bits on, where it makes no difference.
+    for other configs, symmetric ones, 1 bit, and from 5 bits on, where it makes no difference.
     """
     by_name = fields_of(target)
     bits = _FEW_BITS.get(by_name.get("weight_dtype"))
-    if by_name.get("mapping_type") != MappingType.ASYMMETRIC or bits is None:
+    mapping = by_name.get("mapping_type", by_name.get("weight_mapping_type"))
+    if mapping != MappingType.ASYMMETRIC or bits is None:
         return None
     return 1 - 2.0 ** (1 - bits)
 

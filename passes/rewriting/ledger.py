@@ -80,15 +80,20 @@ class Ledger:
         return None if self.checkpoint is None else self.checkpoint.last()
 
     def restore(
-        self, saved: dict[str, Any] | None, sites: list[Site], resident: Resident, *, gptq: bool
+        self,
+        saved: dict[str, Any] | None,
+        sites: list[Site],
+        resident: Resident,
+        *,
+        makes_tensors: bool,
     ) -> None:
-        """Write the weights that an interrupted run has saved; with GPTQ, take its tensors."""
+        """Write the weights that an interrupted run has saved; or take the tensors that it made."""
         if saved is None or self.checkpoint is None:
             return
         logger.info("resuming after step %d of %s", saved["step"], self.checkpoint.folder)
         self.checkpoint.check_weights(saved["step"], saved["rows"])
         for weights in self.checkpoint.weights(saved["step"]):
-            if gptq:
+            if makes_tensors:
                 self.tensors.update(weights)
                 continue
             own = [site for site in sites if site.name in weights]
@@ -123,9 +128,9 @@ class Ledger:
             self.checkpoint.save(number, boundary, self._rows, self._unsaved, last)
             self._unsaved.clear()
 
-    def interrupted(self, error: BaseException, *, gptq: bool) -> None:
-        """Keep the rows of rewritten sites; with GPTQ none: nothing is written before the end."""
-        if gptq:
+    def interrupted(self, error: BaseException, *, makes_tensors: bool) -> None:
+        """Keep the rows of rewritten sites; where tensors are made, none: nothing was written."""
+        if makes_tensors:
             self._rows, self.step = [], Step()
             logger.error("interrupted: nothing was changed")
             return

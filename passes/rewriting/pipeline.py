@@ -17,7 +17,7 @@ from magr_fx.machine.ranks import Ranks
 from magr_fx.passes.collecting.collect_grams import CalibrationRun
 from magr_fx.passes.collecting.few_tokens import fill_up
 from magr_fx.passes.collecting.shared_gram import SharedGram
-from magr_fx.passes.finding.find_linears import Found, Site
+from magr_fx.passes.finding.find_linears import Found
 from magr_fx.passes.graphs.trace import TracedBatch
 from magr_fx.passes.handover.target import (
     Target,
@@ -117,10 +117,12 @@ def rewrite_sites(
     execution: Execution,
     ledger: Ledger,
 ) -> None:
-    """Check the calibration, then solve and rewrite every site, block by block.
+    """Check the calibration, and solve and rewrite every site, block by block.
 
-    Nothing is written before every batch has run once and every activation was finite. If the work
-    is interrupted after that, the report holds exactly the sites that were rewritten.
+    No weight is written before every batch has run once and every activation was finite. Where
+    torchao's tensors are made, which take the weights' places at the end, that one run also
+    collects the grams; otherwise it comes before. If the work is interrupted later, the report
+    holds exactly the sites that were rewritten.
 
     Args:
         traced: the calibration batches, each with its trace.
@@ -143,18 +145,22 @@ def rewrite_sites(
         spill=request.folders.spill,
     )
     _describe(run, traced, ledger.report)
+    for note in run.notes:
+        logger.warning("%s", note)
     saved = ledger.saved()
-    # Where nothing is written before the end, the run itself can find what is wrong.
-    checks = saved is None and request.makes_tensors and not request.strict
-    if saved is None and not checks:
+    # Where nothing is written before the end, the run itself can find what is wrong; also a run
+    # that is resumed, as the states were saved before all was seen.
+    on_the_way = request.makes_tensors and not request.strict
+    if saved is None and not on_the_way:
         _check(run, found, request, ledger.report)
     try:
-        ledger.restore(saved, found.sites, execution.resident, gptq=request.makes_tensors)
-        _rewrite_blocks(run, saved, request, execution.ranks, ledger, check=checks)
-        if checks:
-            _describe_inputs(run, found, ledger.report)
+        ledger.restore(saved, found.sites, execution.resident, makes_tensors=request.makes_tensors)
+        _rewrite_blocks(run, saved, request, execution.ranks, ledger, check=on_the_way)
+        if on_the_way:
+            fed = {row.name for row in ledger.rows if row.tokens}
+            _refuse_unfed(sum(site.name not in fed for site in found.sites), found, ledger.report)
     except BaseException as error:
-        ledger.interrupted(error, gptq=request.makes_tensors)
+        ledger.interrupted(error, makes_tensors=request.makes_tensors)
         raise
     finally:
         ledger.close(found.rejections)
@@ -173,7 +179,7 @@ def _describe(run: CalibrationRun, traced: list[TracedBatch], report: MagRReport
 
 
 def _check(run: CalibrationRun, found: Found, request: Request, report: MagRReport) -> None:
-    """Check the whole calibration before anything is changed; log what is unclear about inputs.
+    """Check the whole calibration before anything is changed.
 
     Raises:
         CalibrationError: an activation is NaN or Inf, or no token counts.
@@ -181,27 +187,24 @@ def _check(run: CalibrationRun, found: Found, request: Request, report: MagRRepo
     """
     with report.timed("check"):
         run.check(progress=request.progress)
-    unfed = _describe_inputs(run, found, report)
+    unfed = run.unfed()
+    _refuse_unfed(len(unfed), found, report)
     if request.strict:
         refuse_uncovered(found.rejections, unfed, request.filter_fn)
 
 
-def _describe_inputs(run: CalibrationRun, found: Found, report: MagRReport) -> list[Site]:
-    """Log what is unclear about the inputs; the sites that no token reaches.
+def _refuse_unfed(unfed: int, found: Found, report: MagRReport) -> None:
+    """Raise if no token reaches any site.
 
     Raises:
         CalibrationError: no token counts.
     """
-    for note in run.notes:
-        logger.warning("%s", note)
-    unfed = run.unfed()
-    if len(unfed) == len(found.sites):
+    if unfed == len(found.sites):
         raise CalibrationError(
             f"no token of the {report.batches} calibration batches counts: all are padding by "
             "their masks, or the inputs are empty; nothing was changed. In attention_mask, 1 "
             "means a token (0 if the mask is added to the scores)"
         )
-    return unfed
 
 
 def _rewrite_blocks(

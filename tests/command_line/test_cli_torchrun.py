@@ -101,12 +101,12 @@ def succeeded(both: list[Ended]) -> None:
 
 
 def no_text_on_rank_1() -> None:
-    def text_batches(*_: Any, **__: Any) -> Any:
+    def calibration_batches(*_: Any, **__: Any) -> Any:
         raise CalibrationError("the text is not here")
 
     if os.environ["RANK"] == "1":
         patched: Any = prepare_directory
-        patched.text_batches = text_batches
+        patched.calibration_batches = calibration_batches
 
 
 def told_once(both: list[Ended], message: str, code: int = 2) -> None:

@@ -12,6 +12,7 @@ from targets import ALL, ODD_SCALES, ONE_STEP
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import (
     Int4WeightOnlyConfig,
+    Int8DynamicActivationIntxWeightConfig,
     Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
     MappingType,
@@ -83,6 +84,10 @@ def test_which_grids_lean_to_one_side() -> None:
         asymmetric = IntxWeightOnlyConfig(dtype, PerAxis(0), MappingType.ASYMMETRIC)
         shorter = shorter_side(asymmetric)
         assert shorter == wanted.get(dtype)
+        inputs = Int8DynamicActivationIntxWeightConfig(
+            dtype, PerAxis(0), weight_mapping_type=MappingType.ASYMMETRIC
+        )
+        assert shorter_side(inputs) == shorter
         assert shorter_side(IntxWeightOnlyConfig(dtype, PerAxis(0))) is None
         if shorter is None:
             continue

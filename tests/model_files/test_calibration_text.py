@@ -48,6 +48,7 @@ def sizes(batches: list[Tensor]) -> list[tuple[int, ...]]:
         (6_144, 512, [(4, 512)] * 3),  # too few batches for a quarter
         (5_000, 256, [(4, 256)] * 4 + [(32, 32)]),
         (4_096, 248, [(4, 248)] * 5),  # the short windows would be too short
+        (8_000, 500, [(4, 500)] * 3 + [(33, 62)]),  # no fewer tokens than were asked for
         (1, 16, [(4, 16)]),
     ],
 )
@@ -82,6 +83,21 @@ def test_each_window_begins_as_the_tokenizer_begins_a_text(file: Path, read: Any
     assert all((batch[:, 0] == BOS).all() for batch in begun)
     assert not any((batch[:, 1:] == BOS).any() for batch in begun)
     assert windows_are_of(file.read_text(), begun, 1)
+
+
+def test_a_very_long_text_is_cut_up_to_its_end() -> None:
+    """float32 counts every token up to 2^24 only."""
+
+    class Long(Letters):
+        def __call__(self, text: str, **options: Any) -> Any:
+            if text == "a":
+                return super().__call__(text, **options)
+            return {"input_ids": range(2**24 + 514)}
+
+    file = Path(__file__)
+    (last,) = text_batches(Long(bos=BOS), file, tokens=4 * 512, length=512)[-1:]
+    assert last.shape == (4, 512)
+    assert int(last[-1, -1]) == 2**24 + 513
 
 
 def test_a_token_that_only_ends_a_text_begins_none(file: Path) -> None:

@@ -174,3 +174,16 @@ def test_refitting_leaves_its_arguments_and_what_cannot_be_fitted() -> None:
     assert all(map(torch.equal, kept, after))
     assert found.scale[1] == grid.scale[1]
     assert bool(found.zero_point.isfinite().all())
+
+
+def test_what_no_input_reaches_is_fitted_alike() -> None:
+    """A group of dead inputs, and a gram of zeros, have a finite grid too."""
+    rows = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    like = Grid(torch.ones(6, 2), torch.zeros(6, 2), -2, 1, torch.float32)
+    energy = torch.ones(32)
+    energy[:16] = 0
+    whole, dead = (fitted_grid(rows, numbers, like) for numbers in (torch.ones(32), energy))
+    torch.testing.assert_close(dead.scale, whole.scale)
+    torch.testing.assert_close(dead.zero_point, whole.zero_point)
+    none = fitted_grid(rows, torch.zeros(32), like)
+    torch.testing.assert_close(none.scale, whole.scale)

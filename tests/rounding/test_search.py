@@ -595,7 +595,8 @@ def test_gptqs_rows_are_never_worse_than_at_the_start(case: Case) -> None:
 
 @pytest.mark.parametrize("group_size", [None, 8])
 def test_gptq_beats_the_nearest_search(group_size: int | None) -> None:
-    weight, gram = problem(rows=30, columns=32, tokens=100)
+    # few tokens: inputs that can make up for one another
+    weight, gram = problem(rows=30, columns=32, tokens=40)
     nearest, _ = pursue(weight, weight, gram, quantizer(3, group_size, symmetric=True), group_size)
     rounding, start = on_grid(weight, gram, 3, group_size, symmetric=True)
     config = MagRConfig(alpha="auto", group_size=group_size)
@@ -853,3 +854,34 @@ def test_tensors_with_one_step_do_not_lean() -> None:
     rounding = Nearest(per_tensor(2, [2, 4]), 0.5)
     search = Search(weight, gram, rounding, dtype=weight.dtype, group_size=12, units=[2, 4])
     assert len(search._leans(weight, search.clip)) == 1
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_rows_without_a_finite_error_do_not_choose(bad: float) -> None:
+    weight, gram = problem(rows=24, columns=32, tokens=100)
+    config = MagRConfig(alpha="auto")
+    quantize = quantizer(3, None, symmetric=False)
+
+    def spoilt(rows: Tensor) -> Tensor:
+        values = quantize(rows).clone()
+        values[24::25] = bad  # the last row of every candidate
+        return values
+
+    more = torch.cat([weight, weight[:1]])
+    wanted = best_alphas(weight, gram, Nearest(quantize), config, dtype=weight.dtype)
+    found = best_alphas(more, gram, Nearest(spoilt), config, dtype=weight.dtype)
+    assert found == wanted
+    nothing = Nearest(lambda rows: torch.full_like(rows, bad))
+    assert len(best_alphas(weight, gram, nothing, config, dtype=weight.dtype)) == 1
+
+
+def test_rows_too_large_for_their_errors_do_not_choose() -> None:
+    weight, gram = problem(rows=24, columns=32, tokens=100)
+    config = MagRConfig(alpha="auto")
+    huge = torch.cat([weight, 1e20 * weight[:1]])
+    lists = []
+    for rows in (weight, huge):
+        rounding, _ = on_grid(rows, gram, 3, None, symmetric=False)
+        lists.append(best_alphas(rows, gram, rounding, config, dtype=weight.dtype))
+    assert len(lists[1]) == len(set(lists[1])) > 0
+    assert set(lists[1]) >= set(lists[0])

@@ -1,0 +1,136 @@
+"""save_packed: a quantized model as a directory whose size is that of its bits."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from magr_fx.errors import ModelError
+from magr_fx.passes.graphs.torchao_private import is_quantized
+from magr_fx.passes.graphs.trace import unwrap
+from magr_fx.passes.handover.to_compressed_tensors import (
+    check_installed,
+    in_groups,
+    layout_of,
+    linears_besides,
+    packed,
+    quantization_config,
+)
+from magr_fx.passes.known_layers.transformers_private import revert_weight_conversion, tied_names
+from magr_fx.passes.offloading.execution import is_offloaded_or_sharded
+
+logger = logging.getLogger("magr_fx")
+
+
+def save_packed(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Save a quantized model in the format "pack-quantized" of compressed-tensors.
+
+    A weight takes its b bits, scales, and zero points of b bits; torchao's own tensors, and their
+    files, take a byte for each weight whatever the bits. The codes, scales and zero points are
+    those of the model, bit for bit. transformers loads the directory with ``from_pretrained``;
+    which serving engine runs it depends on the bits (README, "Packed files").
+
+    The weights are those of ``IntxWeightOnlyConfig`` (1 to 8 bits, rows or groups, mixed as you
+    like) and ``Int8WeightOnlyConfig``, in nn.Linear. Zero points have to be whole numbers:
+    quantize with ``MagRConfig(zero_point="whole")``. Other parameters are saved as they are.
+
+    Args:
+        model: a model of transformers, quantized by :func:`magr_fx.magr_quantize` or by torchao.
+        folder: where to write; made if it does not exist. Save the tokenizer beside it yourself.
+
+    Raises:
+        ConfigError: compressed-tensors is not installed; the message has the command.
+        ModelError: the model is not of transformers, not quantized, offloaded or sharded, or the
+            format cannot hold one of its weights; nothing was written.
+        OSError: the disk is full, or the folder may not be written.
+
+    Example:
+        ::
+
+            target = IntxWeightOnlyConfig(weight_dtype=torch.int2, granularity=PerGroup(64))
+            model = magr_quantize(model, calib, target, MagRConfig(zero_point="whole"))
+            save_packed(model, "packed")
+            model = AutoModelForCausalLM.from_pretrained("packed")
+    """
+    check_installed()
+    inner: Any = unwrap(model)
+    quantized = _quantized(inner)
+    layouts = in_groups({name: layout_of(f"{name}.weight", w) for name, w in quantized.items()})
+    ignored = linears_besides(inner, layouts)
+    kinds = {*layouts.values()}
+    if len(kinds) > 1 and not all(layout.symmetric for layout in kinds):
+        logger.warning(
+            "transformers 5 does not load several layouts with zero points (here %d); vLLM does. "
+            "Give all weights the same bits and groups, or a symmetric mapping",
+            len(kinds),
+        )
+    state: dict[str, Tensor] = {}
+    tied = {name for name, value in tied_names(inner).items() if _is_same(inner, name, value)}
+    for name, value in inner.state_dict().items():
+        module = name.removesuffix(".weight")
+        if module in layouts and name.endswith(".weight"):
+            parts = packed(quantized[module], layouts[module])
+            state |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
+        elif not is_quantized(value) and name not in tied:  # of two names transformers wants one
+            state[name] = value
+    config = copy.deepcopy(inner.config)
+    config.quantization_config = quantization_config(layouts, ignored)
+    config.architectures = [type(inner).__name__]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(revert_weight_conversion(inner, state), folder)
+    config.save_pretrained(folder)
+    generation: Any = getattr(inner, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
+
+
+def _is_same(model: nn.Module, name: str, other: str) -> bool:
+    return model.get_parameter(name) is model.get_parameter(other)
+
+
+def _quantized(model: nn.Module) -> dict[str, Tensor]:
+    """The quantized weights, by the names of their modules.
+
+    Raises:
+        ModelError: they are not those of linears of a model of transformers.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(
+            f"{type(model).__name__} is no model of transformers, which could load the directory: "
+            "save its state_dict"
+        )
+    if is_offloaded_or_sharded(model):
+        raise ModelError("the model is offloaded or sharded: save it while it is in memory")
+    found = {
+        name: module.weight
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Linear) and is_quantized(module.weight)
+    }
+    of_linears = {id(weight) for weight in found.values()}
+    for name, parameter in model.named_parameters():
+        if is_quantized(parameter) and id(parameter) not in of_linears:
+            raise ModelError(
+                f"{name} is quantized and no linear's weight, which the format cannot hold: leave "
+                "it out with filter_fn"
+            )
+    if not found:
+        raise ModelError("no weight is quantized: call magr_quantize or torchao's quantize_ first")
+    with torch.device("meta"):
+        fresh = type(model)(copy.deepcopy(model.config))
+    linears = {name for name, module in fresh.named_modules() if isinstance(module, nn.Linear)}
+    for name in found:
+        if name not in linears:
+            raise ModelError(
+                f"{name} is a linear that {type(model).__name__} itself has not (as_linears made "
+                "it), so transformers could not load it: leave it out with filter_fn, or save the "
+                "state_dict"
+            )
+    return found
