@@ -43,7 +43,7 @@ from magr_fx.passes.handover.torchao_rounding import TorchaoRounding
 from magr_fx.rounding.gptq import compensation
 from magr_fx.rounding.rounding import OnGrid
 
-from language_model import token_batches  # isort: skip
+from language_model import token_batches, with_short_windows  # isort: skip
 
 RESULTS = Path(__file__).with_suffix(".json")
 GPTQ_DAMPING = 0.01  # of GPTQ's code, as the authors of MagR use it
@@ -403,7 +403,7 @@ def language_model_subject() -> Subject:
 
     return Subject(
         model,
-        lambda seed: random_windows(tokenizer, TEXT, count=32, seed=seed),
+        lambda seed: with_short_windows(random_windows(tokenizer, TEXT, count=32, seed=seed)),
         texts,
         scores,
         lambda module, name: isinstance(module, nn.Linear) and name != "lm_head",

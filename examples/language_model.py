@@ -88,6 +88,19 @@ def token_batches(
     return list(torch.split(cut.to(device), BATCH))
 
 
+def with_short_windows(batches: Sequence[Tensor]) -> list[Tensor]:
+    """The same tokens, but the last quarter of the batches cut into windows an eighth as long.
+
+    A quantized model needs to have seen enough first tokens of windows: later ones rely on them.
+    Windows that do not divide by 8 stay as they are.
+    """
+    whole = len(batches) - len(batches) // 4
+    short = [
+        ids if ids.shape[1] % 8 else ids.reshape(-1, ids.shape[1] // 8) for ids in batches[whole:]
+    ]
+    return [*batches[:whole], *short]
+
+
 @torch.no_grad()
 def perplexity(model: nn.Module, batches: Sequence[Tensor]) -> float:
     """exp of the mean cross-entropy over every predicted token: all but the first of a window."""

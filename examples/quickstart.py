@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from language_model import bundled_model, load, token_batches
+from language_model import bundled_model, load, token_batches, with_short_windows
 from torch import Tensor, nn
 from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerAxis, quantize_
 
@@ -107,7 +107,7 @@ def main() -> None:
                 tokenizer, file, tokens=tokens, length=args.length, device=args.device
             )
 
-        calib = batches(args.calib, args.tokens)
+        calib = with_short_windows(batches(args.calib, args.tokens))
         texts = {file.stem: batches(file, args.eval_tokens) for file in args.eval}
         args.out.mkdir(parents=True, exist_ok=True)
     except (ImportError, OSError, ValueError) as error:  # no model, no text, too short a text

@@ -14,7 +14,7 @@ from magr_fx.passes.graphs.trace import unwrap
 from magr_fx.passes.inputs.calibration import read_calib
 from magr_fx.passes.offloading.execution import is_offloaded_or_sharded
 from magr_fx.passes.rewriting.check_model import check_model, check_not_frozen
-from magr_fx.passes.rotating.rotate_model import rotate, untie_heads
+from magr_fx.passes.rotating.rotate_model import rotate
 from magr_fx.passes.tracing.trace_batches import Tracing
 from magr_fx.reporting.rotation import Rotation
 
@@ -40,11 +40,13 @@ def rotate_transform(
 
     Args:
         model: any module that runs, compiled or not; not offloaded, sharded or quantized.
-        calib: inputs of the model, as for :func:`magr_fx.magr_transform`: it is traced on them. The
-            outputs are compared on the first.
+        calib: inputs of the model, as for :func:`magr_fx.magr_transform`: it is traced on them,
+            and its outputs are compared on the first batch of each trace. Where they leave a weight
+            unused, such as an expert that no token reaches, nothing is rotated.
         seed: of the random matrices.
         untie: give a head that shares its weight with an embedding a copy of its own, since the
             two can be rotated together only if no norm's weight has to be folded into one of them.
+            It stays tied where that lets nothing be rotated, or would change an output.
         trace: as for :func:`magr_fx.magr_transform`.
 
     Returns:
@@ -52,9 +54,9 @@ def rotate_transform(
         stream that a weight reads, also of those that are left alone, with the reason.
 
     Raises:
-        ConfigError: ``seed`` is no int of at least 0.
-        ModelError: the model is offloaded or sharded, or its outputs changed; it is as it was, but
-            for a head that was untied.
+        ConfigError: ``seed`` is no int from 0 to 2**63 - 1.
+        ModelError: the model is offloaded or sharded, returns no tensor, or its outputs changed;
+            it is as it was.
         CalibrationError, TraceError: as for :func:`magr_fx.magr_transform`.
 
     Example:
@@ -103,8 +105,8 @@ class RotatePass(PassBase):
 def _rotate(
     model: nn.Module, calib: Any, seed: int, tracing: Tracing, *, untie: bool
 ) -> list[Rotation]:
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ConfigError(f"seed must be an int of at least 0, got {seed!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ConfigError(f"seed must be an int from 0 to 2**63 - 1, got {seed!r}")
     if is_offloaded_or_sharded(model):
         raise ModelError(
             "the model is offloaded or sharded: rotate it while it is in memory as a whole"
@@ -112,10 +114,7 @@ def _rotate(
     check_model(model, None)
     check_not_frozen(model)
     batches = read_calib(calib, model)
-    if untie:
-        added = untie_heads(model)
-        logger.info("untied heads: %.1f MB more", added / 1e6)
-    rotations = rotate(model, batches, tracing, seed)
+    rotations = rotate(model, batches, tracing, seed, untie=untie)
     done = [found for found in rotations if not found.reason]
     logger.info(
         "rotated %d of %d streams, %d parameters",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import enum
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -62,4 +64,38 @@ class TensorsOnly(nn.Module):
         bound = inspect.BoundArguments(self.signature, tree_unflatten(leaves, self.spec))
         with self.log.noting(self.model, tensors):
             output = self.model(*bound.args, **bound.kwargs)
-        return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        return output_tensors(output)
+
+
+def output_tensors(output: Any) -> list[torch.Tensor]:
+    """Every tensor that a model returns, in order, also those in dataclasses and other objects.
+
+    Key-value caches of transformers are left out, as they are where they are switched off.
+    """
+    found: list[torch.Tensor] = []
+    seen: set[int] = set()
+
+    def walk(tree: Any) -> None:
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, torch.Tensor):
+                found.append(leaf)
+            elif id(leaf) not in seen and not isinstance(leaf, (*PLAIN, type, nn.Module)):
+                seen.add(id(leaf))
+                if not hasattr(leaf, "get_seq_length"):
+                    walk(list(_fields(leaf)))
+
+    walk(output)
+    return found
+
+
+def _fields(leaf: Any) -> Iterator[Any]:
+    """What an object holds, by its dataclass fields, slots or attributes."""
+    if dataclasses.is_dataclass(leaf):
+        for field in dataclasses.fields(leaf):
+            yield getattr(leaf, field.name, None)
+        return
+    yield from getattr(leaf, "__dict__", {}).values()
+    for kind in type(leaf).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            yield getattr(leaf, name, None)

@@ -12,8 +12,9 @@ import torch
 from torch import fx, nn
 
 from magr_fx.passes.graphs.torch_private import schema_of
-from magr_fx.passes.graphs.trace import GUARDS, Trace, attribute
+from magr_fx.passes.graphs.trace import GUARDS, Trace, attribute, is_mutation
 from magr_fx.passes.graphs.weight_views import COPIES, RESIZES
+from magr_fx.passes.rotating.overlapping import overlapping
 from magr_fx.passes.rotating.streams import Axis, Fold, Stream, Streams
 
 _ATEN = torch.ops.aten
@@ -30,6 +31,7 @@ _BY_DIM = {
     *(_ATEN.chunk.default, _ATEN.unbind.int, _ATEN.cumsum.default, _ATEN.flip.default),
     *(_ATEN.sum.dim_IntList, _ATEN.mean.dim),
 }
+_OVER_TOKENS = {_ATEN.cumsum.default, _ATEN.sum.dim_IntList, _ATEN.mean.dim}
 _ADDITIONS = {_ATEN.add.Tensor, _ATEN.sub.Tensor, _ATEN.add_.Tensor}
 _PRODUCTS = {_ATEN.mul.Tensor, _ATEN.mul_.Tensor}
 _QUOTIENTS = {_ATEN.div.Tensor}
@@ -44,21 +46,33 @@ def find_streams(
 ) -> tuple[list[tuple[Stream, str]], dict[Axis, nn.Parameter | None]]:
     """Every stream that a weight reads, with its name: the first weight that reads it.
 
-    All traces count: a stream that one of them fixes is fixed.
+    All traces count: a stream that one of them fixes is fixed. So does what none of them uses: an
+    expert that no token reaches, or a head for another task, may read any stream.
 
     Returns:
-        The streams with their names; and the bias that goes with each weight that reads one.
+        The streams with their names, in the order of the model; and the bias that goes with each
+        weight that reads one.
     """
     streams = Streams()
     owned = {id(parameter): name for name, parameter in model.named_parameters()}
+    used: set[int] = set()
     for trace in traces:
-        _Reader(trace, streams, owned).read()
+        _Reader(trace, streams, owned, used).read()
+    for one in overlapping(model):
+        for at in range(one.dim()):
+            streams.fix(Axis(one, at), "a weight shares its memory with another tensor")
+    unused = [n for n, p in model.named_parameters() if id(p) not in used and p.numel() > 1]
+    if unused:
+        streams.fix_all(f"the calibration does not use {unused[0]}, which may read it")
     streams.settle()
-    found = [
-        (stream, min(owned[id(axis.parameter)] for axis in stream.readers))
-        for stream in streams.all()
-    ]
-    return sorted(found, key=lambda pair: pair[1]), streams.biases
+    order = {key: at for at, key in enumerate(owned)}
+    found = []
+    for stream in streams.all():
+        first = min(order[id(axis.parameter)] for axis in stream.readers)
+        found.append((first, stream))
+    names = list(owned.values())
+    ordered = [(stream, names[at]) for at, stream in sorted(found, key=operator.itemgetter(0))]
+    return ordered, streams.biases
 
 
 @dataclass
@@ -76,6 +90,7 @@ class _Reader:
     trace: Trace
     streams: Streams
     owned: dict[int, str]
+    used: set[int]
     scaled: dict[fx.Node, _Scaled] = field(default_factory=dict)
     squares: dict[fx.Node, fx.Node] = field(default_factory=dict)
     norm_weights: dict[fx.Node, Fold] = field(default_factory=dict)
@@ -97,12 +112,14 @@ class _Reader:
 
     def _attribute(self, node: fx.Node) -> None:
         value = attribute(self.trace, node)
-        if not isinstance(value, nn.Parameter) or id(value) not in self.owned or value.dim() == 0:
+        if node.users:
+            self.used.add(id(value))
+        if self._parameter(node) is None or value is None or value.dim() == 0:
             if _size(node):
                 self.streams.of(node, _size(node))
                 self.streams.fix(node, "a buffer or a constant takes part in it")
             return
-        if value.dim() == 1:
+        if isinstance(value, nn.Parameter) and value.dim() == 1:
             self.norm_weights[node] = Fold(value)
 
     def _parameter(self, node: Any) -> nn.Parameter | None:
@@ -111,7 +128,7 @@ class _Reader:
             node = node.args[0]
         value = attribute(self.trace, node)
         if isinstance(value, nn.Parameter) and id(value) in self.owned:
-            return value
+            return value if value.is_floating_point() else None
         return None
 
     def _value(self, node: fx.Node) -> fx.Node | Axis:
@@ -120,6 +137,8 @@ class _Reader:
         if parameter is not None and parameter.dim() > 0:
             axis = Axis(parameter, parameter.dim() - 1)
             self.streams.of(axis).written.add(axis)
+            for at in range(parameter.dim() - 1):
+                self.streams.fix(Axis(parameter, at), "a value has it as another axis")
             return axis
         self.streams.of(node, _size(node) or 1)
         return node
@@ -149,7 +168,7 @@ class _Reader:
 
     def _call(self, node: fx.Node) -> None:
         schema = schema_of(node.target)
-        if schema is not None and not schema.returns:
+        if schema is not None and not schema.returns and not schema.is_mutable:
             return  # an assertion
         if isinstance(node.meta.get("val"), _NUMBERS):
             return
@@ -160,7 +179,7 @@ class _Reader:
                     self._unknown(node)
                 return
         if target is operator.getitem:
-            if not self._same(node, node.args[0]):
+            if not self._same(node, node.args[0], moves=True):
                 self._unknown(node)
             return
         self._unknown(node)
@@ -181,7 +200,7 @@ class _Reader:
             (_ADDITIONS, self._add),
             (_PRODUCTS, self._product),
             (_QUOTIENTS, self._quotient),
-            ({_ATEN.neg.default}, self._cast),
+            ({_ATEN.neg.default}, self._negative),
             ({_ATEN.pow.Tensor_Scalar, _ATEN.square.default}, self._square),
             ({_ATEN.cat.default, _ATEN.stack.default}, self._cat),
             ({_ATEN.index.Tensor}, self._index),
@@ -198,11 +217,18 @@ class _Reader:
         self.streams.of(node, _size(node) or 1)
         return True
 
-    def _same(self, node: fx.Node, source: Any) -> bool:
-        """The value has the last axis of ``source``."""
-        if not isinstance(source, fx.Node):
+    def _same(self, node: fx.Node, source: Any, *, moves: bool = False) -> bool:
+        """The value has the last axis of ``source``; with ``moves`` its numbers as they are.
+
+        A norm's shift is added behind the norm. It can be moved into the next weights only if
+        nothing but the places of the numbers changes on the way.
+        """
+        if not isinstance(source, fx.Node) or _is_whole(node):
             return False
         if source in self.scaled:
+            shifted = self.scaled[source].fold.shift is not None
+            if _size(node) != _size(source) or (shifted and not moves):
+                return False
             self.scaled[node] = self.scaled[source]
             self.streams.of(node, _size(node) or 1)
             return True
@@ -224,13 +250,16 @@ class _Reader:
             if isinstance(source, fx.Node) and source in self.norm_weights:
                 self.norm_weights[node] = self.norm_weights[source]
             return True
-        return self._same(node, source)
+        return self._same(node, source, moves=True)
+
+    def _negative(self, node: fx.Node) -> bool:
+        return self._same(node, node.args[0])
 
     def _reshape(self, node: fx.Node) -> bool:
         source = node.args[0]
         if not (isinstance(source, fx.Node) and _size(source) and _size(node)):
             return False
-        return self._same(node, source)
+        return self._same(node, source, moves=True)
 
     def _axes(self, node: fx.Node) -> bool:
         """Ops on other axes: the last one has to stay the last, at its length."""
@@ -238,7 +267,9 @@ class _Reader:
         if not isinstance(source, fx.Node) or not _size(source) or _size(source) != _size(node):
             return False
         last = _ndim(source) - 1
-        return self._moved(node, last + 1).isdisjoint({last}) and self._same(node, source)
+        return self._moved(node, last + 1).isdisjoint({last}) and self._same(
+            node, source, moves=True
+        )
 
     def _moved(self, node: fx.Node, ndim: int) -> set[int]:
         """The axes of the first argument that the op moves, repeats or removes."""
@@ -256,9 +287,9 @@ class _Reader:
 
     def _by_dim(self, node: fx.Node) -> bool:
         source = node.args[0]
-        if not isinstance(source, fx.Node):
-            return False
         ndim = _ndim(source)
+        if not isinstance(source, fx.Node) or not ndim:
+            return False
         if node.target in (_ATEN.sum.dim_IntList, _ATEN.mean.dim):
             square = self.squares.get(source)
             dims: Any = node.args[1] or range(ndim)
@@ -273,7 +304,10 @@ class _Reader:
         dims = dim if isinstance(dim, (list, tuple)) else [dim]
         if not all(isinstance(one, int) for one in dims):
             return False
-        return ndim - 1 not in [one % ndim for one in dims] and self._same(node, source)
+        moves = node.target not in _OVER_TOKENS
+        return ndim - 1 not in [one % ndim for one in dims] and self._same(
+            node, source, moves=moves
+        )
 
     def _add(self, node: fx.Node) -> bool:
         one, other = node.args[:2]
@@ -304,6 +338,8 @@ class _Reader:
             if not isinstance(factor, fx.Node):
                 return self._same(node, value)
             if factor in self.norm_weights and value not in self.scaled:
+                if is_mutation(node):  # what reads the value later would read it scaled
+                    return False
                 return self._scale(node, value, self.norm_weights[factor])
             if self._is_scalar(factor) and (_size(value) or 0) > 1:
                 self._fix(factor, "it is a factor")
@@ -352,6 +388,8 @@ class _Reader:
 
     def _cat(self, node: fx.Node) -> bool:
         parts: Any = node.args[0]
+        if not parts or not _size(parts[0]):
+            return False
         dim: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
         ndim = _ndim(parts[0]) + (node.target is _ATEN.stack.default)
         if dim % ndim == ndim - 1 or any(part in self.scaled for part in parts):
@@ -363,7 +401,7 @@ class _Reader:
         if not isinstance(source, fx.Node) or not isinstance(indices, (list, tuple)):
             return False
         taken = sum(_ndim(one) if _is_mask(one) else 1 for one in indices)
-        return taken < _ndim(source) and self._same(node, source)
+        return taken < _ndim(source) and self._same(node, source, moves=True)
 
     def _matmul(self, node: fx.Node) -> bool:
         """A·B: each row of the product is a sum of rows of B."""
@@ -405,12 +443,15 @@ class _Reader:
         if table is None:
             return False
         self.streams.of(node, _size(node) or 1)
+        self.streams.fix(Axis(table, 0), "an embedding looks its rows up")
         self.streams.write(node, Axis(table, 1))
         return True
 
     def _linear(self, node: fx.Node) -> bool:
+        if len(node.args) < 2:
+            return False
         value, weight = node.args[0], self._parameter(node.args[1])
-        bias = node.args[2] if len(node.args) > 2 else None
+        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
         return self._multiply(node, value, weight, bias, reads=1)
 
     def _addmm(self, node: fx.Node) -> bool:
@@ -430,7 +471,7 @@ class _Reader:
         if value in self.squares:
             return False
         shift = None if bias is None else self._parameter(bias)
-        if bias is not None and shift is None:
+        if bias is not None and (shift is None or shift.dim() != 1):
             return False
         scaled = self.scaled.get(value)
         fold = _NOTHING if scaled is None else scaled.fold
@@ -460,6 +501,12 @@ def _size(node: Any) -> int | None:
     if isinstance(value, torch.Tensor) and value.dim() and isinstance(value.shape[-1], int):
         return value.shape[-1]
     return None
+
+
+def _is_whole(node: fx.Node) -> bool:
+    """Whether the value is a tensor of integers or booleans."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and not value.is_floating_point()
 
 
 def _is_tensor(node: fx.Node) -> bool:

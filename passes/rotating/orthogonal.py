@@ -19,12 +19,12 @@ def random_orthogonal(size: int, generator: torch.Generator, *, keeps_mean: bool
             of the original, which LayerNorm subtracts.
     """
     if not keeps_mean:
-        gaussian = torch.randn(size, size, dtype=torch.float64, generator=generator)
+        gaussian = torch.randn(size, size, dtype=torch.float64, device="cpu", generator=generator)
         q, r = torch.linalg.qr(gaussian)
         signed: Tensor = q * r.diagonal().sign()
         return signed
-    ones = torch.ones(size, 1, dtype=torch.float64)
-    others = torch.eye(size, size - 1, dtype=torch.float64)
+    ones = torch.ones(size, 1, dtype=torch.float64, device="cpu")
+    others = torch.eye(size, size - 1, dtype=torch.float64, device="cpu")
     basis, _ = torch.linalg.qr(torch.cat([ones, others], 1))  # its first column is parallel to 1
     rest = basis[:, 1:]
     inner = random_orthogonal(size - 1, generator)

@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
 from magr_fx.errors import ModelError
-from magr_fx.passes.graphs.torch_private import tree_leaves, tree_map
-from magr_fx.passes.graphs.trace import calibration_mode
+from magr_fx.passes.graphs.decisions import State, random_state, torch_state
+from magr_fx.passes.graphs.trace import Trace, calibration_mode
 from magr_fx.passes.inputs.calibration import Batch
+from magr_fx.passes.inputs.tensors_only import output_tensors, own_arguments
 from magr_fx.passes.rotating.find_streams import find_streams
 from magr_fx.passes.rotating.orthogonal import random_orthogonal
 from magr_fx.passes.rotating.rotate_weights import parameters_of, rotate_weights
+from magr_fx.passes.rotating.untie import UntiedHeads
 from magr_fx.passes.tracing.compare_outputs import difference
 from magr_fx.passes.tracing.make_fx import side_effects_undone
 from magr_fx.passes.tracing.read_exported import trace_or_read
-from magr_fx.passes.tracing.same_output import COARSE, TOLERANCE
+from magr_fx.passes.tracing.same_output import tolerance_of
 from magr_fx.passes.tracing.trace_batches import Tracing
 from magr_fx.reporting.rotation import Rotation
 
+logger = logging.getLogger("magr_fx")
+DOUBLE = 1e-9  # the tolerance where everything is computed in float64
 
-def rotate(model: nn.Module, batches: list[Batch], tracing: Tracing, seed: int) -> list[Rotation]:
+
+def rotate(
+    model: nn.Module, batches: list[Batch], tracing: Tracing, seed: int, *, untie: bool
+) -> list[Rotation]:
     """Rotate every stream that can be, each by a random orthogonal matrix of its own.
 
     Args:
         model: unwrapped and checked, in memory as a whole.
-        batches: the calibration: the model is traced on it, and compared on its first batch.
+        batches: the calibration: the model is traced on it, and compared on the first batch of
+            each trace.
         tracing: how to trace.
         seed: of the matrices.
+        untie: give heads that are tied to an embedding a weight of their own, where that lets a
+            stream be rotated and changes no output.
 
     Returns:
         One for each stream that a weight reads.
@@ -40,7 +50,11 @@ def rotate(model: nn.Module, batches: list[Batch], tracing: Tracing, seed: int) 
         TraceError: the model cannot be traced.
         ModelError: the outputs change; the model is then as it was.
     """
-    with calibration_mode(model):
+    with calibration_mode(model), contextlib.ExitStack() as undone:
+        state = torch_state({p.device for p in model.parameters()})
+        untied = _untied(model, batches[0], state) if untie else None
+        if untied is not None:
+            undone.callback(untied.tie)  # unless all goes well
         traced = trace_or_read(model, batches, tracing)
         streams, biases = find_streams(dict.fromkeys(b.trace for b in traced), model)
         generator = torch.Generator().manual_seed(seed)
@@ -50,36 +64,67 @@ def rotate(model: nn.Module, batches: list[Batch], tracing: Tracing, seed: int) 
             if not s.fixed
         ]
         changed = parameters_of((s for s, _ in chosen), biases)
-        before = _outputs(model, batches[0])
+        first: dict[Trace, Batch] = {}
+        for one, batch in zip(traced, batches, strict=True):
+            first.setdefault(one.trace, batch)
+        before = [(batch, _outputs(model, batch, state)) for batch in first.values()]
+        if chosen and not all(known for _, known in before):
+            raise ModelError(
+                f"{type(model).__name__} returns no tensor, so a rotation cannot be checked; "
+                "nothing was changed"
+            )
         with _restored_on_error(changed):
             rotate_weights(chosen, biases)
-            found = difference(_outputs(model, batches[0]), before, _tolerance(model))
-            if found:
-                raise ModelError(
-                    "rotated, the model computes something else with calibration batch "
-                    f"{batches[0].index}: its outputs {found}. It is as it was; leave the rotation "
-                    "out"
-                )
+            for batch, known in before:
+                _check(model, batch, known, state)
+        if untied is not None:
+            untied.tie(unless={id(parameter) for parameter in changed})
+            logger.info("untied heads: %.1f MB more", untied.nbytes / 1e6)
+        undone.pop_all()
     return [Rotation(name, s.block, len(s.axes), s.fixed) for s, name in streams]
 
 
-def untie_heads(model: nn.Module) -> int:
-    """Give every linear that shares its weight with an embedding a copy of its own.
+def _untied(model: nn.Module, batch: Batch, state: State) -> UntiedHeads:
+    """Untie the heads, if the model then still computes the same.
 
-    Returns:
-        The bytes that the copies take.
+    Some models read in their configuration whether the head is tied, and compute something else.
     """
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    added = 0
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and id(module.weight) in tables:
-            old = module.weight
-            module.weight = nn.Parameter(old.detach().clone(), old.requires_grad)
-            added += old.nbytes
-    config: Any = getattr(model, "config", None)
-    if added and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False  # transformers would tie them again when it loads them
-    return added
+    before = _outputs(model, batch, state)
+    untied = UntiedHeads(model)
+    try:
+        found = difference(_outputs(model, batch, state), before, tolerance_of(model, before))
+    except BaseException:
+        untied.tie()
+        raise
+    if found:
+        logger.warning(
+            "%s computes something else when its head is untied: its outputs %s; the head stays "
+            "tied",
+            *(type(model).__name__, found),
+        )
+        untied.tie()
+    return untied
+
+
+def _check(model: nn.Module, batch: Batch, before: list[torch.Tensor], state: State) -> None:
+    """Compare the rotated model's outputs with those of before.
+
+    Raises:
+        ModelError: they differ.
+    """
+    found = difference(_outputs(model, batch, state), before, _tolerance(model, before))
+    if found:
+        raise ModelError(
+            "rotated, the model computes something else with calibration batch "
+            f"{batch.index}: its outputs {found}. It is as it was; leave the rotation out"
+        )
+
+
+def _tolerance(model: nn.Module, outputs: list[torch.Tensor]) -> float:
+    """That of other comparisons, but less in float64."""
+    floating = [t.dtype for t in (*model.parameters(), *outputs) if t.is_floating_point()]
+    double = bool(floating) and all(dtype == torch.float64 for dtype in floating)
+    return DOUBLE if double else tolerance_of(model, outputs)
 
 
 @contextlib.contextmanager
@@ -95,20 +140,16 @@ def _restored_on_error(parameters: list[nn.Parameter]) -> Iterator[None]:
         raise
 
 
-def _outputs(model: nn.Module, batch: Batch) -> list[torch.Tensor]:
-    """The tensors that the model gives for a batch, which it does not change."""
-    args, kwargs = tree_map(_copied, (batch.args, batch.kwargs))
-    with torch.compiler.set_stance("force_eager"), side_effects_undone(model):
-        outputs = model(*args, **kwargs)
-    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
-
-
-def _copied(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
-
-
-def _tolerance(model: nn.Module) -> float:
-    """What is taken for rounding, by the coarsest dtype of the model's weights."""
-    wide = (torch.float32, torch.float64)
-    coarse = any(p.dtype not in wide for p in model.parameters() if p.is_floating_point())
-    return COARSE if coarse else TOLERANCE
+def _outputs(model: nn.Module, batch: Batch, state: State) -> list[torch.Tensor]:
+    """The tensors that the model gives for a batch; it changes nothing of the caller's."""
+    args, kwargs = own_arguments((batch.args, batch.kwargs))
+    torch.clear_autocast_cache()  # it holds casts of the weights as they were
+    try:
+        with (
+            torch.compiler.set_stance("force_eager"),
+            random_state(state),
+            side_effects_undone(model),
+        ):
+            return output_tensors(model(*args, **kwargs))
+    finally:
+        torch.clear_autocast_cache()

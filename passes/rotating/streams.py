@@ -13,6 +13,7 @@ other op fixes them: Q would have to be the identity. What is not fixed in the e
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -37,8 +38,8 @@ class Axis(NamedTuple):
 
 
 TIED = (
-    "an embedding shares the weight that reads it behind a norm; untie=True gives the head a "
-    "weight of its own"
+    "a weight reads it behind a norm and writes it as well; where that is an embedding, untie=True "
+    "gives the head a weight of its own"
 )
 
 
@@ -149,9 +150,22 @@ class Streams:
         self.join(value, axis)
         self.of(value).written.add(axis)
 
+    def fix_all(self, reason: str) -> None:
+        """Do not rotate anything."""
+        for stream in self._stream.values():
+            stream.fixed = stream.fixed or reason
+
     def settle(self) -> None:
         """Fix what cannot be rotated because of what it shares with others."""
+        uses = Counter(id(bias) for bias in self.biases.values() if bias is not None)
+        for weight, members in self.normed.items():
+            if Axis(weight, 0) in self._parent:  # it would have to become 1, or 0
+                for member in (*members, Axis(weight, 0)):
+                    self.fix(member, "a norm's weight is used elsewhere as well")
         for stream in self.all():
+            shifted = [self.biases[a] for a, fold in stream.folds.items() if fold.shift is not None]
+            if any(uses[id(bias)] > 1 for bias in shifted):
+                stream.fixed = stream.fixed or "a bias is used by several weights"
             tied = [a for a in stream.readers & stream.written if stream.folds[a] != Fold(None)]
             if tied:
                 stream.fixed = stream.fixed or TIED
@@ -160,9 +174,8 @@ class Streams:
         changed = True
         while changed:  # a norm's weight becomes 1 for all that it is multiplied with, or for none
             changed = False
-            for weight, members in self.normed.items():
+            for members in self.normed.values():
                 streams = [self.of(member) for member in members]
-                streams += [self.of(Axis(weight, 0))] if Axis(weight, 0) in self._parent else []
                 fixed = next((stream.fixed for stream in streams if stream.fixed), "")
                 for stream in streams:
                     if fixed and not stream.fixed:

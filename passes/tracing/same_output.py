@@ -94,7 +94,7 @@ def _compare(
     models, _ = _run(model, leaves, spec, state)
     if failure:
         return failure
-    tolerance = _tolerance(model, models)
+    tolerance = tolerance_of(model, models)
     found = difference(graphs, models, tolerance)
     if not found:
         return ""
@@ -117,7 +117,7 @@ def _agree_on(
         graphs = rows.shared(_run_graph(graph_module, rows.of_graph, state))
         models, reads_values = _run(model, rows.of_model, spec, state, watched=True)
         models = rows.shared(models)
-        return not reads_values and not difference(graphs, models, _tolerance(model, models))
+        return not reads_values and not difference(graphs, models, tolerance_of(model, models))
     except Exception:  # anything: the run on all rows then reports it
         return False
 
@@ -154,7 +154,8 @@ def _run(
         return outputs, seen.reads_values
 
 
-def _tolerance(model: nn.Module, outputs: list[torch.Tensor]) -> float:
+def tolerance_of(model: nn.Module, outputs: list[torch.Tensor]) -> float:
+    """What is taken for rounding, by the coarsest dtype that anything is computed in."""
     with contextlib.suppress(StopIteration):
         device = next(model.parameters()).device.type
         if torch.is_autocast_enabled(device):
