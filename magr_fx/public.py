@@ -20,6 +20,7 @@ from magr_fx.iterations.solution import Solution, Status
 from magr_fx.passes.entries.magr_pass import MagRPass
 from magr_fx.passes.entries.rotate_pass import RotatePass, rotate_transform
 from magr_fx.passes.entries.save_packed import save_packed
+from magr_fx.passes.entries.save_quantized import save_quantized
 from magr_fx.passes.known_layers.as_linears import as_linears
 from magr_fx.reporting.comparison import Comparison
 from magr_fx.reporting.report import MagRReport, SiteReport
@@ -54,6 +55,7 @@ __all__ = [
     "prox_linf",
     "rotate_transform",
     "save_packed",
+    "save_quantized",
     "solve_magr",
     "solve_magr_path",
 ]

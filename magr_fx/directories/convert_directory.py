@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TorchAoConfig
-from transformers.quantizers import AutoHfQuantizer
 
 from magr_fx.api import magr_transform, quantize_apart
 from magr_fx.config import QuantizeOptions
@@ -49,6 +48,7 @@ from magr_fx.passes.handover.to_compressed_tensors import (
 )
 from magr_fx.passes.handover.torchao_rounding import quantized_copy
 from magr_fx.passes.known_layers.transformers_private import (
+    AutoHfQuantizer,
     HfQuantizer,
     revert_weight_conversion,
     tied_names,

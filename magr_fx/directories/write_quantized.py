@@ -18,11 +18,11 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 from tqdm import tqdm
 
 from magr_fx.machine.safetensors_header import StoredTensor
 from magr_fx.model_files.model_directory import CONFIG, INDEX
+from magr_fx.passes.graphs.torchao_private import flatten_tensor_state_dict
 
 # Bytes of original weights in one shard, unless one weight is larger. A shard is in memory.
 SHARD = 512 * 2**20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,6 @@ from magr_fx.passes.handover.to_compressed_tensors import (
 )
 from magr_fx.passes.known_layers.transformers_private import revert_weight_conversion, tied_names
 from magr_fx.passes.offloading.execution import is_offloaded_or_sharded
-
-logger = logging.getLogger("magr_fx")
 
 
 def save_packed(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -65,13 +62,6 @@ def save_packed(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     quantized = _quantized(inner)
     layouts = in_groups({name: layout_of(f"{name}.weight", w) for name, w in quantized.items()})
     ignored = linears_besides(inner, layouts)
-    kinds = {*layouts.values()}
-    if len(kinds) > 1 and not all(layout.symmetric for layout in kinds):
-        logger.warning(
-            "transformers 5 does not load several layouts with zero points (here %d); vLLM does. "
-            "Give all weights the same bits and groups, or a symmetric mapping",
-            len(kinds),
-        )
     state: dict[str, Tensor] = {}
     tied = {name for name, value in tied_names(inner).items() if _is_same(inner, name, value)}
     for name, value in inner.state_dict().items():
@@ -92,6 +82,21 @@ def save_packed(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         generation.save_pretrained(folder)
 
 
+def check_of_transformers(model: nn.Module) -> None:
+    """Raise if transformers could not load a directory of the model, or not all is in memory.
+
+    Raises:
+        ModelError: as said.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(
+            f"{type(model).__name__} is no model of transformers, which could load the directory: "
+            "save its state_dict"
+        )
+    if is_offloaded_or_sharded(model):
+        raise ModelError("the model is offloaded or sharded: save it while it is in memory")
+
+
 def _is_same(model: nn.Module, name: str, other: str) -> bool:
     return model.get_parameter(name) is model.get_parameter(other)
 
@@ -102,13 +107,7 @@ def _quantized(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ModelError: they are not those of linears of a model of transformers.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise ModelError(
-            f"{type(model).__name__} is no model of transformers, which could load the directory: "
-            "save its state_dict"
-        )
-    if is_offloaded_or_sharded(model):
-        raise ModelError("the model is offloaded or sharded: save it while it is in memory")
+    check_of_transformers(model)
     found = {
         name: module.weight
         for name, module in model.named_modules(remove_duplicate=False)

@@ -10,8 +10,16 @@ import inspect
 
 from torch import nn
 from torchao.core.config import AOBaseConfig
+from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 from torchao.quantization.transform_module import _QUANTIZE_CONFIG_HANDLER
 from torchao.utils import TorchAOBaseTensor
+
+__all__ = [
+    "apply_config",
+    "flatten_tensor_state_dict",
+    "is_quantized",
+    "takes_parameter_names",
+]
 
 
 def apply_config(module: nn.Module, config: AOBaseConfig) -> nn.Module:

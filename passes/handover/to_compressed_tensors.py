@@ -7,8 +7,9 @@ by compressed-tensors itself, an optional dependency.
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections import defaultdict
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,11 @@ from magr_fx.errors import ConfigError, ModelError
 from magr_fx.passes.graphs.torchao_private import is_quantized
 from magr_fx.passes.handover.torchao_rounding import grid_of, has_grid
 
+logger = logging.getLogger("magr_fx")
+
+# The bits of which vLLM's and SGLang's kernels for this format take zero points
+# (WNA16_ZP_SUPPORTED_TYPES_MAP in both).
+ZERO_POINTS = (4, 8)
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
@@ -161,7 +167,7 @@ def in_groups(layouts: Mapping[str, Layout]) -> dict[str, Layout]:
 
 
 def quantization_config(layouts: Mapping[str, Layout], ignored: list[str]) -> dict[str, Any]:
-    """The ``quantization_config`` of a model's ``config.json``.
+    """The ``quantization_config`` of a model's ``config.json``; logs which engines cannot run it.
 
     Args:
         layouts: by the names of the modules, from :func:`in_groups`.
@@ -193,7 +199,26 @@ def quantization_config(layouts: Mapping[str, Layout], ignored: list[str]) -> di
         quantization_status="compressed",
         ignore=ignored,
     )
+    _tell_who_runs_it(by_layout)
     made: dict[str, Any] = config.to_dict()
     if len(by_layout) == 1 and not next(iter(by_layout)).symmetric:
         made["dequantize"] = True
     return made
+
+
+def _tell_who_runs_it(layouts: Iterable[Layout]) -> None:
+    """Log what transformers 5, vLLM and SGLang do not take."""
+    kinds = list(layouts)
+    if len(kinds) > 1 and not all(layout.symmetric for layout in kinds):
+        logger.warning(
+            "transformers 5 does not load several layouts with zero points (here %d); give all "
+            "weights the same bits and groups, or a symmetric mapping",
+            len(kinds),
+        )
+    unserved = sorted({k.bits for k in kinds if not k.symmetric and k.bits not in ZERO_POINTS})
+    if unserved:
+        logger.warning(
+            "vLLM and SGLang run zero points of 4 and 8 bits only (here %s): the directory is for "
+            "transformers. For them take a symmetric mapping, or 4 bits",
+            ", ".join(map(str, unserved)),
+        )

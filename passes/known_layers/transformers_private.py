@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.quantizers import HfQuantizer
+from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 
 __all__ = [
+    "AutoHfQuantizer",
     "HfQuantizer",
     "activated",
     "has_expert_interface",
