@@ -166,3 +166,36 @@ def test_values_by_hand() -> None:
     codes = grid.nearest(rows)
     assert codes.tolist() == [[0, 1, 1, -2]]
     assert grid.values(codes).tolist() == [[-0.5, 0.0, 6.0, 0.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("free", [False, True])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_one_input_at_a_time_is_rounded_as_all_at_once(
+    bits: int, groups: int, free: bool, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    rows, columns = 7, 12
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    weight = torch.randn(rows, columns, generator=generator)
+    scale = (torch.rand(rows, groups, generator=generator) + 0.5).to(dtype)
+    zero = torch.rand(rows, groups, generator=generator) * 2 - 1
+    grid = Grid(scale, zero.to(dtype) if free else zero.round().to(torch.int8), low, high, dtype)
+    wanted = grid.values(grid.nearest(weight))
+    by_column = grid.by_column(columns)
+    steps = scale.float().repeat_interleave(columns // groups, 1)
+    for column in range(columns):
+        codes = torch.empty(rows)
+        found = by_column.round(column, weight[:, column].clone(), codes)
+        assert codes.min() >= low
+        assert codes.max() <= high
+        assert torch.equal(codes, codes.round())
+        # Two codes may be nearly as near: the distances count, in steps.
+        distances = [(one - weight[:, column]).abs() / steps[:, column]
+                     for one in (found, wanted[:, column])]  # fmt: skip
+        slack = 1e-5 if dtype == torch.float32 else 0.05
+        assert (distances[0] - distances[1]).abs().max() <= slack
+        full = torch.zeros(rows, columns)
+        full[:, column] = codes
+        torch.testing.assert_close(found, grid.values(full)[:, column], rtol=1e-6, atol=1e-6)
