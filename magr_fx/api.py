@@ -20,8 +20,9 @@ from magr_fx.passes.entries.run import run
 from magr_fx.passes.finding.find_linears import FilterFn
 from magr_fx.passes.graphs.trace import calibration_mode, unwrap
 from magr_fx.passes.graphs.unsupported_weights import unsupported_named
+from magr_fx.passes.handover.mixed_target import MixedTarget
 from magr_fx.passes.handover.quantizable_weight import QuantizableWeight
-from magr_fx.passes.handover.target import describe
+from magr_fx.passes.handover.target import Target, describe
 from magr_fx.passes.handover.to_pt2e import (
     export_for_pt2e,
     is_pt2e_quantizer,
@@ -200,9 +201,11 @@ def magr_quantize(
     Args:
         model, calib, config, holdout, filter_fn, trace, calibrate_all_experts, strict,
         checkpoint_dir, spill_dir, process_group, progress: as for :func:`magr_transform`.
-        target: the torchao config: int weight-only or dynamic-activation int weight. Or one of
-            PT2E's quantizers: the weights are then rewritten with one alpha that does not depend
-            on the rounding, and ``config.group_size`` must be the group size of the quantizer.
+        target: the torchao config: int weight-only or dynamic-activation int weight; or an
+            ``FqnToConfig`` of several, by the names of weights, modules, or patterns: what it does
+            not name is left alone. Or one of PT2E's quantizers: the weights are then rewritten with
+            one alpha that does not depend on the rounding, and ``config.group_size`` must be the
+            group size of the quantizer.
         rounding: ``"nearest"``, by torchao, or ``"gptq"`` (Frantar et al., ICLR 2023) on the
             grids that torchao chooses, for configs with integer codes: IntxWeightOnly,
             Int8WeightOnly, Int8DynamicActivationIntxWeight, Int8DynamicActivationInt8Weight,
@@ -251,7 +254,7 @@ def magr_quantize(
         config = resolve_config(config, None if by_graph else target, required=not by_graph)
         if config.alpha == 0 and rounding == "nearest":
             raise ConfigError('alpha=0 shrinks nothing; use it only with rounding="gptq"')
-        goal = None
+        goal: Target | MixedTarget | None = None
         if not by_graph:
             config, goal = for_quantizing(config, target, options)
         request = Request(
@@ -267,12 +270,12 @@ def magr_quantize(
         inner = _checked(model, request)
         _refuse_elsewhere(inner)
         batches, execution = read_calib(calib, inner), Execution(ranks)
-        if by_graph:
+        if goal is None:
             return _quantize_graph(model, batches, target, request, execution)
         before = None if evaluate is None else Reference(inner, evaluate, ranks)
         ledger, weights = _rewrite(model, batches, request, execution)
         with ledger.timed("quantize"):
-            hand_over(inner, target, weights, ledger.tensors)
+            hand_over(inner, goal.config_of, weights, ledger.tensors)
         done = {name for weight in weights for name in (weight.name, *weight.covers)}
         ledger.report.mark_quantized(done)
         if before is not None:

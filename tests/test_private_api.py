@@ -611,6 +611,14 @@ def test_compiled_functions_run_as_they_were_written_in_make_fx() -> None:
         make_fx(compiled)(torch.ones(2))
 
 
+@pytest.mark.filterwarnings("ignore:Config Deprecation:UserWarning")
+def test_default_config_of_torchao() -> None:
+    """FqnToConfig's config for linears that no name and no pattern takes."""
+    model = nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 8))
+    quantize_(model, FqnToConfig({"1": None, "_default": INT4}), filter_fn=None)
+    assert [isinstance(layer.weight, TorchAOBaseTensor) for layer in model] == [True, False]
+
+
 PROMISES: dict[str, Callable[..., None]] = {
     "torch.utils._pytree": test_types_are_taken_out_of_trees_again,
     "torch.utils._pytree.GetAttrKey": test_types_are_taken_out_of_trees_again,
@@ -658,6 +666,7 @@ PROMISES: dict[str, Callable[..., None]] = {
     ),
     "torchao.quantization.quant_primitives._DTYPE_TO_QVALUE_BOUNDS": test_code_bounds,
     "reduce_range": test_reduced_range,
+    "_default": test_default_config_of_torchao,
     "torchao.utils.TorchAOBaseTensor": test_quantized_tensors_have_one_base,
     "torchao.quantization.utils.recommended_inductor_config_setter": test_inductor_settings,
     "torchao.prototype.safetensors.safetensors_support.flatten_tensor_state_dict": (

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from torch import nn
+from torchao.core.config import AOBaseConfig
 
 from magr_fx.passes.finding.find_linears import Found, Site, find_linears
 from magr_fx.passes.graphs.trace import TracedBatch, calibration_mode
+from magr_fx.passes.handover.mixed_target import MixedTarget
 from magr_fx.passes.handover.quantizable import (
     keep_stacks,
     leave_out_unquantizable,
@@ -88,17 +91,14 @@ def _select_quantizable(
     Raises:
         ConfigError: the target fails, or no site is left.
     """
-    config, quantizer = request.config, request.quantizer
+    quantizer = request.quantizer
     weights: list[QuantizableWeight] = []
     if quantizer is not None:
         found, weights = leave_out_unquantizable(
-            found,
-            model,
-            quantizer.config,
-            group_size=config.group_size,
-            filter_fn=request.filter_fn,
+            found, model, quantizer.config_of, filter_fn=request.filter_fn
         )
-    check_group_size(found.sites, config.group_size)
+    for site in found.sites:
+        check_group_size([site], request.config_of(site.name).group_size)
     candidates: list[Site | QuantizableWeight] = [*found.sites, *weights]
     if execution.resident is all_resident:  # offloaded and sharded weights are checked before
         check_finite((one.name, one.weight) for one in candidates)
@@ -108,23 +108,34 @@ def _select_quantizable(
         _try_each_kind(candidates, request.target, execution)
         if quantizer is not None:
             trial = Trial.of(batches, traced, execution.resident, execution.device)
-            found, weights = leave_out_unrunnable(found, weights, model, quantizer.config, trial)
-            if not quantizer.makes_tensors:
+            config_of = partial(_config_of, quantizer)
+            found, weights = leave_out_unrunnable(found, weights, model, config_of, trial)
+            if isinstance(quantizer, Target) and not quantizer.makes_tensors:
                 weights = keep_stacks(weights, model, quantizer.config, trial)
     return found, weights
 
 
 def _try_each_kind(
-    candidates: list[Site | QuantizableWeight], target: Target, execution: Execution
+    candidates: list[Site | QuantizableWeight], target: Target | MixedTarget, execution: Execution
 ) -> None:
-    """Quantize a copy of one weight of each shape and dtype, to see whether the target can."""
+    """Quantize a copy of one weight of each shape, dtype and config, to see whether that works."""
     kinds: dict[Any, Site | QuantizableWeight] = {}
     for one in candidates:
-        kinds.setdefault((one.weight.shape, one.weight.dtype), one)
+        config = described_in_full(_config_of(target, one.name))
+        kinds.setdefault((one.weight.shape, one.weight.dtype, config), one)
     with execution.resident([one.weight for one in kinds.values()]):
         # ``weight`` is read only here: an offloaded one changes device when it is loaded.
-        matrices = [(one.name, one.weight) for one in kinds.values()]
-        try_target(matrices, target.config, gptq=target.makes_tensors)
+        for one in kinds.values():
+            config = _config_of(target, one.name)
+            try_target([(one.name, one.weight)], config, gptq=target.makes_tensors)
+
+
+def _config_of(target: Target | MixedTarget, name: str) -> AOBaseConfig:
+    """The config of a weight that is quantized."""
+    config = target.config_of(name)
+    if config is None:
+        raise RuntimeError(f"{name} has no config, and should have been left out")
+    return config
 
 
 def _checkpoint(

@@ -8,6 +8,7 @@ skipped, with its reason.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -19,19 +20,27 @@ from magr_fx.passes.graphs.torchao_private import takes_parameter_names
 from magr_fx.passes.graphs.unsupported_weights import is_plain
 from magr_fx.passes.graphs.weight_views import WeightView
 from magr_fx.passes.handover.quantizable_weight import Place, QuantizableWeight
-from magr_fx.passes.handover.trial import Trial, kind_of
+from magr_fx.passes.handover.target import target_group_size
+from magr_fx.passes.handover.trial import ConfigOf, Trial, kind_of
 from magr_fx.passes.known_layers.as_linears import Rebuilt, rebuildable
+
+NOT_NAMED = "not rewritten: the target has no config for it"
 
 
 def leave_out_unquantizable(
     found: Found,
     model: nn.Module,
-    target: AOBaseConfig,
+    config_of: Callable[[str], AOBaseConfig | None],
     *,
-    group_size: int | None,
     filter_fn: FilterFn | None,
 ) -> tuple[Found, list[QuantizableWeight]]:
-    """Move the sites that ``target`` cannot quantize to the rejections, each with its reason.
+    """Move the sites that torchao cannot quantize to the rejections, each with its reason.
+
+    Args:
+        found: the sites.
+        model: the model.
+        config_of: the torchao config by the name of the weight; None leaves it out.
+        filter_fn: the caller's, for the linears that no calibration input reaches.
 
     Returns:
         The remaining sites, and the weights that torchao is to quantize: those of the remaining
@@ -42,12 +51,13 @@ def leave_out_unquantizable(
     """
     places = _places(model)
     reasons: dict[str, str] = {}
-    weights = _in_rebuilt_modules(model, found, group_size)
+    weights = _in_rebuilt_modules(model, found, config_of)
     in_rebuilt = {weight.name for weight in weights}
     for site in found.sites:
         if site.name in in_rebuilt:
             continue
-        reason = _cannot_quantize(site, places[site.view], target)
+        config = config_of(site.name)
+        reason = NOT_NAMED if config is None else _cannot_quantize(site, places[site.view], config)
         if reason is None:
             weights.append(QuantizableWeight(site.name, site.parameter, places[site.view]))
         else:
@@ -61,7 +71,7 @@ def leave_out_unquantizable(
             parameter.dim() == 2
             and parameter.numel() > 0
             and weight.is_linear
-            and parameter.shape[1] % (group_size or 1) == 0
+            and _fits(parameter.shape[1], config_of(unreached.name))
             and (filter_fn is None or filter_fn(unreached.owner, unreached.name.rpartition(".")[0]))
         ):
             weights.append(weight)
@@ -72,7 +82,7 @@ def leave_out_unrunnable(
     found: Found,
     weights: list[QuantizableWeight],
     model: nn.Module,
-    target: AOBaseConfig,
+    config_of: ConfigOf,
     trial: Trial,
 ) -> tuple[Found, list[QuantizableWeight]]:
     """Move the sites whose readers cannot work with a quantized weight to the rejections.
@@ -87,7 +97,7 @@ def leave_out_unrunnable(
     """
     reasons = {
         name: f"not rewritten: the model does not run with it quantized: {why}"
-        for name, why in trial.refusals(model, weights, target).items()
+        for name, why in trial.refusals(model, weights, config_of).items()
     }
     # A weight that no input reaches was not read; another layer's weight of the same kind was.
     kinds = {kind_of(model, weight): weight.name for weight in weights if weight.name in reasons}
@@ -100,7 +110,7 @@ def leave_out_unrunnable(
 
 
 def _in_rebuilt_modules(
-    model: nn.Module, found: Found, group_size: int | None
+    model: nn.Module, found: Found, config_of: Callable[[str], AOBaseConfig | None]
 ) -> list[QuantizableWeight]:
     """The weights of modules that are replaced by the same with nn.Linear.
 
@@ -119,15 +129,18 @@ def _in_rebuilt_modules(
     weights = []
     for rebuilt in modules:
         views = [WeightView.of(held.matrix) for held in rebuilt.weights]
+        own = [
+            sites.get(view, names[held.parameter] + view.name(held.parameter))
+            for held, view in zip(rebuilt.weights, views, strict=True)
+        ]
         whole = all(
             (view in sites or id(held.parameter) not in refused)
             and view not in strangers
-            and view.shape[1] % (group_size or 1) == 0
-            for held, view in zip(rebuilt.weights, views, strict=True)
+            and _fits(view.shape[1], config_of(name))
+            for held, view, name in zip(rebuilt.weights, views, own, strict=True)
         )
         if whole and any(view in sites for view in views):
-            for (parameter, matrix, path), view in zip(rebuilt.weights, views, strict=True):
-                name = sites.get(view, names[parameter] + view.name(parameter))
+            for (_, matrix, path), name in zip(rebuilt.weights, own, strict=True):
                 weights.append(QuantizableWeight(name, matrix, [], rebuilt, path))
     return weights
 
@@ -165,7 +178,7 @@ def keep_stacks(
         if stacks:
             kinds[type(rebuilt.module)][rebuilt] = stacks
     every = [one for modules in kinds.values() for stacks in modules.values() for one in stacks]
-    refused = trial.refusals(model, every, target)
+    refused = trial.refusals(model, every, lambda _: target)
     for modules in kinds.values():
         stacks = [stack for stacks in modules.values() for stack in stacks]
         if not any(stack.name in refused for stack in stacks):
@@ -203,6 +216,11 @@ def _places(model: nn.Module) -> dict[WeightView, list[Place]]:
                 name = f"{module_name}.{key}" if module_name else key
                 places[WeightView.of(parameter)].append(Place(module, key, name))
     return places
+
+
+def _fits(inputs: int, config: AOBaseConfig | None) -> bool:
+    """Whether a weight with so many inputs can be quantized with the config."""
+    return config is not None and inputs % (target_group_size(config) or 1) == 0
 
 
 def _cannot_quantize(site: Site, places: list[Place], target: AOBaseConfig) -> str | None:

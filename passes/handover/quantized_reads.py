@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import textwrap
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ class QuantizedReads(TorchFunctionMode):
 
     Args:
         weights: name → the Parameter objects of this weight.
-        target: the torchao config.
+        config_of: the torchao config by the name of the weight.
         resident: loads weights that are offloaded.
         elsewhere: the storage addresses of the parameters that may be offloaded.
 
@@ -69,7 +69,7 @@ class QuantizedReads(TorchFunctionMode):
     def __init__(
         self,
         weights: Mapping[str, Collection[Tensor]],
-        target: AOBaseConfig,
+        config_of: Callable[[str], AOBaseConfig],
         resident: Resident = all_resident,
         elsewhere: Collection[int] = (),
     ) -> None:
@@ -77,7 +77,7 @@ class QuantizedReads(TorchFunctionMode):
         self.refused: dict[str, str] = {}
         self.seen: set[str] = set()
         self._weights = {id(own): (name, own) for name, owns in weights.items() for own in owns}
-        self._target, self._resident, self._elsewhere = target, resident, elsewhere
+        self._config_of, self._resident, self._elsewhere = config_of, resident, elsewhere
         self._copies: OrderedDict[str, _StandIn] = OrderedDict()  # least recently read first
         self._derived: Any = WeakTensorKeyDictionary()  # values of the model → stand-ins
         # The dtypes of the results of each kind of read.
@@ -147,7 +147,7 @@ class QuantizedReads(TorchFunctionMode):
             return self._derived.get(leaf)  # type: ignore[no-any-return]
         name, own = self._weights[id(leaf)]
         if name not in self._copies:
-            quantized = quantized_copy(own, self._target)
+            quantized = quantized_copy(own, self._config_of(name))
             values = dequantized(quantized).to(own.dtype)
             self._copies[name] = _StandIn((name,), quantized, values)
             room = KEPT

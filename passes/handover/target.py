@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torchao.core.config import AOBaseConfig
-from torchao.quantization import MappingType
+from torchao.quantization import FqnToConfig, MappingType
 from torchao.quantization.granularity import PerAxis, PerGroup, PerRow, PerTensor
 
 from magr_fx.config import QuantizeOptions
@@ -39,6 +39,8 @@ _FLOAT_ZERO_POINTS = ("IntxWeightOnlyConfig", "Int8DynamicActivationIntxWeightCo
 # Algorithms for scales and zero points that look at one row, or one group, at a time.
 _BY_ROW = ("affine", "tinygemm", "min_max")
 
+DESCRIBED = 4  # entries of FqnToConfig that a message names
+
 # From 5 bits on it makes no difference whether a level is unused.
 _FEW_BITS = {torch.int2: 2, torch.int3: 3, torch.int4: 4}  # type: ignore[attr-defined]
 
@@ -50,6 +52,7 @@ class Target:
     config: AOBaseConfig
     options: QuantizeOptions
     free_zero_points: bool = False  # whether zero points need not be whole numbers
+    direct: bool = False  # whether torchao's tensors are made directly in any case
 
     @property
     def makes_tensors(self) -> bool:
@@ -57,7 +60,12 @@ class Target:
 
         torchao itself rounds to nearest, and zero points to whole numbers.
         """
-        return self.options.rounding == "gptq" or self.free_zero_points
+        return self.options.rounding == "gptq" or self.free_zero_points or self.direct
+
+    def config_of(self, name: str) -> AOBaseConfig:
+        """The config of a weight: the same for all."""
+        del name
+        return self.config
 
 
 def has_free_zero_points(zero_point: str | None, target: AOBaseConfig) -> bool:
@@ -110,8 +118,8 @@ def target_group_size(target: AOBaseConfig) -> int | None:
             f"target must be a torchao config that quantizes weights to integers "
             f"({', '.join(_GRANULARITY_FIELD)}), got "
             f"{kind if isinstance(target, AOBaseConfig) else repr(target)}. Give an instance, such "
-            "as IntxWeightOnlyConfig(weight_dtype=torch.int4); for several configs run "
-            "magr_transform once with a filter_fn for each, then torchao's quantize_"
+            "as IntxWeightOnlyConfig(weight_dtype=torch.int4). magr_quantize also takes an "
+            "FqnToConfig of several; magr_transform is run once for each, with a filter_fn"
         )
     granularity = getattr(target, name)
     if isinstance(granularity, (list, tuple)):  # (activation, weight)
@@ -190,6 +198,10 @@ def describe(target: AOBaseConfig) -> str:
 
     For messages only: defaults differ between releases of torchao, so no code may rely on it.
     """
+    if isinstance(target, FqnToConfig):
+        said = [f"{key}: {describe(c) if c else c}" for key, c in target.fqn_to_config.items()]
+        rest = [f"{len(said) - DESCRIBED} more"] if len(said) > DESCRIBED else []
+        return f"FqnToConfig({', '.join(said[:DESCRIBED] + rest)})"
     usual = vars(type(target)())
     changed = [
         f"{name}={value if isinstance(value, Enum) else repr(value)}"

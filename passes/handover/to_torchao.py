@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ from magr_fx.errors import ConfigError, HandoverError
 from magr_fx.machine.memory import is_out_of_memory
 from magr_fx.passes.graphs.torchao_private import is_quantized
 from magr_fx.passes.handover.quantizable_weight import Place, QuantizableWeight
-from magr_fx.passes.handover.target import describe
+from magr_fx.passes.handover.target import describe, described_in_full
 from magr_fx.passes.handover.torchao_rounding import GPTQ_CONFIGS, has_grid, quantized_copy
 from magr_fx.passes.known_layers.as_linears import Rebuilt, replace_module
 
@@ -69,9 +71,10 @@ def try_target(
             )
         if gptq and not has_grid(quantized):
             raise ConfigError(
-                f'rounding="gptq" does not support {describe(target)}: it needs integer codes '
-                f"with a scale for each row or group, and got {type(quantized).__name__}. "
-                f"It supports {', '.join(GPTQ_CONFIGS)}, per axis and per group, unpacked"
+                f'rounding="gptq" does not support {describe(target)}, nor does an FqnToConfig: it '
+                "needs integer codes with a scale for each row or group, and got "
+                f"{type(quantized).__name__}. It supports {', '.join(GPTQ_CONFIGS)}, per axis and "
+                "per group, unpacked"
             )
 
 
@@ -91,9 +94,14 @@ def _with_places(model: nn.Module, weights: Iterable[QuantizableWeight]) -> list
     return result
 
 
+def _is_chosen(linears: AbstractSet[int], module: nn.Module, name: str) -> bool:
+    del name
+    return id(module) in linears and not is_quantized(module.weight)
+
+
 def hand_over(
     model: nn.Module,
-    target: AOBaseConfig,
+    config_of: Callable[[str], AOBaseConfig | None],
     weights: Iterable[QuantizableWeight],
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
@@ -101,7 +109,7 @@ def hand_over(
 
     The weight of an nn.Linear is quantized through its module, as ``quantize_`` does by default;
     any other parameter through its name. A weight whose name is in ``tensors`` is replaced by that
-    torchao tensor, which has GPTQ's codes.
+    torchao tensor, whose codes were made here. ``config_of`` gives the config by a weight's name.
 
     Raises:
         HandoverError: a weight is not a torchao tensor afterwards; the message lists which.
@@ -117,15 +125,22 @@ def hand_over(
             own = nn.Parameter(tensors[weight.name], requires_grad=False)
             for module, key, _ in weight.places:
                 setattr(module, key, own)
-    if tensors and getattr(target, "set_inductor_config", False):
-        recommended_inductor_config_setter()  # as quantize_ does
-    linears = {id(place.module) for place in places if place.is_linear and is_open(*place[:2])}
-    if linears:
-        # quantize_ visits a module twice if the model holds it twice: hence is_open.
-        quantize_(model, target, lambda m, _: id(m) in linears and is_open(m, "weight"))
-    for module, key, _ in (place for place in places if not place.is_linear):
-        if is_open(module, key):
-            quantize_(module, FqnToConfig(OrderedDict({key: target})), filter_fn=None)
+    by_config: dict[str, tuple[AOBaseConfig, list[Place]]] = {}
+    for weight in weights:
+        config = config_of(weight.name)
+        if config is not None:
+            own_places = by_config.setdefault(described_in_full(config), (config, []))[1]
+            own_places += weight.places
+    for config, chosen in by_config.values():
+        if tensors and getattr(config, "set_inductor_config", False):
+            recommended_inductor_config_setter()  # as quantize_ does
+        linears = {id(place.module) for place in chosen if place.is_linear and is_open(*place[:2])}
+        if linears:
+            # quantize_ visits a module twice if the model holds it twice: hence is_open.
+            quantize_(model, config, partial(_is_chosen, linears))
+        for module, key, _ in (place for place in chosen if not place.is_linear):
+            if is_open(module, key):
+                quantize_(module, FqnToConfig(OrderedDict({key: config})), filter_fn=None)
 
     left = [place.name for place in places if is_open(place.module, place.key)]
     if left:

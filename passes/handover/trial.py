@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,9 @@ from magr_fx.passes.handover.quantized_reads import QuantizedReads, brief, run_a
 from magr_fx.passes.handover.torchao_rounding import quantized_copy
 from magr_fx.passes.inputs.calibration import Batch
 from magr_fx.passes.offloading.resident import Resident, all_resident
+
+# The torchao config by the name of a weight.
+ConfigOf = Callable[[str], AOBaseConfig]
 
 
 def kind_of(model: nn.Module, weight: QuantizableWeight) -> Any:
@@ -66,7 +70,7 @@ class Trial:
         return cls(list(ways.values()), list(known), resident, device)
 
     def refusals(
-        self, model: nn.Module, weights: list[QuantizableWeight], target: AOBaseConfig
+        self, model: nn.Module, weights: list[QuantizableWeight], config_of: ConfigOf
     ) -> dict[str, str]:
         """The weights with which the model fails once they are quantized: name → the error.
 
@@ -75,16 +79,16 @@ class Trial:
         """
         weights = [weight for weight in weights if weight.places]
         with buffers_kept(self.traces):
-            return self._refusals(model, weights, target)
+            return self._refusals(model, weights, config_of)
 
     def _refusals(
-        self, model: nn.Module, weights: list[QuantizableWeight], target: AOBaseConfig
+        self, model: nn.Module, weights: list[QuantizableWeight], config_of: ConfigOf
     ) -> dict[str, str]:
         owns = {
             weight.name: [getattr(place.module, place.key) for place in weight.places]
             for weight in weights
         }
-        reads = self._reads(model, owns, target)
+        reads = self._reads(model, owns, config_of)
         for batch in self.batches if weights else ():
             try:
                 with reads:
@@ -106,11 +110,11 @@ class Trial:
         for weight in weights:
             if weight.name not in refused:
                 kinds[kind_of(model, weight), weight.name in reads.seen].append(weight)
-        if self._error(model, [same[0] for same in kinds.values()], target) is None:
+        if self._error(model, [same[0] for same in kinds.values()], config_of) is None:
             return refused
         fine: list[QuantizableWeight] = []
         for same in kinds.values():
-            error = self._error(model, [*fine, same[0]], target)  # type: ignore[misc]
+            error = self._error(model, [*fine, same[0]], config_of)  # type: ignore[misc]
             if error is None:
                 fine.append(same[0])
             else:
@@ -118,17 +122,17 @@ class Trial:
         return refused
 
     def _error(
-        self, model: nn.Module, weights: list[QuantizableWeight], target: AOBaseConfig
+        self, model: nn.Module, weights: list[QuantizableWeight], config_of: ConfigOf
     ) -> str | None:
         """The error of the model with quantized copies in place of these weights, or None."""
         stand_ins: dict[str, torch.Tensor] = {}
         for weight in weights:
             with self.resident([weight.weight]):
-                copy = quantized_copy(weight.weight, target)
+                copy = quantized_copy(weight.weight, config_of(weight.name))
             stand_ins.update((place.name, copy) for place in weight.places)
         try:
             for batch in self.batches if weights else ():
-                with self._reads(model, {}, target):  # loads the other weights
+                with self._reads(model, {}, config_of):  # loads the other weights
                     run_apart(model, batch, stand_ins, self.device)
         except Exception as error:  # torchao and the model's own code can raise anything
             if is_out_of_memory(error):
@@ -137,9 +141,9 @@ class Trial:
         return None
 
     def _reads(
-        self, model: nn.Module, owns: dict[str, list[torch.Tensor]], target: AOBaseConfig
+        self, model: nn.Module, owns: dict[str, list[torch.Tensor]], config_of: ConfigOf
     ) -> QuantizedReads:
         elsewhere: set[int] = set()
         if self.resident is not all_resident:
             elsewhere = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        return QuantizedReads(owns, target, self.resident, elsewhere)
+        return QuantizedReads(owns, config_of, self.resident, elsewhere)

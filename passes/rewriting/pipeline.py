@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torchao.quantization import FqnToConfig
 
 from magr_fx.config import MagRConfig, QuantizeOptions
 from magr_fx.errors import CalibrationError, ConfigError
@@ -17,10 +18,12 @@ from magr_fx.machine.ranks import Ranks
 from magr_fx.passes.collecting.collect_grams import CalibrationRun
 from magr_fx.passes.collecting.few_tokens import fill_up
 from magr_fx.passes.collecting.shared_gram import SharedGram
-from magr_fx.passes.finding.find_linears import Found
+from magr_fx.passes.finding.find_linears import Found, Site
 from magr_fx.passes.graphs.trace import TracedBatch
+from magr_fx.passes.handover.mixed_target import Goal, MixedTarget
 from magr_fx.passes.handover.target import (
     Target,
+    described_in_full,
     has_free_zero_points,
     target_group_size,
 )
@@ -65,24 +68,53 @@ def resolve_config(config: MagRConfig | None, target: Any, *, required: bool = F
                 "torchao config that will quantize the model, or a number for alpha"
             )
         return config
+    if required and isinstance(target, FqnToConfig):
+        if config.group_size is not None:
+            raise ConfigError(
+                f"group_size={config.group_size} is that of all weights, and each config of "
+                "FqnToConfig has its own; leave it out"
+            )
+        return replace(config, alpha="auto") if config.alpha is None else config
     config = config.for_groups_of(target_group_size(target))
     return replace(config, alpha="auto") if config.alpha is None else config
 
 
 def for_quantizing(
     config: MagRConfig, target: Any, options: QuantizeOptions
-) -> tuple[MagRConfig, Target]:
+) -> tuple[MagRConfig, Target | MixedTarget]:
     """The config and the target of a run that quantizes, with its kind of zero points decided.
 
     Raises:
         ConfigError: the target cannot hold free zero points, which the config asks for.
     """
+    if isinstance(target, FqnToConfig):
+        return config, _mixed(config, target, options)
+    goal = _goal(config, target, options)
+    return goal.config, goal.target
+
+
+def _mixed(config: MagRConfig, target: FqnToConfig, options: QuantizeOptions) -> MixedTarget:
+    """A goal for each different config. If one makes tensors, all do, on grids of their own."""
+    goals: dict[str, Goal] = {}
+    for one in target.fqn_to_config.values():
+        if one is not None:
+            goals[described_in_full(one)] = _goal(resolve_config(config, one), one, options)
+    if not goals:
+        raise ConfigError("FqnToConfig names no config that quantizes: give it one")
+    if any(goal.target.makes_tensors for goal in goals.values()):
+        goals = {
+            key: Goal(goal.config, replace(goal.target, direct=True)) for key, goal in goals.items()
+        }
+    return MixedTarget(target, options, goals)
+
+
+def _goal(config: MagRConfig, target: Any, options: QuantizeOptions) -> Goal:
     wanted = config.zero_point
     if wanted is None and config.is_published:  # as published
         wanted = "whole"
     free = has_free_zero_points(wanted, target)
     zero_point = "free" if free else "whole"
-    return replace(config, zero_point=zero_point), Target(target, options, free)
+    return Goal(replace(config, zero_point=zero_point), Target(target, options, free))
 
 
 def target_for_rewriting(
@@ -244,8 +276,33 @@ def _rewrite_blocks(
 
 
 def _rewrite(finished: list[SharedGram], request: Request, ledger: Ledger, ranks: Ranks) -> None:
-    """Solve and rewrite the sites of grams that are complete."""
-    config, target, step = request.config, request.target, ledger.step
+    """Solve and rewrite the sites of grams that are complete; for one target after the other."""
+    if not isinstance(request.target, MixedTarget):
+        _rewrite_for(finished, request.config, request.target, ledger, ranks)
+        return
+    by_goal: dict[int, tuple[Goal, list[SharedGram]]] = {}
+    for shared in finished:
+        sites: dict[int, tuple[Goal, list[Site]]] = {}
+        for site in shared.sites:
+            goal = request.target.goal_of(site.name)
+            if goal is not None:
+                sites.setdefault(id(goal), (goal, []))[1].append(site)
+        for key, (goal, own) in sites.items():
+            by_goal.setdefault(key, (goal, []))[1].append(replace(shared, sites=own))
+    for (config, target), parts in by_goal.values():
+        _rewrite_for(parts, config, target, ledger, ranks)
+    order = {site.name: at for at, site in enumerate(s for one in finished for s in one.sites)}
+    ledger.step.rows.sort(key=lambda row: order[row.name])
+
+
+def _rewrite_for(
+    finished: list[SharedGram],
+    config: MagRConfig,
+    target: Target | None,
+    ledger: Ledger,
+    ranks: Ranks,
+) -> None:
+    step = ledger.step
     whole, owners, split = plan(finished, target, ranks)
     own = [shared for shared, owner in zip(whole, owners, strict=True) if owner == ranks.rank]
     device = finished[0].sites[0].parameter.device.type

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from magr_fx.config import MagRConfig
 from magr_fx.passes.finding.find_linears import FilterFn, check_filter
+from magr_fx.passes.handover.mixed_target import MixedTarget
 from magr_fx.passes.handover.target import Target
 from magr_fx.passes.tracing.trace_batches import AUTO, Tracing
 
@@ -32,8 +33,8 @@ class Request:
 
     Attributes:
         config: how to solve, at the group size of the target.
-        target: the torchao config that will quantize the weights, where it takes part in
-            rewriting them; None rewrites them without regard to a target.
+        target: the torchao config that will quantize the weights, or several by the names of the
+            weights, where it takes part in rewriting them; None rewrites them without regard to it.
         tracing: how to trace.
         filter_fn: which weights to take; None takes all but those that an embedding shares.
         strict: whether every weight that meets an input has to be rewritten.
@@ -46,7 +47,7 @@ class Request:
     """
 
     config: MagRConfig
-    target: Target | None = None
+    target: Target | MixedTarget | None = None
     tracing: Tracing = AUTO
     filter_fn: FilterFn | None = None
     strict: bool = False
@@ -58,9 +59,14 @@ class Request:
         check_filter(self.filter_fn)
 
     @property
-    def quantizer(self) -> Target | None:
+    def quantizer(self) -> Target | MixedTarget | None:
         """The target, where it quantizes the model afterwards."""
         return self.target if self.quantize else None
+
+    def config_of(self, name: str) -> MagRConfig:
+        """How to solve for a weight, by its name."""
+        goal = self.target.goal_of(name) if isinstance(self.target, MixedTarget) else None
+        return self.config if goal is None else goal.config
 
     @property
     def makes_tensors(self) -> bool:

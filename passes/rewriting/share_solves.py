@@ -97,7 +97,7 @@ def exchange(
             made = step.tensors[site.name] if direct else quantized_copy(site.weight, target.config)
             calibrate_with(site, made, step)
     order = {site.name: at for at, (site, _) in enumerate(_sites(finished, owners))}
-    step.rows.sort(key=lambda row: order[row.name])
+    step.rows.sort(key=lambda row: order.get(row.name, -1))  # those of other targets stay first
 
 
 def _sites(finished: Sequence[SharedGram], owners: Sequence[int]) -> Iterator[tuple[Site, int]]:

@@ -238,7 +238,6 @@ def test_group_size_that_does_not_divide_without_a_target() -> None:
     [
         (Float8WeightOnlyConfig(), "got Float8WeightOnlyConfig."),
         (Int8StaticActivationInt8WeightConfig(), "got Int8StaticActivationInt8WeightConfig."),
-        (FqnToConfig(OrderedDict({"0": INT4})), "got FqnToConfig."),
         ("int4", "got 'int4'"),
         (INT[4], "got torch.int4"),
         (IntxWeightOnlyConfig, "IntxWeightOnlyConfig'>"),  # the class, not a config
@@ -247,8 +246,14 @@ def test_group_size_that_does_not_divide_without_a_target() -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_target_that_is_no_int_weight_config(verb: Verb, target: Any, got: str) -> None:
-    parts = ["IntxWeightOnlyConfig", "magr_transform once with a filter_fn for each", got]
+    parts = ["IntxWeightOnlyConfig", "magr_quantize also takes an FqnToConfig", got]
     refused(verb, mlp(), vectors(), ConfigError, *parts, target=target)
+
+
+def test_several_configs_without_quantizing() -> None:
+    target = FqnToConfig(OrderedDict({"0": INT4}))
+    parts = ["got FqnToConfig.", "magr_transform is run once for each, with a filter_fn"]
+    refused(transform, mlp(), vectors(), ConfigError, *parts, target=target)
 
 
 def test_quantize_without_a_target() -> None:

@@ -309,7 +309,7 @@ def test_a_result_that_is_not_what_the_weights_are_worth(monkeypatch: pytest.Mon
     model.b = nn.Linear(8, 8)
     a, b = model.a.weight, model.b.weight
     for wrong in (False, True):
-        reads = QuantizedReads({"a": [a], "b": [b]}, INT4)
+        reads = QuantizedReads({"a": [a], "b": [b]}, lambda _: INT4)
         if wrong:  # the tensor of a is not worth what it computes with
             monkeypatch.setattr(
                 "magr_fx.passes.handover.quantized_reads.dequantized",

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torchao.quantization import FqnToConfig
 from toys import Overflows, changed, mlp, report_of, state, vectors
 
 from magr_fx import (
@@ -122,6 +124,11 @@ def exact_gptq() -> nn.Module:
     return of_whole_numbers(rounding="gptq", propagate=False)
 
 
+def mixed() -> nn.Module:
+    configs = {"re:heads.[02]": INT3, "re:heads.1": intx(4, ASYMMETRIC, None)}
+    return of_whole_numbers(FqnToConfig(OrderedDict(configs)), propagate=False)
+
+
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -173,7 +180,7 @@ def rows_packed() -> nn.Module:
 
 
 WAYS: dict[int, list[Callable[[], nn.Module]]] = {
-    2: [transform, for_target, nearest, gptq, exact_nearest, rows_gptq, rows_in_groups],
+    2: [transform, for_target, nearest, gptq, exact_nearest, mixed, rows_gptq, rows_in_groups],
     4: [by_make_fx, exact_gptq, rows_nearest, rows_transform],
 }
 
@@ -242,7 +249,7 @@ def test_the_result_is_that_of_one_process(
     assert told[0] == told[1]
     pairs = [(ours["weights"][key], x) for key, x in wanted["weights"].items() if x.dim() > 1]
     share = [float((x - y).abs().le(1e-4 * y.abs().max()).float().mean()) for x, y in pairs]
-    if way in ("exact_nearest", "exact_gptq"):
+    if way in ("exact_nearest", "exact_gptq", "mixed"):
         assert share == [1.0] * len(pairs)
         assert all(torch.equal(one, other) for one, other in pairs)
     elif way in ("transform", "by_make_fx", "rows_transform"):
