@@ -251,7 +251,9 @@ def magr_quantize(
                 "evaluate does not work with a PT2E quantizer, which returns a new graph: keep a "
                 "copy of the model, and call magr_fx.compare(original, converted, batches) with it"
             )
-        config = resolve_config(config, None if by_graph else target, required=not by_graph)
+        config = resolve_config(
+            config, None if by_graph else target, required=not by_graph, several=True
+        )
         if config.alpha == 0 and rounding == "nearest":
             raise ConfigError('alpha=0 shrinks nothing; use it only with rounding="gptq"')
         goal: Target | MixedTarget | None = None

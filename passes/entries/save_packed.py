@@ -60,7 +60,10 @@ def save_packed(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     check_installed()
     inner: Any = unwrap(model)
     quantized = _quantized(inner)
-    layouts = in_groups({name: layout_of(f"{name}.weight", w) for name, w in quantized.items()})
+    layouts = in_groups(
+        {name: layout_of(f"{name}.weight", weight) for name, weight in quantized.items()},
+        {name: weight.shape[1] for name, weight in quantized.items()},
+    )
     ignored = linears_besides(inner, layouts)
     state: dict[str, Tensor] = {}
     tied = {name for name, value in tied_names(inner).items() if _is_same(inner, name, value)}

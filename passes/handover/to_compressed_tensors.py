@@ -19,6 +19,7 @@ from torchao.quantization import MappingType
 
 from magr_fx.errors import ConfigError, ModelError
 from magr_fx.passes.graphs.torchao_private import is_quantized
+from magr_fx.passes.handover.target import target_group_size
 from magr_fx.passes.handover.torchao_rounding import grid_of, has_grid
 
 logger = logging.getLogger("magr_fx")
@@ -125,6 +126,7 @@ class Packing:
     def __init__(self, target: AOBaseConfig) -> None:
         mapping = getattr(target, "mapping_type", MappingType.SYMMETRIC)
         self.symmetric = mapping != MappingType.ASYMMETRIC
+        self.group_size = target_group_size(target)
         self.layouts: dict[str, Layout] = {}
 
     def __call__(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -140,7 +142,9 @@ class Packing:
                 continue
             module = name.removesuffix(".weight")
             layout = layout_of(name, tensor)
-            self.layouts[module] = layout._replace(symmetric=layout.symmetric and self.symmetric)
+            self.layouts[module] = layout._replace(
+                group_size=self.group_size, symmetric=layout.symmetric and self.symmetric
+            )
             parts = packed(tensor, self.layouts[module])
             flat |= {f"{module}.{part}": value for part, value in parts.items()}
         return flat, {}
@@ -155,8 +159,23 @@ def linears_besides(model: nn.Module, names: Container[str]) -> list[str]:
     ]
 
 
-def in_groups(layouts: Mapping[str, Layout]) -> dict[str, Layout]:
-    """The same layouts, symmetric only if all with the same bits and groups are."""
+def in_groups(layouts: Mapping[str, Layout], inputs: Mapping[str, int]) -> dict[str, Layout]:
+    """The same layouts, as few different ones as possible.
+
+    A weight with one group counts as grouped if others have groups of as many inputs. A layout is
+    symmetric only if all weights with the same bits and groups are.
+
+    Args:
+        layouts: by the names of the modules.
+        inputs: the length of the rows, likewise.
+    """
+    grouped = {(layout.bits, layout.group_size) for layout in layouts.values()}
+    layouts = {
+        name: layout._replace(group_size=inputs[name])
+        if layout.group_size is None and (layout.bits, inputs[name]) in grouped
+        else layout
+        for name, layout in layouts.items()
+    }
     whole = {
         layout._replace(symmetric=False) for layout in layouts.values() if not layout.symmetric
     }

@@ -43,8 +43,15 @@ from magr_fx.reporting.report import MagRReport, SiteReport
 logger = logging.getLogger("magr_fx")
 
 
-def resolve_config(config: MagRConfig | None, target: Any, *, required: bool = False) -> MagRConfig:
+def resolve_config(
+    config: MagRConfig | None, target: Any, *, required: bool = False, several: bool = False
+) -> MagRConfig:
     """``config``, or the default one, completed by the target: its group size, and alpha="auto".
+
+    Args:
+        config, target: the caller's.
+        required: whether there has to be a target.
+        several: whether the target may be an FqnToConfig, whose configs complete it one by one.
 
     Raises:
         ConfigError: ``config`` or ``target`` is of the wrong type, or they disagree.
@@ -68,7 +75,7 @@ def resolve_config(config: MagRConfig | None, target: Any, *, required: bool = F
                 "torchao config that will quantize the model, or a number for alpha"
             )
         return config
-    if required and isinstance(target, FqnToConfig):
+    if several and isinstance(target, FqnToConfig):
         if config.group_size is not None:
             raise ConfigError(
                 f"group_size={config.group_size} is that of all weights, and each config of "

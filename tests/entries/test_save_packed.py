@@ -106,6 +106,14 @@ def test_gptqs_codes_and_tied_heads(rounding: str, tied: bool, tmp_path: Path) -
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-6)
 
 
+def test_a_weight_that_is_one_group_is_stored_like_those_with_several(tmp_path: Path) -> None:
+    model = quantized(intx(3, ASYMMETRIC, 32), tiny_llama(intermediate_size=64))
+    save_packed(model, tmp_path)
+    assert_the_files_hold(model, tmp_path)  # one layout
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-6)
+
+
 def test_half_precision(tmp_path: Path) -> None:
     model = quantized(intx(4, ASYMMETRIC, 16), tiny_llama().to(torch.bfloat16))
     save_packed(model, tmp_path)
