@@ -25,6 +25,10 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str], target: AOB
     ``TorchAoConfig`` in ``config.json``; ``from_pretrained(folder)`` loads them. A weight takes a
     byte whatever its bits: :func:`magr_fx.save_packed` writes smaller files.
 
+    It does not see where a weight was quantized as a linear that the model's class does not have,
+    such as an expert's or a Conv1D's (see :func:`magr_fx.as_linears`): transformers loads other
+    weights in their place. Leave these out with ``filter_fn``, or save the state_dict.
+
     Args:
         model: a model of transformers, quantized by :func:`magr_fx.magr_quantize` or by torchao.
         folder: where to write. Save the tokenizer beside it yourself.
