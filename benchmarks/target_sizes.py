@@ -10,11 +10,13 @@ too. A target that does not run here says why.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from quality import config
 from readme import put_table
 from safetensors import safe_open
 from solver import align
@@ -23,9 +25,7 @@ from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 from torchao.quantization import (
     Int8DynamicActivationIntxWeightConfig,
     Int8WeightOnlyConfig,
-    IntxWeightOnlyConfig,
     MappingType,
-    PerAxis,
     PerGroup,
     quantize_,
 )
@@ -37,19 +37,17 @@ from magr_fx import MagRError, save_packed, save_quantized
 WIDTH = 1024
 
 
-def intx(bits: int, group: int | None, mapping: Any = MappingType.ASYMMETRIC) -> Any:
-    return IntxWeightOnlyConfig(
-        weight_dtype=getattr(torch, f"int{bits}"),
-        granularity=PerGroup(group) if group else PerAxis(0),
-        mapping_type=mapping,
-    )
+def quantizable(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear) and name != "lm_head"
 
 
 TARGETS: dict[str, Any] = {
-    "`IntxWeightOnlyConfig`, int2, groups of 64": intx(2, 64),
-    "`IntxWeightOnlyConfig`, int3, rows": intx(3, None),
-    "`IntxWeightOnlyConfig`, int4, groups of 64": intx(4, 64),
-    "`IntxWeightOnlyConfig`, int4, groups of 64, symmetric": intx(4, 64, MappingType.SYMMETRIC),
+    "`IntxWeightOnlyConfig`, int2, groups of 64": config(2, 64),
+    "`IntxWeightOnlyConfig`, int3, rows": config(3, 0),
+    "`IntxWeightOnlyConfig`, int4, groups of 64": config(4, 64),
+    "`IntxWeightOnlyConfig`, int4, groups of 64, symmetric": replace(
+        config(4, 64), mapping_type=MappingType.SYMMETRIC
+    ),
     "`Int8WeightOnlyConfig`": Int8WeightOnlyConfig(version=2),
     "`Int8DynamicActivationIntxWeightConfig`, int4, groups of 32": (
         Int8DynamicActivationIntxWeightConfig(
@@ -64,7 +62,7 @@ TARGETS: dict[str, Any] = {
 def block() -> Any:
     """One block of a Llama, with nearly no embedding."""
     torch.manual_seed(0)
-    config = LlamaConfig(
+    shapes = LlamaConfig(
         hidden_size=WIDTH,
         intermediate_size=4 * WIDTH,
         num_hidden_layers=1,
@@ -73,15 +71,13 @@ def block() -> Any:
         vocab_size=32,
         tie_word_embeddings=False,
     )
-    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    return LlamaForCausalLM(shapes).to(torch.bfloat16).eval()
 
 
 def linears(model: nn.Module) -> int:
     """The number of weights that are quantized."""
     return sum(
-        module.weight.numel()
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
+        module.weight.numel() for name, module in model.named_modules() if quantizable(module, name)
     )
 
 
@@ -98,7 +94,7 @@ def row(name: str, target: Any, original: Any) -> list[str]:
     model, count = copy.deepcopy(original), linears(original)
     others = get_model_size_in_bytes(original) - 2 * count  # bfloat16
     try:
-        quantize_(model, target, filter_fn=lambda m, n: isinstance(m, nn.Linear) and n != "lm_head")
+        quantize_(model, target, filter_fn=quantizable)
     except Exception as error:  # torchao raises anything for what this machine has not
         return [name, f"does not run here: {str(error).splitlines()[0][:60]}", "", ""]
     cells = [f"{(get_model_size_in_bytes(model) - others) / count:.3f}"]

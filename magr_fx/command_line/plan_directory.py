@@ -69,7 +69,8 @@ def plan_directory(
         filter_fn=rewritable(model, skip, head=head, linears_only=gptq),
         routed=1.0 if experts is None else min(1.0, chosen / experts),
     )
-    check_group_size(found.found.sites, group_size)
+    for site in found.found.sites:
+        check_group_size(site, group_size)
     # A saved state is kept until the next is complete.
     return found, copies_of(raw, quantized=gptq) * found.model + 2 * found.boundary
 

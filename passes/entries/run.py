@@ -98,7 +98,7 @@ def _select_quantizable(
             found, model, quantizer.config_of, filter_fn=request.filter_fn
         )
     for site in found.sites:
-        check_group_size([site], request.config_of(site.name).group_size)
+        check_group_size(site, request.config_of(site.name).group_size)
     candidates: list[Site | QuantizableWeight] = [*found.sites, *weights]
     if execution.resident is all_resident:  # offloaded and sharded weights are checked before
         check_finite((one.name, one.weight) for one in candidates)
@@ -127,7 +127,7 @@ def _try_each_kind(
         # ``weight`` is read only here: an offloaded one changes device when it is loaded.
         for one in kinds.values():
             config = _config_of(target, one.name)
-            try_target([(one.name, one.weight)], config, gptq=target.makes_tensors)
+            try_target(one.name, one.weight, config, gptq=target.makes_tensors)
 
 
 def _config_of(target: Target | MixedTarget, name: str) -> AOBaseConfig:

@@ -85,8 +85,8 @@ def save_packed(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         generation.save_pretrained(folder)
 
 
-def check_of_transformers(model: nn.Module) -> None:
-    """Raise if transformers could not load a directory of the model, or not all is in memory.
+def check_saveable(model: nn.Module) -> None:
+    """Raise unless this is a quantized model that transformers could load, all of it in memory.
 
     Raises:
         ModelError: as said.
@@ -98,6 +98,17 @@ def check_of_transformers(model: nn.Module) -> None:
         )
     if is_offloaded_or_sharded(model):
         raise ModelError("the model is offloaded or sharded: save it while it is in memory")
+    if not any(is_quantized(parameter) for parameter in model.parameters()):
+        raise ModelError("no weight is quantized: call magr_quantize or torchao's quantize_ first")
+
+
+def quantized_linears(model: nn.Module) -> dict[str, Tensor]:
+    """The quantized weights of linears, by the names of their modules; shared ones by each name."""
+    return {
+        name: module.weight
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Linear) and is_quantized(module.weight)
+    }
 
 
 def _is_same(model: nn.Module, name: str, other: str) -> bool:
@@ -110,12 +121,8 @@ def _quantized(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ModelError: they are not those of linears of a model of transformers.
     """
-    check_of_transformers(model)
-    found = {
-        name: module.weight
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Linear) and is_quantized(module.weight)
-    }
+    check_saveable(model)
+    found = quantized_linears(model)
     of_linears = {id(weight) for weight in found.values()}
     for name, parameter in model.named_parameters():
         if is_quantized(parameter) and id(parameter) not in of_linears:
@@ -123,8 +130,6 @@ def _quantized(model: nn.Module) -> dict[str, Tensor]:
                 f"{name} is quantized and no linear's weight, which the format cannot hold: leave "
                 "it out with filter_fn"
             )
-    if not found:
-        raise ModelError("no weight is quantized: call magr_quantize or torchao's quantize_ first")
     with torch.device("meta"):
         fresh = type(model)(copy.deepcopy(model.config))
     linears = {name for name, module in fresh.named_modules() if isinstance(module, nn.Linear)}

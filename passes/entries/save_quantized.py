@@ -12,9 +12,10 @@ from torchao.core.config import AOBaseConfig
 from transformers import TorchAoConfig
 
 from magr_fx.errors import ConfigError, ModelError, brief
-from magr_fx.passes.entries.save_packed import check_of_transformers
+from magr_fx.passes.entries.save_packed import check_saveable, quantized_linears
 from magr_fx.passes.graphs.torchao_private import flatten_tensor_state_dict, is_quantized
 from magr_fx.passes.graphs.trace import unwrap
+from magr_fx.passes.handover.to_compressed_tensors import linears_besides
 from magr_fx.passes.known_layers.transformers_private import AutoHfQuantizer
 
 
@@ -52,11 +53,10 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str], target: AOB
             f"target must be the torchao config that the model was quantized with, got {target!r}"
         )
     inner: Any = unwrap(model)
-    check_of_transformers(inner)
-    quantized = {name: p for name, p in inner.named_parameters() if is_quantized(p)}
-    if not quantized:
-        raise ModelError("no weight is quantized: call magr_quantize or torchao's quantize_ first")
-    for name, parameter in quantized.items():
+    check_saveable(inner)
+    for name, parameter in inner.named_parameters():
+        if not is_quantized(parameter):
+            continue
         try:
             flatten_tensor_state_dict({name: parameter.detach()})
         except (ValueError, NotImplementedError, AttributeError) as error:
@@ -64,11 +64,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str], target: AOB
                 f"{name} is a {type(parameter.data).__name__}, which torchao's safetensors format "
                 f"cannot hold ({brief(error)}): save the state_dict with torch.save"
             ) from error
-    left = [
-        name
-        for name, module in inner.named_modules()
-        if isinstance(module, nn.Linear) and not is_quantized(module.weight)
-    ]
+    left = linears_besides(inner, quantized_linears(inner))
     config = TorchAoConfig(target, modules_to_not_convert=left or None)
     with _described(inner, config):
         inner.save_pretrained(folder)

@@ -161,7 +161,7 @@ def _convert(linear: nn.Linear, config: MagRConfig) -> nn.Module:
             'and the calibration before step="convert", both steps with the same filter_fn'
         )
     weight = linear.weight.detach()
-    try_target([("nn.Linear", weight)], base)
+    try_target("nn.Linear", weight, base)
     if hook.gram is None or not hook.tokens:
         logger.warning(
             "no calibration token reached %s: %s alone quantizes it. If the model is compiled, "

@@ -20,8 +20,8 @@ from magr_fx.passes.graphs.torchao_private import takes_parameter_names
 from magr_fx.passes.graphs.unsupported_weights import is_plain
 from magr_fx.passes.graphs.weight_views import WeightView
 from magr_fx.passes.handover.quantizable_weight import Place, QuantizableWeight
-from magr_fx.passes.handover.target import target_group_size
-from magr_fx.passes.handover.trial import ConfigOf, Trial, kind_of
+from magr_fx.passes.handover.target import ConfigOf, target_group_size
+from magr_fx.passes.handover.trial import Trial, kind_of
 from magr_fx.passes.known_layers.as_linears import Rebuilt, rebuildable
 
 NOT_NAMED = "not rewritten: the target has no config for it"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import textwrap
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
-from torchao.core.config import AOBaseConfig
 
 from magr_fx.machine.memory import is_out_of_memory
 from magr_fx.passes.graphs.torch_private import (
@@ -31,6 +30,7 @@ from magr_fx.passes.graphs.torch_private import (
 )
 from magr_fx.passes.graphs.torchao_private import is_quantized
 from magr_fx.passes.graphs.vmap import in_transform
+from magr_fx.passes.handover.target import ConfigOf
 from magr_fx.passes.handover.torchao_rounding import dequantized, quantized_copy
 from magr_fx.passes.inputs.calibration import Batch
 from magr_fx.passes.inputs.tensors_only import PLAIN, own_arguments
@@ -69,7 +69,7 @@ class QuantizedReads(TorchFunctionMode):
     def __init__(
         self,
         weights: Mapping[str, Collection[Tensor]],
-        config_of: Callable[[str], AOBaseConfig],
+        config_of: ConfigOf,
         resident: Resident = all_resident,
         elsewhere: Collection[int] = (),
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
@@ -43,6 +44,9 @@ DESCRIBED = 4  # entries of FqnToConfig that a message names
 
 # From 5 bits on it makes no difference whether a level is unused.
 _FEW_BITS = {torch.int2: 2, torch.int3: 3, torch.int4: 4}  # type: ignore[attr-defined]
+
+# The torchao config by the name of a weight.
+ConfigOf = Callable[[str], AOBaseConfig]
 
 
 @dataclass(frozen=True)

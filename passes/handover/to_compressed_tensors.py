@@ -27,7 +27,6 @@ logger = logging.getLogger("magr_fx")
 # The bits of which vLLM's and SGLang's kernels for this format take zero points
 # (WNA16_ZP_SUPPORTED_TYPES_MAP in both).
 ZERO_POINTS = (4, 8)
-PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
 class Layout(NamedTuple):

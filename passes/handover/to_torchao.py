@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Set as AbstractSet
-from functools import partial
 
 import torch
 from torch import nn
@@ -24,58 +22,52 @@ from magr_fx.passes.known_layers.as_linears import Rebuilt, replace_module
 
 
 def try_target(
-    weights: Iterable[tuple[str, torch.Tensor]], target: AOBaseConfig, *, gptq: bool = False
+    name: str, weight: torch.Tensor, target: AOBaseConfig, *, gptq: bool = False
 ) -> None:
-    """Quantize a copy of one weight of each shape, so that a config that fails is refused early.
+    """Quantize a copy of a weight, so that a config that fails is refused early.
 
     Raises:
         ConfigError: torchao fails with the config on this machine, or would skip the weight; or
             its tensor does not run, gives NaN or Inf, or (``gptq``) cannot hold GPTQ's codes.
     """
-    tried = set()
-    for name, weight in weights:
-        key = (weight.shape, weight.dtype, weight.device)
-        if key in tried:
-            continue
-        tried.add(key)
-        what = f"{name} {tuple(weight.shape)} ({weight.dtype}, {weight.device})"
-        try:
-            quantized = quantized_copy(weight, target)
-        except Exception as error:  # torchao's kernels and configs can raise anything
-            if is_out_of_memory(error):
-                raise
-            raise ConfigError(
-                f"torchao cannot quantize {what} with {describe(target)}: "
-                f"{type(error).__name__}: {error}. Leave the layer out with filter_fn, or choose "
-                "another config"
-            ) from error
-        if not is_quantized(quantized):
-            raise ConfigError(
-                f"torchao would silently leave {what} as it is with {describe(target)}. Leave the "
-                f"layer out with filter_fn, or choose a group size that divides {weight.shape[1]}"
-            )
-        try:
-            token = weight.new_ones(1, weight.shape[1])
-            usable = bool(functional.linear(token, quantized).isfinite().all())
-        except Exception as error:  # torchao's kernels can raise anything
-            if is_out_of_memory(error):
-                raise
-            raise ConfigError(
-                f"torchao quantizes {what} with {describe(target)}, but the quantized tensor does "
-                f"not run here: {type(error).__name__}: {error}. Choose another config or dtype"
-            ) from error
-        if not usable:
-            raise ConfigError(
-                f"{what}, quantized by torchao with {describe(target)}, gives NaN or Inf. Choose "
-                "another config"
-            )
-        if gptq and not has_grid(quantized):
-            raise ConfigError(
-                f'rounding="gptq" does not support {describe(target)}, nor does an FqnToConfig: it '
-                "needs integer codes with a scale for each row or group, and got "
-                f"{type(quantized).__name__}. It supports {', '.join(GPTQ_CONFIGS)}, per axis and "
-                "per group, unpacked"
-            )
+    what = f"{name} {tuple(weight.shape)} ({weight.dtype}, {weight.device})"
+    try:
+        quantized = quantized_copy(weight, target)
+    except Exception as error:  # torchao's kernels and configs can raise anything
+        if is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"torchao cannot quantize {what} with {describe(target)}: "
+            f"{type(error).__name__}: {error}. Leave the layer out with filter_fn, or choose "
+            "another config"
+        ) from error
+    if not is_quantized(quantized):
+        raise ConfigError(
+            f"torchao would silently leave {what} as it is with {describe(target)}. Leave the "
+            f"layer out with filter_fn, or choose a group size that divides {weight.shape[1]}"
+        )
+    try:
+        token = weight.new_ones(1, weight.shape[1])
+        usable = bool(functional.linear(token, quantized).isfinite().all())
+    except Exception as error:  # torchao's kernels can raise anything
+        if is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"torchao quantizes {what} with {describe(target)}, but the quantized tensor does "
+            f"not run here: {type(error).__name__}: {error}. Choose another config or dtype"
+        ) from error
+    if not usable:
+        raise ConfigError(
+            f"{what}, quantized by torchao with {describe(target)}, gives NaN or Inf. Choose "
+            "another config"
+        )
+    if gptq and not has_grid(quantized):
+        raise ConfigError(
+            f'rounding="gptq" does not support {describe(target)}, nor does an FqnToConfig: it '
+            "needs integer codes with a scale for each row or group, and got "
+            f"{type(quantized).__name__}. It supports {', '.join(GPTQ_CONFIGS)}, per axis and "
+            "per group, unpacked"
+        )
 
 
 def _with_places(model: nn.Module, weights: Iterable[QuantizableWeight]) -> list[QuantizableWeight]:
@@ -94,9 +86,8 @@ def _with_places(model: nn.Module, weights: Iterable[QuantizableWeight]) -> list
     return result
 
 
-def _is_chosen(linears: AbstractSet[int], module: nn.Module, name: str) -> bool:
-    del name
-    return id(module) in linears and not is_quantized(module.weight)
+def _is_open(module: nn.Module, key: str) -> bool:
+    return not is_quantized(getattr(module, key))
 
 
 def hand_over(
@@ -117,9 +108,6 @@ def hand_over(
     weights = _with_places(model, weights)
     places = [place for weight in weights for place in weight.places]
 
-    def is_open(module: nn.Module, key: str) -> bool:
-        return not is_quantized(getattr(module, key))
-
     for weight in weights:
         if weight.name in tensors:
             own = nn.Parameter(tensors[weight.name], requires_grad=False)
@@ -129,23 +117,27 @@ def hand_over(
     for weight in weights:
         config = config_of(weight.name)
         if config is not None:
-            own_places = by_config.setdefault(described_in_full(config), (config, []))[1]
-            own_places += weight.places
+            by_config.setdefault(described_in_full(config), (config, []))[1].extend(weight.places)
     for config, chosen in by_config.values():
         if tensors and getattr(config, "set_inductor_config", False):
             recommended_inductor_config_setter()  # as quantize_ does
-        linears = {id(place.module) for place in chosen if place.is_linear and is_open(*place[:2])}
-        if linears:
-            # quantize_ visits a module twice if the model holds it twice: hence is_open.
-            quantize_(model, config, partial(_is_chosen, linears))
-        for module, key, _ in (place for place in chosen if not place.is_linear):
-            if is_open(module, key):
-                quantize_(module, FqnToConfig(OrderedDict({key: config})), filter_fn=None)
+        _quantize(model, config, chosen)
 
-    left = [place.name for place in places if is_open(place.module, place.key)]
+    left = [place.name for place in places if _is_open(place.module, place.key)]
     if left:
         raise HandoverError(
             f"torchao left {len(left)} weights unquantized: {', '.join(left[:5])}. The model is "
             "changed (see magr_report) and partly quantized: load it again, and leave these "
             "weights out with filter_fn"
         )
+
+
+def _quantize(model: nn.Module, config: AOBaseConfig, places: list[Place]) -> None:
+    """Quantize what these places hold, where that is not done yet."""
+    linears = {id(place.module) for place in places if place.is_linear and _is_open(*place[:2])}
+    if linears:
+        # quantize_ visits a module twice if the model holds it twice: hence _is_open.
+        quantize_(model, config, lambda m, _: id(m) in linears and _is_open(m, "weight"))
+    for module, key, _ in (place for place in places if not place.is_linear):
+        if _is_open(module, key):
+            quantize_(module, FqnToConfig(OrderedDict({key: config})), filter_fn=None)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torchao.core.config import AOBaseConfig
 
 from magr_fx.errors import ModelError
 from magr_fx.machine.memory import is_out_of_memory
@@ -17,12 +15,10 @@ from magr_fx.passes.graphs.trace import Trace, TracedBatch, all_nodes, buffers_k
 from magr_fx.passes.graphs.unsupported_weights import blame
 from magr_fx.passes.handover.quantizable_weight import QuantizableWeight
 from magr_fx.passes.handover.quantized_reads import QuantizedReads, brief, run_apart
+from magr_fx.passes.handover.target import ConfigOf
 from magr_fx.passes.handover.torchao_rounding import quantized_copy
 from magr_fx.passes.inputs.calibration import Batch
 from magr_fx.passes.offloading.resident import Resident, all_resident
-
-# The torchao config by the name of a weight.
-ConfigOf = Callable[[str], AOBaseConfig]
 
 
 def kind_of(model: nn.Module, weight: QuantizableWeight) -> Any:

@@ -113,15 +113,14 @@ def check_not_frozen(model: nn.Module) -> None:
             )
 
 
-def check_group_size(sites: Iterable[Site], group_size: int | None) -> None:
-    """Raise :class:`ConfigError` for the first site whose inputs the group size does not divide."""
-    for site in sites:
-        inputs = site.shape[1]
-        if group_size is not None and inputs % group_size:
-            raise ConfigError(
-                f"{site.name} {site.shape} has {inputs} inputs, which groups of {group_size} do "
-                "not divide; choose another group size, or leave the layer out with filter_fn"
-            )
+def check_group_size(site: Site, group_size: int | None) -> None:
+    """Raise :class:`ConfigError` if the group size does not divide the site's inputs."""
+    inputs = site.shape[1]
+    if group_size is not None and inputs % group_size:
+        raise ConfigError(
+            f"{site.name} {site.shape} has {inputs} inputs, which groups of {group_size} do "
+            "not divide; choose another group size, or leave the layer out with filter_fn"
+        )
 
 
 _BROKEN = "holds NaN or Inf; repair or reload the model's weights"

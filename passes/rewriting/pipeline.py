@@ -81,8 +81,8 @@ def resolve_config(
                 f"group_size={config.group_size} is that of all weights, and each config of "
                 "FqnToConfig has its own; leave it out"
             )
-        return replace(config, alpha="auto") if config.alpha is None else config
-    config = config.for_groups_of(target_group_size(target))
+    else:
+        config = config.for_groups_of(target_group_size(target))
     return replace(config, alpha="auto") if config.alpha is None else config
 
 

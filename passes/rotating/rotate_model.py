@@ -92,7 +92,7 @@ def _untied(model: nn.Module, batch: Batch, state: State) -> UntiedHeads:
     before = _outputs(model, batch, state)
     untied = UntiedHeads(model)
     try:
-        found = difference(_outputs(model, batch, state), before, tolerance_of(model, before))
+        found = _changed(model, batch, before, state)
     except BaseException:
         untied.tie()
         raise
@@ -112,7 +112,7 @@ def _check(model: nn.Module, batch: Batch, before: list[torch.Tensor], state: St
     Raises:
         ModelError: they differ.
     """
-    found = difference(_outputs(model, batch, state), before, _tolerance(model, before))
+    found = _changed(model, batch, before, state)
     if found:
         raise ModelError(
             "rotated, the model computes something else with calibration batch "
@@ -120,11 +120,15 @@ def _check(model: nn.Module, batch: Batch, before: list[torch.Tensor], state: St
         )
 
 
-def _tolerance(model: nn.Module, outputs: list[torch.Tensor]) -> float:
-    """That of other comparisons, but less in float64."""
-    floating = [t.dtype for t in (*model.parameters(), *outputs) if t.is_floating_point()]
+def _changed(model: nn.Module, batch: Batch, before: list[torch.Tensor], state: State) -> str:
+    """How the outputs differ from those of before; empty if they do not.
+
+    The tolerance is that of other comparisons, but less where all is computed in float64.
+    """
+    floating = [t.dtype for t in (*model.parameters(), *before) if t.is_floating_point()]
     double = bool(floating) and all(dtype == torch.float64 for dtype in floating)
-    return DOUBLE if double else tolerance_of(model, outputs)
+    tolerance = DOUBLE if double else tolerance_of(model, before)
+    return difference(_outputs(model, batch, state), before, tolerance)
 
 
 @contextlib.contextmanager

@@ -44,10 +44,12 @@ class UntiedHeads:
 
     def tie(self, unless: AbstractSet[int] = frozenset()) -> None:
         """Let heads share again, but for those with a weight among the ids ``unless``."""
-        kept = [head for head in self.heads if {id(head.module.weight), id(head.tied)} & unless]
-        for module, tied in self.heads:
-            if not any(module is head.module for head in kept):
-                module.weight = tied
+        kept = []
+        for head in self.heads:
+            if {id(head.module.weight), id(head.tied)} & unless:
+                kept.append(head)
+            else:
+                head.module.weight = head.tied
         self.heads = kept
         if not kept:
             for config in self._configs:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from targets import ASYMMETRIC, SYMMETRIC, intx
+from test_save_packed import logits, no_head
 from tiny_models import text_calib, tiny_llama, tiny_mixtral, tiny_qwen2
-from torch import Tensor, nn
+from torch import Tensor
 from torchao.quantization import (
     FqnToConfig,
     Int8DynamicActivationIntxWeightConfig,
@@ -23,17 +24,6 @@ from transformers import AutoModelForCausalLM
 
 from magr_fx import ConfigError, ModelError, magr_quantize, save_quantized
 from magr_fx.passes.graphs.torchao_private import is_quantized
-
-
-def no_head(module: nn.Module, name: str) -> bool:
-    return isinstance(module, nn.Linear) and name != "lm_head"
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(text_calib()[0]).logits
-    return found
-
 
 MIXED = FqnToConfig({
     "re:.*q_proj": intx(2, ASYMMETRIC, 16), "re:.*down_proj": intx(4, SYMMETRIC, None),

@@ -514,10 +514,9 @@ def test_the_target_is_tried_on_the_weights_themselves(
     tried: list[tuple[str, torch.Tensor]] = []
     whole: Any = vars(run_module)["try_target"]
 
-    def seen(weights: Any, *given: Any, **more: Any) -> None:
-        weights = list(weights)
-        tried.extend((name, weight.clone()) for name, weight in weights)
-        whole(weights, *given, **more)
+    def seen(name: str, weight: torch.Tensor, *given: Any, **more: Any) -> None:
+        tried.append((name, weight.clone()))
+        whole(name, weight, *given, **more)
 
     monkeypatch.setattr(run_module, "try_target", seen)
     model = llama()
