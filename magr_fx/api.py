@@ -271,6 +271,9 @@ def magr_quantize(
         )
         inner = _checked(model, request)
         _refuse_elsewhere(inner)
+        if isinstance(goal, MixedTarget):
+            goal = goal.for_model(inner)
+            request = replace(request, target=goal)
         batches, execution = read_calib(calib, inner), Execution(ranks)
         if goal is None:
             return _quantize_graph(model, batches, target, request, execution)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -88,6 +89,8 @@ def save_packed(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 def check_saveable(model: nn.Module) -> None:
     """Raise unless this is a quantized model that transformers could load, all of it in memory.
 
+    Its parameters have to be those of a new model of its class and configuration.
+
     Raises:
         ModelError: as said.
     """
@@ -100,6 +103,36 @@ def check_saveable(model: nn.Module) -> None:
         raise ModelError("the model is offloaded or sharded: save it while it is in memory")
     if not any(is_quantized(parameter) for parameter in model.parameters()):
         raise ModelError("no weight is quantized: call magr_quantize or torchao's quantize_ first")
+    with torch.device("meta"):
+        fresh = type(model)(copy.deepcopy(model.config))
+    known = {name: _kind(module, key) for module, key, name in _parameters(fresh)}
+    for module, key, name in _parameters(model):
+        own = _kind(module, key)
+        if known.get(name) != own:
+            what = "parameter" if name not in known else "parameter of that shape and module"
+            raise ModelError(
+                f"{name} {own.shape} is no {what} of {type(model).__name__} itself, so "
+                "transformers could not load it. magr_quantize and as_linears make linears of "
+                "experts and of Conv1D: leave these out with filter_fn, or save the state_dict"
+            )
+
+
+class _Kind(NamedTuple):
+    """What transformers has to find again to load a parameter."""
+
+    shape: tuple[int, ...]
+    of_linear: bool
+
+
+def _kind(module: nn.Module, key: str) -> _Kind:
+    return _Kind(tuple(getattr(module, key).shape), isinstance(module, nn.Linear))
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """Every parameter, as a module, an attribute and the full name, tied ones by each name."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for key, _ in module.named_parameters(recurse=False):
+            yield module, key, f"{path}.{key}" if path else key
 
 
 def quantized_linears(model: nn.Module) -> dict[str, Tensor]:
@@ -129,15 +162,5 @@ def _quantized(model: nn.Module) -> dict[str, Tensor]:
             raise ModelError(
                 f"{name} is quantized and no linear's weight, which the format cannot hold: leave "
                 "it out with filter_fn"
-            )
-    with torch.device("meta"):
-        fresh = type(model)(copy.deepcopy(model.config))
-    linears = {name for name, module in fresh.named_modules() if isinstance(module, nn.Linear)}
-    for name in found:
-        if name not in linears:
-            raise ModelError(
-                f"{name} is a linear that {type(model).__name__} itself has not (as_linears made "
-                "it), so transformers could not load it: leave it out with filter_fn, or save the "
-                "state_dict"
             )
     return found

@@ -26,10 +26,6 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str], target: AOB
     ``TorchAoConfig`` in ``config.json``; ``from_pretrained(folder)`` loads them. A weight takes a
     byte whatever its bits: :func:`magr_fx.save_packed` writes smaller files.
 
-    It does not see where a weight was quantized as a linear that the model's class does not have,
-    such as an expert's or a Conv1D's (see :func:`magr_fx.as_linears`): transformers loads other
-    weights in their place. Leave these out with ``filter_fn``, or save the state_dict.
-
     Args:
         model: a model of transformers, quantized by :func:`magr_fx.magr_quantize` or by torchao.
         folder: where to write. Save the tokenizer beside it yourself.
@@ -37,8 +33,10 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str], target: AOB
 
     Raises:
         ConfigError: ``target`` is no torchao config.
-        ModelError: the model is not of transformers, not quantized, offloaded or sharded, or
-            torchao's format cannot hold one of its weights; nothing was written.
+        ModelError: the model is not of transformers, not quantized, offloaded or sharded; or it
+            has weights that its class does not have, such as an expert's that became a linear
+            (see :func:`magr_fx.as_linears`); or torchao's format cannot hold one of its weights.
+            Nothing was written.
         OSError: the disk is full, or the folder may not be written.
 
     Example:

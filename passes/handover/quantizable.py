@@ -24,7 +24,7 @@ from magr_fx.passes.handover.target import ConfigOf, target_group_size
 from magr_fx.passes.handover.trial import Trial, kind_of
 from magr_fx.passes.known_layers.as_linears import Rebuilt, rebuildable
 
-NOT_NAMED = "not rewritten: the target has no config for it"
+NOT_NAMED = "not rewritten: the target has no config for it, or different ones for its names"
 
 
 def leave_out_unquantizable(
@@ -100,10 +100,14 @@ def leave_out_unrunnable(
         for name, why in trial.refusals(model, weights, config_of).items()
     }
     # A weight that no input reaches was not read; another layer's weight of the same kind was.
-    kinds = {kind_of(model, weight): weight.name for weight in weights if weight.name in reasons}
+    kinds = {
+        kind_of(model, weight, config_of): weight.name
+        for weight in weights
+        if weight.name in reasons
+    }
     sites = {site.name for site in found.sites}
     for weight in weights:
-        like = kinds.get(kind_of(model, weight))
+        like = kinds.get(kind_of(model, weight, config_of))
         if like is not None and weight.name not in sites and not weight.rebuilt:
             reasons[weight.name] = f"like {like}"
     return _without(reasons, found), [w for w in weights if w.name not in reasons]

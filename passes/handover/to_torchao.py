@@ -63,10 +63,10 @@ def try_target(
         )
     if gptq and not has_grid(quantized):
         raise ConfigError(
-            f'rounding="gptq" does not support {describe(target)}, nor does an FqnToConfig: it '
-            "needs integer codes with a scale for each row or group, and got "
-            f"{type(quantized).__name__}. It supports {', '.join(GPTQ_CONFIGS)}, per axis and "
-            "per group, unpacked"
+            f"{describe(target)} makes a {type(quantized).__name__} of {name}, without integer "
+            'codes and a scale for each row or group; rounding="gptq" needs these, and so does an '
+            f"FqnToConfig of several grids. Choose {', '.join(GPTQ_CONFIGS)}, per axis or per "
+            "group, unpacked"
         )
 
 

@@ -15,15 +15,15 @@ from magr_fx.passes.graphs.trace import Trace, TracedBatch, all_nodes, buffers_k
 from magr_fx.passes.graphs.unsupported_weights import blame
 from magr_fx.passes.handover.quantizable_weight import QuantizableWeight
 from magr_fx.passes.handover.quantized_reads import QuantizedReads, brief, run_apart
-from magr_fx.passes.handover.target import ConfigOf
+from magr_fx.passes.handover.target import ConfigOf, described_in_full
 from magr_fx.passes.handover.torchao_rounding import quantized_copy
 from magr_fx.passes.inputs.calibration import Batch
 from magr_fx.passes.offloading.resident import Resident, all_resident
 
 
-def kind_of(model: nn.Module, weight: QuantizableWeight) -> Any:
-    """A key that is equal for weights with the same place in modules of the same classes."""
-    return tuple(
+def kind_of(model: nn.Module, weight: QuantizableWeight, config_of: ConfigOf) -> Any:
+    """A key that is equal for weights of the same config and place in modules of equal classes."""
+    return described_in_full(config_of(weight.name)), tuple(
         (type(model.get_submodule(parent.rpartition(".")[0])), parent.rpartition(".")[2], key)
         for parent, _, key in (place.name.rpartition(".") for place in weight.places)
     )
@@ -105,7 +105,7 @@ class Trial:
         kinds: dict[Any, list[QuantizableWeight]] = defaultdict(list)
         for weight in weights:
             if weight.name not in refused:
-                kinds[kind_of(model, weight), weight.name in reads.seen].append(weight)
+                kinds[kind_of(model, weight, config_of), weight.name in reads.seen].append(weight)
         if self._error(model, [same[0] for same in kinds.values()], config_of) is None:
             return refused
         fine: list[QuantizableWeight] = []

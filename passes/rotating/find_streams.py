@@ -19,6 +19,7 @@ from magr_fx.passes.rotating.streams import Axis, Fold, Stream, Streams
 
 _ATEN = torch.ops.aten
 _NOTHING = Fold(None)
+_FINE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 # These give the numbers of their first argument, in another dtype, layout or shape that keeps the
 # order of the numbers. A reshape may cut the last axis in blocks, or join blocks.
@@ -124,7 +125,7 @@ class _Reader:
 
     def _parameter(self, node: Any) -> nn.Parameter | None:
         """The model's own parameter that an argument is, if it is nothing else."""
-        while isinstance(node, fx.Node) and node.target in _CASTS:
+        while isinstance(node, fx.Node) and node.target in _CASTS and not _is_coarse(node):
             node = node.args[0]
         value = attribute(self.trace, node)
         if isinstance(value, nn.Parameter) and id(value) in self.owned:
@@ -133,6 +134,7 @@ class _Reader:
 
     def _value(self, node: fx.Node) -> fx.Node | Axis:
         """The member that an argument is: a value, or the last axis of a parameter."""
+        self._fix_if_shifted(node)
         parameter = self._parameter(node)
         if parameter is not None and parameter.dim() > 0:
             axis = Axis(parameter, parameter.dim() - 1)
@@ -148,6 +150,7 @@ class _Reader:
             self._fix(source, reason)
 
     def _fix(self, node: fx.Node, reason: str) -> None:
+        self._fix_if_shifted(node)
         scaled, square = self.scaled.get(node), self.squares.get(node)
         if scaled is not None:
             self.streams.fix(self._value(scaled.source), f"{reason}, behind a norm")
@@ -160,6 +163,15 @@ class _Reader:
             return
         self.streams.of(node, _size(node) or 1)
         self.streams.fix(node, reason)
+
+    def _fix_if_shifted(self, node: fx.Node) -> None:
+        """Fix the weight w of a norm's 1 + w, where anything but the norm's product reads it."""
+        shifted = self.norm_weights.get(node)
+        if shifted is not None and shifted.plus_one and shifted.weight is not None:
+            reason = "1 + a norm's weight is read as a value"
+            self.streams.fix(Axis(shifted.weight, 0), reason)
+            self.streams.of(node, _size(node) or 1)
+            self.streams.fix(node, reason)
 
     def _unknown(self, node: fx.Node) -> None:
         reason = f"{node.target} reads it"
@@ -223,7 +235,7 @@ class _Reader:
         A norm's shift is added behind the norm. It can be moved into the next weights only if
         nothing but the places of the numbers changes on the way.
         """
-        if not isinstance(source, fx.Node) or _is_whole(node):
+        if not isinstance(source, fx.Node) or _is_coarse(node):
             return False
         if source in self.scaled:
             shifted = self.scaled[source].fold.shift is not None
@@ -245,11 +257,12 @@ class _Reader:
         if isinstance(source, fx.Node) and source in self.squares:
             self.squares[node] = self.squares[source]
             return True
-        if node.target in _CASTS and self._parameter(source) is not None:
-            # The same parameter: what reads the node looks through the cast.
+        if node.target in _CASTS and not _is_coarse(node):
             if isinstance(source, fx.Node) and source in self.norm_weights:
                 self.norm_weights[node] = self.norm_weights[source]
-            return True
+                return True
+            if self._parameter(source) is not None:
+                return True  # the same parameter: what reads the node looks through the cast
         return self._same(node, source, moves=True)
 
     def _negative(self, node: fx.Node) -> bool:
@@ -503,10 +516,10 @@ def _size(node: Any) -> int | None:
     return None
 
 
-def _is_whole(node: fx.Node) -> bool:
-    """Whether the value is a tensor of integers or booleans."""
+def _is_coarse(node: fx.Node) -> bool:
+    """Whether the value is a tensor of a dtype in which a rotated value would be another one."""
     value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and not value.is_floating_point()
+    return isinstance(value, torch.Tensor) and value.dtype not in _FINE
 
 
 def _is_tensor(node: fx.Node) -> bool:

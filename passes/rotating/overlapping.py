@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 
 def overlapping(model: nn.Module) -> list[nn.Parameter]:
-    """Every parameter of which a part is also a part of another parameter or buffer.
+    """Every parameter of which a part is also a part of another tensor, or of itself.
 
+    The other tensor is a parameter or a buffer. A parameter overlaps itself if it was expanded.
     A tied weight is one parameter under two names, and does not count. Two parameters may also be
     views of one tensor: what is written to one then changes the other.
     """
@@ -22,7 +23,7 @@ def overlapping(model: nn.Module) -> list[nn.Parameter]:
             start = tensor.data_ptr()
             end = start + (reach + 1) * tensor.element_size()
             spans.setdefault(str(tensor.device), []).append((start, end, tensor))
-    found: dict[int, nn.Parameter] = {}
+    found = {id(p): p for p in model.parameters() if _overlaps_itself(p)}
     for on_device in spans.values():
         on_device.sort(key=lambda span: span[:2])
         last, reaching = None, 0
@@ -32,3 +33,14 @@ def overlapping(model: nn.Module) -> list[nn.Parameter]:
             if end > reaching:
                 last, reaching = tensor, end
     return list(found.values())
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may be one number in memory."""
+    reach = 0
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if step <= reach:
+                return True
+            reach += (size - 1) * step
+    return False

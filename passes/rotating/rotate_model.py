@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from magr_fx.errors import ModelError
+from magr_fx.errors import ModelError, brief
 from magr_fx.passes.graphs.decisions import State, random_state, torch_state
 from magr_fx.passes.graphs.trace import Trace, calibration_mode
 from magr_fx.passes.inputs.calibration import Batch
@@ -138,9 +138,18 @@ def _restored_on_error(parameters: list[nn.Parameter]) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, kept, strict=True):
-                parameter.copy_(value)
+        failed = None
+        for parameter, value in zip(parameters, kept, strict=True):
+            try:
+                with torch.no_grad():
+                    parameter.copy_(value)
+            except RuntimeError as error:  # the others are restored all the same
+                failed = error
+        if failed is not None:
+            raise ModelError(
+                f"a rotation failed, and a weight could not be restored: {brief(failed)}. Load the "
+                "model again"
+            ) from failed
         raise
 
 

@@ -217,7 +217,7 @@ def test_what_the_format_cannot_hold_is_refused(
         filter_fn=lambda _, name: name != "lm_head",
         progress=False,
     )
-    with pytest.raises(ModelError, match="as_linears made it"):
+    with pytest.raises(ModelError, match="make linears of experts"):
         save_packed(gpt2, folder)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(ConfigError, match=r"pip install 'magr-fx\[packed\]'"):

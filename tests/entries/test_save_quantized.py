@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from model_zoo import ZOO
 from targets import ASYMMETRIC, SYMMETRIC, intx
 from test_save_packed import logits, no_head
 from tiny_models import text_calib, tiny_llama, tiny_mixtral, tiny_qwen2
@@ -108,6 +109,14 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path: Pa
     with pytest.raises(ModelError, match="is no model of transformers"):
         save_quantized(toy, folder, target)
     model = magr_quantize(tiny_llama(), text_calib(), target, progress=False)
+    for family in ("GPT-2", "Mixtral"):
+        made = magr_quantize(
+            ZOO[family].make(), ZOO[family].calib(), target, progress=False,
+            filter_fn=lambda _, name: name != "lm_head",
+            calibrate_all_experts=family == "Mixtral",
+        )  # fmt: skip
+        with pytest.raises(ModelError, match=r"transformers could not load it.*filter_fn"):
+            save_quantized(made, folder, target)
     wrong: Any = "int4"
     with pytest.raises(ConfigError, match="target must be the torchao config"):
         save_quantized(model, folder, wrong)

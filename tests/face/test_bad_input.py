@@ -516,7 +516,7 @@ def test_gptq_with_a_target_that_has_no_grid_by_row_or_group(target: Any) -> Non
         quantize_(nn.Sequential(nn.Linear(WIDTH, 32)), target)
     except Exception as error:  # whatever a missing kernel raises
         pytest.skip(f"torchao: {error}")
-    parts = ['rounding="gptq" does not support', type(target).__name__, "IntxWeightOnlyConfig"]
+    parts = ['rounding="gptq" needs these', type(target).__name__, "IntxWeightOnlyConfig"]
     parts += ["Int8WeightOnlyConfig", "Int8DynamicActivationIntxWeightConfig", "per group"]
     refused(quantize, model, vectors(), ConfigError, *parts, target=target, rounding="gptq")
     assert len(report_of(quantize(model, vectors(), target=target)).rewritten) == 1

@@ -21,6 +21,7 @@ from magr_fx.passes.graphs.torchao_private import is_quantized
 from magr_fx.passes.handover.mixed_target import key_of
 from magr_fx.passes.handover.target import describe
 from magr_fx.passes.handover.torchao_rounding import dequantized
+from magr_fx.passes.rewriting import pipeline
 
 INT2, INT3, INT4 = (intx(bits, ASYMMETRIC, 16) for bits in (2, 3, 4))
 EVEN = intx(4, SYMMETRIC, None)
@@ -166,12 +167,99 @@ def test_weights_that_become_linears_are_named_as_they_were(family: str) -> None
     assert {"torch.int2", "torch.int3", "torch.int4"} <= set(bits_of(model).values())
 
 
-def test_a_run_goes_on_to_the_same_bits(tmp_path: Any) -> None:
+@pytest.mark.parametrize(("keys", "wanted"), [
+    ({"model.embed_tokens": INT4}, "torch.int4"),
+    ({"lm_head": INT4}, "torch.int4"),
+    ({"lm_head": INT4, "model.embed_tokens": INT4}, "torch.int4"),
+    ({"lm_head": INT4, "model.embed_tokens": INT3}, ""),
+    ({"lm_head": INT4, "model.embed_tokens": None}, ""),
+])  # fmt: skip
+def test_a_tied_weight_has_the_config_of_its_names(keys: dict[str, Any], wanted: str) -> None:
+    class Tied(nn.Module):
+        """Two linears of one weight."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.model = nn.Module()
+            self.model.embed_tokens = nn.Linear(32, 32, bias=False)
+            self.enter, self.lm_head = nn.Linear(32, 32), nn.Linear(32, 32, bias=False)
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            inner: Any = self.model
+            hidden = torch.relu(inner.embed_tokens(torch.relu(self.enter(x))))
+            logits: torch.Tensor = self.lm_head(hidden)
+            return logits
+
+    target = mixed({**keys, "enter": intx(3, ASYMMETRIC, None)})
+    model: Any = magr_quantize(Tied(), vectors(40, 32), target, progress=False)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert bits_of(model).get("lm_head", "") == wanted
+    rows = {row.name: row.reason for row in report_of(model).sites}
+    assert ("different ones" in rows["model.embed_tokens.weight"]) == (wanted == "")
+
+
+def test_names_with_brackets_are_whole_names() -> None:
+    target = mixed({"heads.query[0]": INT2, "re:.*experts": INT3, "list[1].weight": INT4})
+    assert key_of("heads.query[0].weight", target) == "heads.query[0]"
+    assert key_of("list[1].weight", target) == "list[1].weight"
+    assert key_of("a.experts.gate_up[3]", target) == "re:.*experts"
+    assert key_of("heads.query.weight[0]", target) is None
+
+
+def test_keys_that_name_nothing_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    target = mixed({"0": EVEN, "O": EVEN, "re:.*[2]$": EVEN, "re:.*gate": None})
+    with caplog.at_level("WARNING", logger="magr_fx"):
+        magr_quantize(mlp(), vectors(40, 24), target, progress=False)
+    assert "nothing of the model is named by O, re:.*gate" in caplog.text
+
+
+def test_what_one_config_cannot_run_says_nothing_of_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Picky(nn.Linear):
+        """Runs with whole rows only."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            weight: Any = self.weight
+            if is_quantized(weight) and tuple(weight.block_size) == (1, 16):
+                raise TypeError("no groups")
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Picky(32, 32), nn.ReLU(), Picky(32, 32), nn.ReLU(), Picky(32, 32))
+    target = mixed({"0": EVEN, "2": INT4, "4": EVEN})
+    magr_quantize(model, vectors(40, 32), target, progress=False)
+    rows = {row.name: row.outcome for row in report_of(model).sites}
+    assert rows == {"0.weight": "rewritten", "2.weight": "skipped", "4.weight": "rewritten"}
+
+
+def test_a_run_goes_on_to_the_same_bits(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     target = mixed({"re:.*mlp.*": INT3, "re:.*self_attn.*": INT4})
     wanted = magr_quantize(tiny_llama(), text_calib(), target, progress=False)
+    solved = pipeline._rewrite
+    calls: list[Any] = []
+
+    def counted(*given: Any) -> None:
+        calls.append(given)
+        solved(*given)
+
+    def stopped(*given: Any) -> None:
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        counted(*given)
+
+    monkeypatch.setattr("magr_fx.passes.rewriting.checkpoint.BETWEEN_STATES", 0)
+    monkeypatch.setattr(pipeline, "_rewrite", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        magr_quantize(tiny_llama(), text_calib(), target, progress=False, checkpoint_dir=tmp_path)
+    monkeypatch.setattr(pipeline, "_rewrite", counted)
     saved = magr_quantize(
         tiny_llama(), text_calib(), target, progress=False, checkpoint_dir=tmp_path
     )
+    monkeypatch.setattr(pipeline, "_rewrite", solved)
+    assert len(calls) < 3 + 8  # 4 inputs in each of 2 blocks: some were done
     for one, other in zip(wanted.parameters(), saved.parameters(), strict=True):
         values = [dequantized(p.data) if is_quantized(p) else p for p in (one, other)]
         assert torch.equal(*values)
@@ -185,7 +273,7 @@ def test_bad_input_is_refused_before_anything_is_changed() -> None:
         "target must be a torchao config": (mixed({"re:.*": TARGET}), {}),
         "leave it out": (TARGET, {"config": MagRConfig(group_size=16)}),
         "do not divide": (mixed({"re:.*down_proj": intx(4, ASYMMETRIC, 32)}), {}),
-        "nor does an FqnToConfig": (mixed({"re:.*q_proj": PACKED, "re:.*mlp.*": INT3}), {}),
+        "FqnToConfig of several grids": (mixed({"re:.*q_proj": PACKED, "re:.*mlp.*": INT3}), {}),
         "would quantize none": (mixed({"re:.*nothing": INT3}), {}),
     }
     for message, (target, options) in bad.items():

@@ -188,6 +188,82 @@ def test_weights_with_a_second_role_stay(case: str) -> None:
     assert_kept(plain, Shared("").double(), x)
 
 
+class ReadsNorm(Model):
+    """A norm's 1 + w has a second reader."""
+
+    def __init__(self, reader: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(lambda: Rms(plus_one=True))
+        self.reader = reader
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.blocks(self.table(ids) + self.positions)
+        norm: Any = self.norm
+        shifted = 1.0 + norm.weight
+        normed = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6)
+        logits: Tensor = self.head(self.reader(normed * shifted, shifted))
+        return logits
+
+
+SECOND: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "added": lambda y, w: y + w.expand_as(y),
+    "multiplied": lambda y, w: y * torch.tanh(w).mean(),
+    "cast": lambda y, w: y * w.to(torch.float32).sum().to(y.dtype),
+    "matmul": lambda y, w: y + (y @ w)[..., None],
+    "none": lambda y, w: y,
+}
+
+
+@pytest.mark.parametrize("second", SECOND)
+def test_a_norms_shifted_weight_with_a_second_reader_stays(second: str) -> None:
+    model = ReadsNorm(SECOND[second]).double()
+    before = copy.deepcopy(model)
+    rotate_transform(model, IDS)
+    assert (WIDTH in rotated(model).values()) == (second == "none")
+    assert_kept(model, before, IDS[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn, torch.bool])
+def test_a_weight_that_is_read_in_a_coarse_dtype_stays(dtype: torch.dtype) -> None:
+    class Coarse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.enter, self.leave = nn.Linear(8, WIDTH), nn.Linear(WIDTH, 5, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.leave.weight.to(dtype).to(x.dtype)
+            return torch.nn.functional.linear(self.enter(x), weight)
+
+    model = Coarse().double()
+    before = copy.deepcopy(model)
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(1)).double()
+    rotate_transform(model, [x])
+    assert rotated(model) == {}
+    assert_kept(model, before, x)
+
+
+def test_an_expanded_parameter_stays() -> None:
+    model = Model(Rms).double()
+    model.positions = nn.Parameter(torch.randn(1, WIDTH).double().expand(6, WIDTH))
+    before = copy.deepcopy(model)
+    rotate_transform(model, IDS)
+    assert WIDTH not in rotated(model).values()
+    assert_kept(model, before, IDS[0])
+
+
+def test_what_can_be_restored_is_restored() -> None:
+    good, bad = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(1).expand(3))
+
+    def fails() -> None:
+        with rotate_model._restored_on_error([bad, good]):
+            good.data.zero_()
+            raise KeyError
+
+    with pytest.raises(ModelError, match="could not be restored"):
+        fails()
+    assert bool((good == 1).all())
+
+
 def test_an_embedding_read_the_other_way_keeps_its_rows() -> None:
     class Transposed(nn.Module):
         def __init__(self) -> None:
@@ -214,6 +290,9 @@ def test_overlapping_parameters_are_found() -> None:
     assert overlapping(model) == []
     model.register_buffer("c", whole[10:])
     assert [one is model.b for one in overlapping(model)] == [True]
+    model.e = nn.Parameter(torch.ones(6).as_strided((2, 3), (2, 1)))
+    assert {id(one) for one in overlapping(model)} == {id(model.b), id(model.e)}
+    del model.e
     model.d = model.a
     assert [one is model.b for one in overlapping(model)] == [True]
 
