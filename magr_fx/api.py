@@ -16,6 +16,8 @@ from magr_fx.config import MagRConfig, QuantizeOptions
 from magr_fx.errors import ConfigError, ModelError
 from magr_fx.machine.memory import out_of_memory_told
 from magr_fx.machine.ranks import Group, distributed_session
+from magr_fx.passes.budgeting.budget import SEVERAL, Budget
+from magr_fx.passes.entries.plan_bits import planned
 from magr_fx.passes.entries.run import run
 from magr_fx.passes.finding.find_linears import FilterFn
 from magr_fx.passes.graphs.trace import calibration_mode, unwrap
@@ -203,9 +205,10 @@ def magr_quantize(
         checkpoint_dir, spill_dir, process_group, progress: as for :func:`magr_transform`.
         target: the torchao config: int weight-only or dynamic-activation int weight; or an
             ``FqnToConfig`` of several, by the names of weights, modules, or patterns: what it does
-            not name is left alone. Or one of PT2E's quantizers: the weights are then rewritten with
-            one alpha that does not depend on the rounding, and ``config.group_size`` must be the
-            group size of the quantizer.
+            not name is left alone; or a :class:`Budget`, which gives each weight the config that
+            is worth most (:func:`magr_fx.plan_bits`). Or one of PT2E's quantizers: the weights
+            are then rewritten with one alpha that does not depend on the rounding, and
+            ``config.group_size`` must be the group size of the quantizer.
         rounding: ``"nearest"``, by torchao, or ``"gptq"`` (Frantar et al., ICLR 2023) on the
             grids that torchao chooses, for configs with integer codes: IntxWeightOnly,
             Int8WeightOnly, Int8DynamicActivationIntxWeight, Int8DynamicActivationInt8Weight,
@@ -251,13 +254,13 @@ def magr_quantize(
                 "evaluate does not work with a PT2E quantizer, which returns a new graph: keep a "
                 "copy of the model, and call magr_fx.compare(original, converted, batches) with it"
             )
-        config = resolve_config(
-            config, None if by_graph else target, required=not by_graph, several=True
-        )
+        by_budget = isinstance(target, Budget)
+        completed_by = SEVERAL if by_budget else None if by_graph else target
+        config = resolve_config(config, completed_by, required=not by_graph, several=True)
         if config.alpha == 0 and rounding == "nearest":
             raise ConfigError('alpha=0 shrinks nothing; use it only with rounding="gptq"')
         goal: Target | MixedTarget | None = None
-        if not by_graph:
+        if not by_graph and not by_budget:
             config, goal = for_quantizing(config, target, options)
         request = Request(
             config,
@@ -271,14 +274,21 @@ def magr_quantize(
         )
         inner = _checked(model, request)
         _refuse_elsewhere(inner)
+        batches, execution = read_calib(calib, inner), Execution(ranks)
+        if by_graph:
+            return _quantize_graph(model, batches, target, request, execution)
+        plan = None
+        if by_budget:
+            target, plan = planned(inner, batches, target, request, holdout, execution)
+            config, goal = for_quantizing(config, target, options)
         if isinstance(goal, MixedTarget):
             goal = goal.for_model(inner)
-            request = replace(request, target=goal)
-        batches, execution = read_calib(calib, inner), Execution(ranks)
         if goal is None:
-            return _quantize_graph(model, batches, target, request, execution)
+            raise RuntimeError("a target that is no graph's has no goal")
+        request = replace(request, target=goal)
         before = None if evaluate is None else Reference(inner, evaluate, ranks)
         ledger, weights = _rewrite(model, batches, request, execution)
+        ledger.report.bits = plan
         with ledger.timed("quantize"):
             hand_over(inner, goal.config_of, weights, ledger.tensors)
         done = {name for weight in weights for name in (weight.name, *weight.covers)}

@@ -17,17 +17,22 @@ from magr_fx.errors import (
 )
 from magr_fx.iterations.prox import project_l1_ball, prox_linf
 from magr_fx.iterations.solution import Solution, Status
+from magr_fx.passes.budgeting.budget import Budget
 from magr_fx.passes.entries.magr_pass import MagRPass
+from magr_fx.passes.entries.plan_bits import plan_bits
 from magr_fx.passes.entries.rotate_pass import RotatePass, rotate_transform
 from magr_fx.passes.entries.save_packed import save_packed
 from magr_fx.passes.entries.save_quantized import save_quantized
 from magr_fx.passes.known_layers.as_linears import as_linears
+from magr_fx.reporting.bit_plan import BitPlan
 from magr_fx.reporting.comparison import Comparison
 from magr_fx.reporting.report import MagRReport, SiteReport
 from magr_fx.reporting.rotation import Rotation
 from magr_fx.solver.solver import solve_magr, solve_magr_path
 
 __all__ = [
+    "BitPlan",
+    "Budget",
     "CalibrationError",
     "CheckpointError",
     "Comparison",
@@ -51,6 +56,7 @@ __all__ = [
     "compare",
     "magr_quantize",
     "magr_transform",
+    "plan_bits",
     "project_l1_ball",
     "prox_linf",
     "rotate_transform",

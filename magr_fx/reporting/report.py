@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from magr_fx.config import MagRConfig
+from magr_fx.reporting.bit_plan import BitPlan
 from magr_fx.reporting.comparison import Comparison
 from magr_fx.reporting.report_text import report_text, totals
 from magr_fx.reporting.rotation import Rotation
@@ -146,6 +147,7 @@ class MagRReport:
         peak_memory: the largest ``memory`` of the sites, in MiB.
         rotations: the streams of the model, if :func:`magr_fx.rotate_transform` had rotated it.
         comparison: how far the quantized model is from the original; None without ``evaluate``.
+        bits: how the budget was spent; None without a :class:`magr_fx.Budget`.
     """
 
     config: MagRConfig
@@ -161,6 +163,7 @@ class MagRReport:
     saved_bytes: int = 0
     rotations: list[Rotation] = field(default_factory=list)
     comparison: Comparison | None = None
+    bits: BitPlan | None = None
 
     @property
     def rewritten(self) -> list[SiteReport]:
@@ -222,6 +225,7 @@ class MagRReport:
             "saved_bytes": self.saved_bytes,
             "rotations": [asdict(rotation) for rotation in self.rotations],
             "comparison": None if self.comparison is None else self.comparison.as_dict(),
+            "bits": None if self.bits is None else self.bits.as_dict(),
             "sites": [site.as_dict() for site in self.sites],
         }
         with open(path, "w", encoding="utf-8") as file:

@@ -11,6 +11,7 @@ import numpy as np
 
 from magr_fx.config import MagRConfig
 from magr_fx.errors import ConfigError
+from magr_fx.reporting.bit_plan import BitPlan
 from magr_fx.reporting.report import MagRReport, Quantization, SiteReport
 from magr_fx.reporting.rotation import Rotation
 
@@ -53,11 +54,12 @@ def read_report(folder: Path) -> MagRReport:
         rest = {
             key: value
             for key, value in record.items()
-            if key not in ("config", "sites", "comparison", "rotations")
+            if key not in ("config", "sites", "comparison", "rotations", "bits")
         }
         rotations = [Rotation(**row) for row in record.get("rotations", ())]
+        bits = None if record.get("bits") is None else BitPlan.of_dict(record["bits"])
         config = MagRConfig(**record["config"])
-        report = MagRReport(config, sites=sites, rotations=rotations, **rest)
+        report = MagRReport(config, sites=sites, rotations=rotations, bits=bits, **rest)
         str(report)  # a report that cannot be printed counts as damaged
         return report
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -37,6 +37,8 @@ def report_text(report: MagRReport) -> str:
         if sites:
             rows = [(s.name, _shape(s), f"{_parameters([s]) / size:.1%}", s.reason) for s in sites]
             parts.append(f"{title}:\n{aligned(rows, text=(0, 3))}")
+    if report.bits is not None:
+        parts.append(f"the budget of bits:\n{report.bits.summary()}")
     if report.comparison is not None:
         parts.append(f"the quantized model compared with the original:\n{report.comparison}")
     return "\n\n".join([*parts, report.totals()])
@@ -48,6 +50,7 @@ def totals(report: MagRReport) -> list[str]:
         *_rewritten(report),
         *_errors_after_quantization(report),
         *_rotated(report),
+        *([] if report.bits is None else [report.bits.totals()]),
         *_quantized(report),
         *_run(report),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from magr_fx.passes.handover.quantizable import (
     leave_out_unrunnable,
 )
 from magr_fx.passes.handover.quantizable_weight import QuantizableWeight
-from magr_fx.passes.handover.target import Target, described_in_full
+from magr_fx.passes.handover.target import ConfigOf, Target, described_in_full
 from magr_fx.passes.handover.to_torchao import try_target
 from magr_fx.passes.handover.trial import Trial
 from magr_fx.passes.inputs.calibration import Batch, notes_of
@@ -64,7 +65,7 @@ def run(
         with report.timed("trace"):
             traced = trace_or_read(model, batches, request.tracing)
         found = find_linears(dict.fromkeys(b.trace for b in traced), model, request.filter_fn)
-        found, weights = _select_quantizable(
+        found, weights = select_quantizable(
             model, batches, traced, found, request, execution, report
         )
         ledger.checkpoint = _checkpoint(model, traced, found, request, execution)
@@ -74,7 +75,7 @@ def run(
     return weights
 
 
-def _select_quantizable(
+def select_quantizable(
     model: nn.Module,
     batches: list[Batch],
     traced: list[TracedBatch],
@@ -105,7 +106,8 @@ def _select_quantizable(
     if request.target is None:
         return found, weights
     with report.timed("quantize"):
-        _try_each_kind(candidates, request.target, execution)
+        config_of = partial(_config_of, request.target)
+        try_each_kind(candidates, config_of, execution, gptq=request.makes_tensors)
         if quantizer is not None:
             trial = Trial.of(batches, traced, execution.resident, execution.device)
             config_of = partial(_config_of, quantizer)
@@ -115,19 +117,22 @@ def _select_quantizable(
     return found, weights
 
 
-def _try_each_kind(
-    candidates: list[Site | QuantizableWeight], target: Target | MixedTarget, execution: Execution
+def try_each_kind(
+    candidates: Sequence[Site | QuantizableWeight],
+    config_of: ConfigOf,
+    execution: Execution,
+    *,
+    gptq: bool,
 ) -> None:
     """Quantize a copy of one weight of each shape, dtype and config, to see whether that works."""
     kinds: dict[Any, Site | QuantizableWeight] = {}
     for one in candidates:
-        config = described_in_full(_config_of(target, one.name))
+        config = described_in_full(config_of(one.name))
         kinds.setdefault((one.weight.shape, one.weight.dtype, config), one)
     with execution.resident([one.weight for one in kinds.values()]):
         # ``weight`` is read only here: an offloaded one changes device when it is loaded.
         for one in kinds.values():
-            config = _config_of(target, one.name)
-            try_target(one.name, one.weight, config, gptq=target.makes_tensors)
+            try_target(one.name, one.weight, config_of(one.name), gptq=gptq)
 
 
 def _config_of(target: Target | MixedTarget, name: str) -> AOBaseConfig:

@@ -66,7 +66,7 @@ class MixedTarget:
 
         None if it is not to be quantized, or its names are to be quantized in different ways.
         """
-        parameter, place = _parted(name)
+        parameter, place = parted(name)
         keys = [key_of(one + place, self.config) for one in self.names.get(parameter, (parameter,))]
         configs = [self.config.fqn_to_config[key] for key in keys if key is not None]
         said = {None if one is None else described_in_full(one) for one in configs}
@@ -89,7 +89,7 @@ def key_of(name: str, target: FqnToConfig) -> str | None:
         name: of a parameter, or of a matrix in it such as ``experts.gate_up_proj[3]``.
         target: the patterns.
     """
-    parameter, _ = _parted(name)
+    parameter, _ = parted(name)
     names = (parameter, parameter.rpartition(".")[0])
     keys: list[str] = list(target.fqn_to_config)
     for one in names:
@@ -102,7 +102,7 @@ def key_of(name: str, target: FqnToConfig) -> str | None:
     return DEFAULT if DEFAULT in keys else None
 
 
-def _parted(name: str) -> tuple[str, str]:
+def parted(name: str) -> tuple[str, str]:
     """The name of the parameter, and the place in it such as ``[3]``; some names hold a "[" too."""
     place = re.search(r"\[[^\[\]]*\]$", name)
     return (name, "") if place is None else (name[: place.start()], place.group())

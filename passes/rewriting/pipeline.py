@@ -78,8 +78,8 @@ def resolve_config(
     if several and isinstance(target, FqnToConfig):
         if config.group_size is not None:
             raise ConfigError(
-                f"group_size={config.group_size} is that of all weights, and each config of "
-                "FqnToConfig has its own; leave it out"
+                f"group_size={config.group_size} is that of all weights, and of several configs "
+                "each has its own; leave it out"
             )
     else:
         config = config.for_groups_of(target_group_size(target))
@@ -96,7 +96,7 @@ def for_quantizing(
     """
     if isinstance(target, FqnToConfig):
         return config, _mixed(config, target, options)
-    goal = _goal(config, target, options)
+    goal = goal_for(config, target, options)
     return goal.config, goal.target
 
 
@@ -105,7 +105,7 @@ def _mixed(config: MagRConfig, target: FqnToConfig, options: QuantizeOptions) ->
     goals: dict[str, Goal] = {}
     for one in target.fqn_to_config.values():
         if one is not None:
-            goals[described_in_full(one)] = _goal(resolve_config(config, one), one, options)
+            goals[described_in_full(one)] = goal_for(resolve_config(config, one), one, options)
     if not goals:
         raise ConfigError("FqnToConfig names no config that quantizes: give it one")
     if any(goal.target.makes_tensors for goal in goals.values()):
@@ -115,7 +115,12 @@ def _mixed(config: MagRConfig, target: FqnToConfig, options: QuantizeOptions) ->
     return MixedTarget(target, options, goals)
 
 
-def _goal(config: MagRConfig, target: Any, options: QuantizeOptions) -> Goal:
+def goal_for(config: MagRConfig, target: Any, options: QuantizeOptions) -> Goal:
+    """How weights are solved for one torchao config, with its kind of zero points decided.
+
+    Raises:
+        ConfigError: the target cannot hold free zero points, which the config asks for.
+    """
     wanted = config.zero_point
     if wanted is None and config.is_published:  # as published
         wanted = "whole"
