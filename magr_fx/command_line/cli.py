@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,15 @@ def transform(target: str | None, head: bool, **given: Any) -> None:
 @magr_fx.command()
 @_options(
     *_WORK,
-    click.option("--target", required=True, help="The torchao config: int3-per-channel, ..."),
+    click.option("--target", required=True,
+                 help="The torchao config: int3-per-channel, ..., or auto: the best one for each "
+                 "weight within --bits or --size."),
+    click.option("--bits", type=Positive(),
+                 help="With --target auto: the average for each number of the quantized weights."),
+    click.option("--size", metavar="60MB",
+                 help="With --target auto: of the whole model, in place of --bits."),
+    click.option("--group", type=click.IntRange(1), show_default="64",
+                 help="With --target auto: inputs that share a scale."),
     click.option("--rounding", default="nearest", show_default=True,
                  type=click.Choice(["nearest", "gptq"])),
     click.option("--refine", type=click.IntRange(0), default=0, show_default=True,
@@ -134,20 +143,43 @@ def transform(target: str | None, head: bool, **given: Any) -> None:
                  help="compressed-tensors stores the target's bits for each weight, torchao a "
                  "byte."),
 )  # fmt: skip
-def quantize(target: str, rounding: str, refine: int, stored: str, **given: Any) -> None:
+def quantize(
+    target: str,
+    bits: float | None,
+    size: str | None,
+    group: int | None,
+    rounding: str,
+    refine: int,
+    stored: str,
+    **given: Any,
+) -> None:
     """Rewrite and quantize MODEL, and write it into OUT, which transformers loads.
 
-    Only one block of the model is in memory at a time, or one shard while it is saved.
+    Only one block of the model is in memory at a time, or one shard while it is saved; with
+    --target auto the whole model, while the bits are planned.
     """
     if refine and rounding != "gptq":
         raise click.UsageError("--refine works with --rounding gptq only")
+    if target == "auto" and (bits is None) == (size is None):
+        raise click.UsageError("--target auto needs either --bits or --size")
+    if target != "auto" and any(option is not None for option in (bits, size, group)):
+        raise click.UsageError("--bits, --size and --group work with --target auto only")
 
     def make(job: Any) -> Any:
         from magr_fx.directories.convert_directory import quantize_directory
 
         return quantize_directory(job, rounding)
 
-    _run_job(make, partial(_job, target, given, refine=refine, stored=stored), given)
+    def job(launched: Launched) -> Any:
+        made = _job(None if target == "auto" else target, given, launched, refine=refine,
+                    stored=stored)  # fmt: skip
+        if target != "auto":
+            return made
+        from magr_fx.passes.budgeting.budget import Budget, default_choices
+
+        return replace(made, target=Budget(bits, size, default_choices(group or 64)))
+
+    _run_job(make, job, given)
 
 
 @magr_fx.command()

@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchao.core.config import AOBaseConfig
 from transformers import TorchAoConfig
 
 from magr_fx.api import magr_transform, quantize_apart
 from magr_fx.config import QuantizeOptions
+from magr_fx.directories.plan_budget import plan_budget
 from magr_fx.directories.prepare_directory import Job, Prepared, prepared
 from magr_fx.directories.run_folder import CHECKPOINT, is_resumable, is_run_folder, run_of
 from magr_fx.directories.skipped import is_skipped, rewritable
@@ -39,8 +41,10 @@ from magr_fx.machine.safetensors_header import StoredTensor
 from magr_fx.machine.tensor_files import DiscardedTensors, TensorFiles
 from magr_fx.model_files.model_class import model_class
 from magr_fx.model_files.model_directory import CONFIG, read_config, read_directory
+from magr_fx.passes.budgeting.budget import Budget
 from magr_fx.passes.finding.find_linears import FilterFn
-from magr_fx.passes.handover.target import describe
+from magr_fx.passes.handover.mixed_target import MixedTarget
+from magr_fx.passes.handover.target import Target, describe
 from magr_fx.passes.handover.to_compressed_tensors import (
     Packing,
     linears_besides,
@@ -153,19 +157,22 @@ def _transformed(model: Any, work: Prepared) -> tuple[Path, MagRReport]:
 
 def _quantized(model: Any, work: Prepared, rounding: str) -> tuple[Path, MagRReport]:
     """Solve and round on all ranks; then rank 0 writes the shards of the quantized model."""
+    plan = None
+    if isinstance(work.job.target, Budget):
+        work, plan = plan_budget(work, work.job.target)
     job = work.job
     chosen = rewritable(model, job.skip, head=job.head, linears_only=True)
     linears = _linears(model, work)
     tensors: MutableMapping[str, torch.Tensor] = {}
     shards = None
     options = QuantizeOptions(rounding, refine=job.refine, propagate=job.propagate is not False)
-    config = resolve_config(job.config, job.target, required=True)
+    config = resolve_config(job.config, job.target, required=True, several=True)
     if job.format == "compressed-tensors" and config.zero_point is None:
         config = replace(config, zero_point="whole")  # it holds no others
-    target = None
-    if job.target is not None:
-        config, target = for_quantizing(config, job.target, options)
-    if target is None or not target.makes_tensors:
+    config, target = for_quantizing(config, job.target, options)
+    if isinstance(target, MixedTarget):
+        target = target.for_model(model)
+    if not target.makes_tensors:
         shards = _write_rewritten(model, work, chosen)
     else:
         tensors = TensorFiles(_emptied(job.run / "rounded")) if work.writes else DiscardedTensors()
@@ -183,16 +190,17 @@ def _quantized(model: Any, work: Prepared, rounding: str) -> tuple[Path, MagRRep
         if shards is not None:
             shards.finish()
         stored = work.tensors if shards is None else read_directory(shards.folder)
-        done = _write_quantized(model, work, linears, {*quantizable}, stored, tensors)
+        done = _write_quantized(model, work, target, linears, {*quantizable}, stored, tensors)
     report: MagRReport = model.magr_report
     report.mark_quantized(work.ranks.gather(done)[0])
-    report.target = describe(job.target)
+    report.target, report.bits = describe(job.target), plan
     return job.run / QUANTIZED, report
 
 
 def _write_quantized(
     model: Any,
     work: Prepared,
+    target: Target | MixedTarget,
     linears: dict[str, list[str]],
     quantizable: set[str],
     stored: dict[str, StoredTensor],
@@ -203,6 +211,7 @@ def _write_quantized(
     Args:
         model: the offloaded model.
         work: the prepared job.
+        target: the configs of the weights.
         linears: the weights that transformers would quantize: name in the files → model's names.
         quantizable: the model's names of the weights that torchao can quantize.
         stored: where each tensor is stored.
@@ -210,8 +219,14 @@ def _write_quantized(
     """
     job, weights, left = work.job, offloaded_weights(model), _not_converted(model, work.job)
 
+    def config_of(name: str) -> AOBaseConfig:
+        config = target.config_of(name)
+        if config is None:
+            raise RuntimeError(f"{name} was quantized, and the target has no config for it")
+        return config
+
     def value(name: str) -> torch.Tensor:
-        return tensors[name] if name in tensors else quantized_copy(weights[name], job.target)
+        return tensors[name] if name in tensors else quantized_copy(weights[name], config_of(name))
 
     unquantizable = {name for names in linears.values() for name in names} - quantizable
     if unquantizable:
@@ -226,7 +241,7 @@ def _write_quantized(
     parts = functools.partial(revert_weight_conversion, model)
     write = functools.partial(write_quantized, stored, wanted, value, parts, folder)
     if job.format == "compressed-tensors":
-        packing = Packing(job.target)
+        packing = Packing(config_of)
         done = write(flatten=packing, progress=job.progress)
         described = quantization_config(packing.layouts, linears_besides(model, packing.layouts))
     else:

@@ -38,6 +38,7 @@ from magr_fx.model_files.model_directory import (
     text_config,
 )
 from magr_fx.model_files.stored_model import check_stored, empty_model
+from magr_fx.passes.budgeting.budget import Budget
 from magr_fx.passes.handover.to_compressed_tensors import check_format, check_installed
 
 _CPU = torch.device("cpu")
@@ -51,7 +52,7 @@ class Job:
         model: a directory with the safetensors of a model that reads text, or a name on the Hub.
         out: the directory to write; it must be empty or not exist.
         text: a UTF-8 text file to calibrate on.
-        target: the torchao config that will quantize the weights.
+        target: the torchao config that will quantize the weights, or what they may take.
         tokens: the number of calibration tokens.
         length: the number of tokens in each window.
         config: the solver's options.
@@ -66,7 +67,7 @@ class Job:
     model: str
     out: Path
     text: Path
-    target: AOBaseConfig | None
+    target: AOBaseConfig | Budget | None
     tokens: int = 16_384
     length: int = 512
     config: MagRConfig | None = None
@@ -130,7 +131,9 @@ def prepared(job: Job, ranks: Ranks, *, quantized: bool) -> Iterator[Prepared]:
         )
     if job.format == "compressed-tensors":
         check_installed()
-        check_format(job.target)
+        budget = job.target if isinstance(job.target, Budget) else None
+        for target in [job.target] if budget is None else budget.choices:
+            check_format(target)
     # The inner session makes the ranks end together, so that no rank still uses the run's folder
     # when run_folder removes it.
     if ranks.rank == 0:

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchao.core.config import AOBaseConfig
 from torchao.quantization import MappingType
 
 from magr_fx.errors import ConfigError, ModelError
 from magr_fx.passes.graphs.torchao_private import is_quantized
-from magr_fx.passes.handover.target import target_group_size
+from magr_fx.passes.handover.target import ConfigOf, target_group_size
 from magr_fx.passes.handover.torchao_rounding import grid_of, has_grid
 
 logger = logging.getLogger("magr_fx")
@@ -103,7 +102,7 @@ def packed(tensor: Tensor, layout: Layout) -> dict[str, Tensor]:
     return {name: part.clone(memory_format=torch.contiguous_format) for name, part in found.items()}
 
 
-def check_format(target: AOBaseConfig | None) -> None:
+def check_format(target: object) -> None:
     """Raise a ConfigError if the format cannot hold what this config makes of weights."""
     if type(target).__name__ not in ("IntxWeightOnlyConfig", "Int8WeightOnlyConfig"):
         raise ConfigError(
@@ -116,16 +115,14 @@ class Packing:
     """Packs tensors one shard after the other, as they come.
 
     Args:
-        target: the torchao config of all of them.
+        config_of: the torchao config of a weight, by its name.
 
     Attributes:
         layouts: of those that were packed, by the names of their modules.
     """
 
-    def __init__(self, target: AOBaseConfig) -> None:
-        mapping = getattr(target, "mapping_type", MappingType.SYMMETRIC)
-        self.symmetric = mapping != MappingType.ASYMMETRIC
-        self.group_size = target_group_size(target)
+    def __init__(self, config_of: ConfigOf) -> None:
+        self._config_of = config_of
         self.layouts: dict[str, Layout] = {}
 
     def __call__(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -140,9 +137,11 @@ class Packing:
                 flat[name] = tensor
                 continue
             module = name.removesuffix(".weight")
-            layout = layout_of(name, tensor)
+            layout, config = layout_of(name, tensor), self._config_of(name)
+            mapping = getattr(config, "mapping_type", MappingType.SYMMETRIC)
             self.layouts[module] = layout._replace(
-                group_size=self.group_size, symmetric=layout.symmetric and self.symmetric
+                group_size=target_group_size(config),
+                symmetric=layout.symmetric and mapping != MappingType.ASYMMETRIC,
             )
             parts = packed(tensor, self.layouts[module])
             flat |= {f"{module}.{part}": value for part, value in parts.items()}
