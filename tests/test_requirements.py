@@ -49,7 +49,7 @@ def test_everything_imported_is_declared_and_nothing_else() -> None:
 def test_the_library_needs_no_extra() -> None:
     """Everything but the command line works with what `pip install .` brings."""
     extras = {name_of(requirement) for requirement in declared()} - CORE
-    assert extras == {"accelerate", "click", "compressed-tensors", "matplotlib"}
+    assert extras == {"accelerate", "click", "compressed-tensors", "matplotlib", "scipy"}
     code = f"""
 import sys
 for name in {sorted(extras | GUARDED.keys())}:

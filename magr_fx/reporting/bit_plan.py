@@ -65,6 +65,9 @@ class BitPlan:
     most: float
     seconds: float
 
+    def __str__(self) -> str:
+        return self.summary()
+
     def totals(self) -> str:
         """One line: bits, bytes, and how many weights have which config."""
         counts: dict[str, int] = {}

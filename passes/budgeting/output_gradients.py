@@ -57,12 +57,12 @@ def output_gradients(
         by_parameter.setdefault(site.parameter, []).append(site)
     sums = {site.name: torch.zeros(site.shape[0], device="cpu") for site in sites}
     outputs = 0
-    generator: dict[torch.device, torch.Generator] = {}
     with _collecting(model, by_parameter, sums), torch.enable_grad():
-        for batch in batches[ranks.rank :: ranks.world]:
+        for at, batch in enumerate(batches):
             if outputs * ranks.world >= OUTPUTS:
                 break
-            outputs += _run_backwards(model, batch, generator)
+            if ranks.owns(at):
+                outputs += _run_backwards(model, batch)
     count = torch.tensor([outputs], dtype=torch.float32, device="cpu")
     for each in (*sums.values(), count):
         ranks.sum(each)
@@ -107,10 +107,9 @@ def _add(sites: list[Site], sums: Mapping[str, Tensor], parameter: Tensor) -> No
         sums[site.name].add_(own.float().square().sum(-1).cpu())
 
 
-def _run_backwards(
-    model: nn.Module, batch: Batch, generators: dict[torch.device, torch.Generator]
-) -> int:
+def _run_backwards(model: nn.Module, batch: Batch) -> int:
     """Run one batch forwards and backwards; the number of its output vectors that count."""
+    generators: dict[torch.device, torch.Generator] = {}
     args, kwargs = own_arguments((batch.args, batch.kwargs))
     try:
         with torch.compiler.set_stance("force_eager"), side_effects_undone(model):
@@ -123,7 +122,7 @@ def _run_backwards(
         for at, (y, name) in enumerate(outputs):
             device = y.device
             if device not in generators:
-                generators[device] = torch.Generator(device).manual_seed(0)
+                generators[device] = torch.Generator(device).manual_seed(batch.index)
             keep = _counted(batch, y)
             gradients.append(_drawn(y.detach(), name == "logits", generators[device], keep))
             if at == 0:

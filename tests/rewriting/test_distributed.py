@@ -31,6 +31,7 @@ from torchao.quantization import FqnToConfig
 from toys import Overflows, changed, mlp, report_of, state, vectors
 
 from magr_fx import (
+    Budget,
     CalibrationError,
     CheckpointError,
     ConfigError,
@@ -129,6 +130,11 @@ def mixed() -> nn.Module:
     return of_whole_numbers(FqnToConfig(OrderedDict(configs)), propagate=False)
 
 
+def budget() -> nn.Module:
+    choices = (intx(3, ASYMMETRIC, None), intx(4, ASYMMETRIC, None), intx(6, ASYMMETRIC, None))
+    return of_whole_numbers(Budget(bits=6.0, choices=choices), propagate=False)
+
+
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -180,7 +186,17 @@ def rows_packed() -> nn.Module:
 
 
 WAYS: dict[int, list[Callable[[], nn.Module]]] = {
-    2: [transform, for_target, nearest, gptq, exact_nearest, mixed, rows_gptq, rows_in_groups],
+    2: [
+        transform,
+        for_target,
+        nearest,
+        gptq,
+        exact_nearest,
+        mixed,
+        budget,
+        rows_gptq,
+        rows_in_groups,
+    ],
     4: [by_make_fx, exact_gptq, rows_nearest, rows_transform],
 }
 
@@ -249,7 +265,7 @@ def test_the_result_is_that_of_one_process(
     assert told[0] == told[1]
     pairs = [(ours["weights"][key], x) for key, x in wanted["weights"].items() if x.dim() > 1]
     share = [float((x - y).abs().le(1e-4 * y.abs().max()).float().mean()) for x, y in pairs]
-    if way in ("exact_nearest", "exact_gptq", "mixed"):
+    if way in ("exact_nearest", "exact_gptq", "mixed", "budget"):
         assert share == [1.0] * len(pairs)
         assert all(torch.equal(one, other) for one, other in pairs)
     elif way in ("transform", "by_make_fx", "rows_transform"):
