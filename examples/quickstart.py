@@ -2,6 +2,7 @@
 
     python examples/quickstart.py                                 # SmolLM2-135M, 3 bits
     python examples/quickstart.py --bits 2 3 4 --rounding gptq    # a few minutes for each
+    python examples/quickstart.py --bits 2.5 --rounding gptq      # an average: a Budget
     python examples/quickstart.py --model Qwen/Qwen3-0.6B --bits 4 --device cuda --dtype bfloat16
 
 For each bit width the same layers are quantized by torchao alone and by ``magr_quantize`` with its
@@ -24,7 +25,7 @@ from language_model import bundled_model, load, token_batches, with_short_window
 from torch import Tensor, nn
 from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerAxis, quantize_
 
-from magr_fx import compare, magr_quantize
+from magr_fx import Budget, compare, magr_quantize
 
 DATA = Path(__file__).parent / "data"
 
@@ -58,7 +59,14 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help="the texts to evaluate (default: other speeches, and a novel)",
     )
-    add("--bits", type=int, nargs="+", choices=range(2, 9), default=[3], help="default: 3")
+    add(
+        "--bits",
+        type=bits,
+        nargs="+",
+        default=[3],
+        help="for each weight, from 2 to 8, or an average such as 2.5 that each weight has its own "
+        "share of (default: 3)",
+    )
     add("--rounding", choices=("nearest", "gptq"), default="nearest", help="default: nearest")
     add("--tokens", type=int, default=8192, help="to calibrate on (default: %(default)s)")
     add("--eval-tokens", type=int, default=4096, help="of each text (default: %(default)s)")
@@ -68,6 +76,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", default="cuda" if cuda else "cpu", help="default: cuda where there is one")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     return parser.parse_args()
+
+
+def bits(text: str) -> float:
+    """A number from 2 to 8; whole ones are ints."""
+    value = float(text)
+    if not 2 <= value <= 8:
+        raise argparse.ArgumentTypeError(f"{text} is not from 2 to 8")
+    return int(value) if value.is_integer() else value
 
 
 def quantizable(module: nn.Module, name: str) -> bool:
@@ -129,20 +145,27 @@ def main() -> None:
         say(f"[{time.perf_counter() - started:5.0f} s] {label}: {', '.join(cells)}")
 
     totals = []
-    for bits in args.bits:
-        candidate: Any = copy.deepcopy(model)  # one copy at a time is held
-        quantize_(candidate, per_channel(bits), filter_fn=quantizable)
-        measure(f"int{bits}, torchao alone", candidate)
+    for wanted in args.bits:
+        target: Any = None
+        if isinstance(wanted, int):
+            label, target = f"int{wanted}", per_channel(wanted)
+            candidate: Any = copy.deepcopy(model)  # one copy at a time is held
+            quantize_(candidate, target, filter_fn=quantizable)
+            measure(f"{label}, torchao alone", candidate)
+        else:
+            choices = [per_channel(each) for each in range(2, 9)]
+            label, target = f"{wanted} bits", Budget(wanted, choices=choices)
         candidate = copy.deepcopy(model)
-        magr_quantize(
-            candidate, calib, per_channel(bits), rounding=args.rounding, filter_fn=quantizable
-        )
-        measure(f"int{bits}, magr_quantize", candidate)
+        magr_quantize(candidate, calib, target, rounding=args.rounding, filter_fn=quantizable)
+        measure(f"{label}, magr_quantize", candidate)
         report = candidate.magr_report
         totals.append(report.totals())
-        report.to_json(args.out / f"int{bits}.json")
+        file = label.replace(" ", "-")
+        report.to_json(args.out / f"{file}.json")
         if importlib.util.find_spec("matplotlib"):
-            report.plot(args.out / f"int{bits}.png")
+            report.plot(args.out / f"{file}.png")
+            if report.bits is not None:
+                report.bits.plot(args.out / f"{file}-plan.png")
 
     caveat = [] if args.model else [CAVEAT]
     summary = "\n\n".join([align(rows), *caveat, *totals])

@@ -78,6 +78,23 @@ def test_quickstart_compares_and_reports(local_model: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+def test_quickstart_spends_a_budget(local_model: Path, tmp_path: Path) -> None:
+    options = ["--bits", "5.5", "--tokens", "512", "--eval-tokens", "256", "--length", "32"]
+    done = run_example(
+        "examples/quickstart.py", "--model", local_model, "--out", tmp_path, *options
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^\| 5\.5 bits, magr_quantize ", done.stdout, re.MULTILINE)
+    plan = json.loads((tmp_path / "5.5-bits.json").read_text())["bits"]
+    assert 5 < plan["bits"] <= 5.5
+    assert len({row["config"] for row in plan["rows"]}) > 1
+    assert (tmp_path / "5.5-bits-plan.png").stat().st_size > 10_000
+    wrong = run_example("examples/quickstart.py", "--bits", "1.5")
+    assert wrong.returncode == 2
+    assert "1.5 is not from 2 to 8" in wrong.stderr
+
+
+@pytest.mark.slow
 def test_quickstart_says_what_is_missing(tmp_path: Path) -> None:
     done = run_example("examples/quickstart.py", "--model", tmp_path / "nowhere")
     assert done.returncode == 1
