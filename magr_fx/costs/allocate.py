@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from magr_fx.errors import ConfigError
+from magr_fx.machine.quiet import stdout_of_c_silenced
 
 # Budgets of many units with close costs can take long to prove: the bound is then told.
 SECONDS = 60.0
@@ -73,24 +74,27 @@ def _solved(units: Sequence[Sequence[Option]], limit: int) -> tuple[list[int], f
         ) from error
     counts = [len(options) for options in units]
     costs = np.array([option.cost for options in units for option in options], dtype=np.float64)
-    sizes = [option.size for options in units for option in options]
     # Small whole numbers, and costs about 1: the solver's tolerances are absolute.
+    least = [min(option.size for option in options) for options in units]
+    sizes = [o.size - small for options, small in zip(units, least, strict=True) for o in options]
+    limit -= sum(least)
     step = math.gcd(*sizes)
     scale = float(np.abs(costs).max()) / max(1, len(units)) or 1.0
     owner = np.repeat(np.arange(len(units)), counts)
     columns = np.arange(len(sizes))
     one_each = csr_array((np.ones(len(sizes)), (owner, columns)), shape=(len(units), len(sizes)))
     within = np.array([[size // step for size in sizes]], dtype=np.float64)
-    result = milp(
-        costs / scale,
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(within, -np.inf, limit // step),
-        ],
-        integrality=np.ones(len(sizes)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0.0, "time_limit": SECONDS},
-    )
+    with stdout_of_c_silenced():  # HiGHS prints there when it repairs a solution
+        result = milp(
+            costs / scale,
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(within, -np.inf, limit // step),
+            ],
+            integrality=np.ones(len(sizes)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 0.0, "time_limit": SECONDS},
+        )
     if result.x is None:
         raise ConfigError(f"no choice within the budget was found: {result.message}")
     starts = np.cumsum([0, *counts[:-1]])

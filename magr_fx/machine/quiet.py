@@ -1,10 +1,13 @@
-"""Silencing what other libraries log and print on stderr."""
+"""Silencing what other libraries log and print."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import logging
+import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -21,6 +24,32 @@ def errors_only(*names: str) -> Iterator[None]:
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
+
+
+@contextlib.contextmanager
+def stdout_of_c_silenced() -> Iterator[None]:
+    """Drop what compiled code prints to the process's standard output, of all threads."""
+    sys.stdout.flush()  # what Python has printed before
+    _flush_of_c()
+    try:
+        kept = os.dup(1)
+    except OSError:  # the process has no standard output
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        _flush_of_c()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _flush_of_c() -> None:
+    """Write what C's own buffers hold; it would come later, where it is not to be dropped."""
+    with contextlib.suppress(OSError, TypeError):  # a system without one library of all
+        ctypes.CDLL(None).fflush(None)
 
 
 @contextlib.contextmanager

@@ -7,9 +7,9 @@ import os
 from collections import OrderedDict
 from dataclasses import replace
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig
 
@@ -19,10 +19,10 @@ from magr_fx.machine.memory import out_of_memory_told
 from magr_fx.machine.ranks import Group, distributed_session
 from magr_fx.passes.budgeting.budget import SEVERAL, Budget
 from magr_fx.passes.budgeting.make_plan import accounts_of, key_for, make_plan
-from magr_fx.passes.budgeting.measure import costs_of, measure
+from magr_fx.passes.budgeting.measure import Errors, costs_of, measure
 from magr_fx.passes.budgeting.output_gradients import output_gradients
 from magr_fx.passes.budgeting.stored_bits import code_bits
-from magr_fx.passes.budgeting.units import check_pins, choices_of, fits, units_of
+from magr_fx.passes.budgeting.units import Unit, check_pins, choices_of, fits, units_of
 from magr_fx.passes.collecting.collect_grams import CalibrationRun
 from magr_fx.passes.entries.run import select_quantizable, try_each_kind
 from magr_fx.passes.finding.find_linears import UNREACHED, FilterFn, Found, find_linears
@@ -125,6 +125,39 @@ def planned(
 ) -> tuple[FqnToConfig, BitPlan]:
     """:func:`plan_bits` for a model that was checked, with the report on how it was spent."""
     started = perf_counter()
+    found = tried(model, batches, budget, request, holdout, execution)
+    costs = costs_of(found.errors, found.gradients)
+    accounts = accounts_of(model, found.weights)
+    return make_plan(found.units, costs, accounts, budget, found.config, started)
+
+
+class Tried(NamedTuple):
+    """What is known of the choices of each weight.
+
+    Attributes:
+        weights: all that can be quantized.
+        units: those that have one choice together, with what they can choose from.
+        errors: of each choice, by the names of the weights.
+        gradients: of the outputs, likewise.
+        config: how the weights will be solved.
+    """
+
+    weights: list[QuantizableWeight]
+    units: list[Unit]
+    errors: dict[str, Errors]
+    gradients: dict[str, Tensor]
+    config: MagRConfig
+
+
+def tried(
+    model: nn.Module,
+    batches: list[Batch],
+    budget: Budget,
+    request: Request,
+    holdout: float,
+    execution: Execution,
+) -> Tried:
+    """Try every choice of every weight, and run the model backwards."""
     if not isinstance(budget, Budget):
         raise ConfigError(f"budget must be a Budget, got {budget!r}")
     for choice in (*budget.choices, *(c for c in budget.pin.values() if c is not None)):
@@ -155,8 +188,7 @@ def planned(
             progress=request.progress,
         )
         gradients = output_gradients(model, batches, found.sites, execution.ranks)
-    costs = costs_of(errors, gradients)
-    return make_plan(units, costs, accounts_of(model, weights), budget, config, started)
+    return Tried(weights, units, errors, gradients, config)
 
 
 def _quantizable(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import subprocess
@@ -23,7 +24,7 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 from toys import WIDTH, vectors
 
 from magr_fx import MagRConfig, MagRError, magr_quantize, magr_transform
-from magr_fx.machine.quiet import torch_silenced, torch_unlogged
+from magr_fx.machine.quiet import stdout_of_c_silenced, torch_silenced, torch_unlogged
 
 
 def linears() -> dict[str, nn.Module]:
@@ -171,3 +172,21 @@ def test_only_this_thread_s_records_of_torch_are_kept_away(
         owner.removeHandler(kept)
     namesake = ["of a namesake"] if where is None else []
     assert kept.messages == [*namesake, "of another thread", "afterwards"]
+
+
+def test_the_standard_output_of_compiled_code(capfd: pytest.CaptureFixture[str]) -> None:
+    libc = ctypes.CDLL(None)
+    sys.stdout.write("before\n")
+    with stdout_of_c_silenced():
+        os.write(1, b"lost")
+        libc.puts(b"lost as well")
+    os.write(1, b"after")
+    assert capfd.readouterr().out == "before\nafter"
+    kept = os.dup(1)
+    os.close(1)
+    try:
+        with stdout_of_c_silenced():
+            pass
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
