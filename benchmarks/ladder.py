@@ -1,4 +1,4 @@
-"""int8, int4, int3 and int2 of one model, as ``magr-fx quantize`` makes and ``evaluate`` judges them.
+"""int8, int4, int3, int2 of a model, as ``magr-fx quantize`` makes and ``evaluate`` judges them.
 
     python benchmarks/ladder.py                   # SmolLM2-135M: half an hour on 2 CPU cores
 
