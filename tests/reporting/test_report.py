@@ -211,7 +211,7 @@ def test_json_holds_every_figure(mixed: MagRReport, tmp_path: Path) -> None:
     mixed.to_json(path)
     record = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     general = {"config", "target", "batches", "traces", "tracer", "refusal", "notes", "seconds"}
-    general |= {"states", "saved_bytes", "comparison", "rotations"}
+    general |= {"states", "saved_bytes", "comparison", "rotations", "bits"}
     assert record.keys() == {*general, "sites"}
     assert (record["tracer"], record["refusal"]) == ("export", "")
     assert record["config"] == {
