@@ -289,6 +289,7 @@ def magr_quantize(
         before = None if evaluate is None else Reference(inner, evaluate, ranks)
         ledger, weights = _rewrite(model, batches, request, execution)
         ledger.report.bits = plan
+        vars(inner).pop("magr_bits", None)  # of an earlier plan
         with ledger.timed("quantize"):
             hand_over(inner, goal.config_of, weights, ledger.tensors)
         done = {name for weight in weights for name in (weight.name, *weight.covers)}

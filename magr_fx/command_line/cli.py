@@ -177,7 +177,9 @@ def quantize(
             return made
         from magr_fx.passes.budgeting.budget import Budget, default_choices
 
-        return replace(made, target=Budget(bits, size, default_choices(group or 64)))
+        # transformers loads no mix of layouts with zero points from compressed-tensors.
+        choices = default_choices(group or 64, symmetric=stored == "compressed-tensors")
+        return replace(made, target=Budget(bits, size, choices))
 
     _run_job(make, job, given)
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from magr_fx.comparing.inputs import Tokens, arguments_of, running
+from magr_fx.comparing.inputs import arguments_of, running
 from magr_fx.comparing.statistics import clustered_mean
 from magr_fx.errors import ModelError
 from magr_fx.machine.ranks import Ranks
+from magr_fx.passes.finding.counted_tokens import Tokens
 from magr_fx.passes.graphs.torch_private import tree_leaves
 from magr_fx.passes.inputs.calibration import Batch
 from magr_fx.reporting.comparison import Outputs

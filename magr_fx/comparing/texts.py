@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from magr_fx.comparing.inputs import Tokens, running, text_arguments
+from magr_fx.comparing.inputs import running, text_arguments
 from magr_fx.comparing.next_token import NextToken
 from magr_fx.comparing.statistics import summarise
 from magr_fx.comparing.token_scores import TokenScores, token_scores
 from magr_fx.errors import CalibrationError, ModelError
 from magr_fx.machine.memory import trim
 from magr_fx.machine.ranks import Ranks
+from magr_fx.passes.finding.counted_tokens import Tokens
 from magr_fx.passes.inputs.calibration import Batch
 from magr_fx.reporting.comparison import Text
 

@@ -28,8 +28,8 @@ class Allocation(NamedTuple):
     Attributes:
         chosen: indices into the units' options.
         cost: the sum of their costs.
-        bound: no choice within the size costs less; equal to ``cost`` up to the solver's tolerance
-            if the optimum was proved.
+        bound: no choice within the size costs less, up to the solver's tolerance; equal to
+            ``cost`` if the optimum was proved, which takes no more than :data:`SECONDS` mostly.
         size: the sum of their sizes.
     """
 
@@ -61,7 +61,27 @@ def allocate(units: Sequence[Sequence[Option]], limit: int) -> Allocation:
     if sum(o[at].size for o, at in zip(units, cheapest, strict=True)) <= min(limit, most):
         return _allocation(units, cheapest, -math.inf)
     chosen, bound = _solved(units, limit)
+    if not chosen:  # no time was left to find any
+        chosen = _greedy(units, limit)
     return _allocation(units, chosen, bound)
+
+
+def _greedy(units: Sequence[Sequence[Option]], limit: int) -> list[int]:
+    """From the smallest options on, always the step that is worth most for its size."""
+    chosen = [min(range(len(o)), key=lambda at, o=o: (o[at].size, o[at].cost)) for o in units]  # type: ignore[misc]
+    left = limit - sum(o[at].size for o, at in zip(units, chosen, strict=True))
+    while True:
+        steps = [
+            ((o[now].cost - option.cost) / (option.size - o[now].size), unit, at)
+            for unit, (o, now) in enumerate(zip(units, chosen, strict=True))
+            for at, option in enumerate(o)
+            if option.cost < o[now].cost and 0 < option.size - o[now].size <= left
+        ]
+        if not steps:
+            return chosen
+        _, unit, at = max(steps)
+        left -= units[unit][at].size - units[unit][chosen[unit]].size
+        chosen[unit] = at
 
 
 def _solved(units: Sequence[Sequence[Option]], limit: int) -> tuple[list[int], float]:
@@ -73,13 +93,17 @@ def _solved(units: Sequence[Sequence[Option]], limit: int) -> tuple[list[int], f
             "a Budget needs scipy: install it with pip install 'magr-fx[budget]'"
         ) from error
     counts = [len(options) for options in units]
-    costs = np.array([option.cost for options in units for option in options], dtype=np.float64)
-    # Small whole numbers, and costs about 1: the solver's tolerances are absolute.
+    # Small whole numbers, and differences of costs about 1: the solver's tolerances are absolute.
+    best = [min(option.cost for option in options) for options in units]
+    costs = np.array(
+        [o.cost - low for options, low in zip(units, best, strict=True) for o in options],
+        dtype=np.float64,
+    )
     least = [min(option.size for option in options) for options in units]
     sizes = [o.size - small for options, small in zip(units, least, strict=True) for o in options]
     limit -= sum(least)
     step = math.gcd(*sizes)
-    scale = float(np.abs(costs).max()) / max(1, len(units)) or 1.0
+    scale = float(np.median(costs[costs > 0])) if bool((costs > 0).any()) else 1.0
     owner = np.repeat(np.arange(len(units)), counts)
     columns = np.arange(len(sizes))
     one_each = csr_array((np.ones(len(sizes)), (owner, columns)), shape=(len(units), len(sizes)))
@@ -95,13 +119,16 @@ def _solved(units: Sequence[Sequence[Option]], limit: int) -> tuple[list[int], f
             bounds=Bounds(0, 1),
             options={"mip_rel_gap": 0.0, "time_limit": SECONDS},
         )
+    bound = math.fsum(best)
+    if result.mip_dual_bound is not None and math.isfinite(result.mip_dual_bound):
+        bound += max(0.0, float(result.mip_dual_bound) * scale)
     if result.x is None:
-        raise ConfigError(f"no choice within the budget was found: {result.message}")
+        return [], bound
     starts = np.cumsum([0, *counts[:-1]])
     chosen = [
         int(np.argmax(result.x[start : start + n])) for start, n in zip(starts, counts, strict=True)
     ]
-    return chosen, float(result.mip_dual_bound) * scale
+    return chosen, bound
 
 
 def _allocation(units: Sequence[Sequence[Option]], chosen: list[int], bound: float) -> Allocation:
@@ -109,4 +136,4 @@ def _allocation(units: Sequence[Sequence[Option]], chosen: list[int], bound: flo
     cost = math.fsum(option.cost for option in picked)
     if bound == -math.inf:  # each unit has its best option
         bound = cost
-    return Allocation(chosen, cost, bound, sum(option.size for option in picked))
+    return Allocation(chosen, cost, min(bound, cost), sum(option.size for option in picked))

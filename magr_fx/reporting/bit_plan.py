@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from typing import Any
 
@@ -97,7 +97,7 @@ class BitPlan:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
-        return {**vars(self), "rows": [vars(row) for row in self.rows]}
+        return {**vars(self), "rows": [asdict(row) for row in self.rows]}
 
     @classmethod
     def of_dict(cls, record: dict[str, Any]) -> BitPlan:

@@ -21,19 +21,19 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B)\s*")
 
 
-def default_choices(group_size: int = 64) -> tuple[AOBaseConfig, ...]:
-    """Asymmetric int2, int3, int4 and int8, in groups."""
+def default_choices(group_size: int = 64, *, symmetric: bool = False) -> tuple[AOBaseConfig, ...]:
+    """int2, int3, int4 and int8 in groups, asymmetric unless said otherwise."""
     return tuple(
         IntxWeightOnlyConfig(
             weight_dtype=getattr(torch, f"int{bits}"),
             granularity=PerGroup(group_size),
-            mapping_type=MappingType.ASYMMETRIC,
+            mapping_type=MappingType.SYMMETRIC if symmetric else MappingType.ASYMMETRIC,
         )
         for bits in (2, 3, 4, 8)
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Budget:
     """What the weights may take together; each weight gets the config that is worth most.
 
@@ -52,8 +52,8 @@ class Budget:
         pin: the config of some weights, or None to leave them in floating point, by patterns such
             as ``"*.down_proj"`` for the names of modules or parameters; the first that fits counts.
         apart: give each weight a choice of its own. By default weights that share an input (q, k
-            and v; gate and up), which serving engines fuse, have one, and so have the experts of a
-            layer.
+            and v; gate and up) in one module, which serving engines fuse, have one, and so have
+            the experts of a layer.
         whole_model: the average counts all parameters of the model, also those that stay in
             floating point.
 

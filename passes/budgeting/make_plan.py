@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+import math
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -20,7 +21,12 @@ from magr_fx.passes.budgeting.stored_bits import code_bits, stored_bits
 from magr_fx.passes.budgeting.units import Unit
 from magr_fx.passes.handover.mixed_target import parted
 from magr_fx.passes.handover.quantizable_weight import QuantizableWeight
-from magr_fx.passes.handover.target import has_free_zero_points, target_group_size
+from magr_fx.passes.handover.target import (
+    describe,
+    described_in_full,
+    has_free_zero_points,
+    target_group_size,
+)
 from magr_fx.reporting.bit_plan import BitPlan, BitRow
 
 logger = logging.getLogger("magr_fx")
@@ -57,8 +63,8 @@ class Accounts:
     def said(self, size: int, budget: Budget) -> str:
         """The same in words, in the unit of the budget."""
         if budget.bits is None:
-            return f"{(size + self.other_bits) / 8e6:.2f} MB"
-        return f"{self.average(size, budget):.3f} bits"
+            return f"{math.ceil((size + self.other_bits) / 8):,} bytes"
+        return f"{math.ceil(1000 * self.average(size, budget) - 1e-6) / 1000:.3f} bits"
 
 
 def accounts_of(model: nn.Module, weights: Sequence[QuantizableWeight]) -> Accounts:
@@ -147,18 +153,19 @@ def _described(
     ends: tuple[int, int],
     started: float,
 ) -> BitPlan:
-    rows = []
+    rows, named = [], names_of([choice for unit in units for choice in unit.choices])
     for unit, each, at in zip(units, options, result.chosen, strict=True):
         own = each[at]
         larger = [o for o in each if o.size > own.size]
         following = min(larger, key=lambda o: o.size, default=own)
         numbers = sum(w.weight.numel() for w in unit.weights)
-        by_choice = {in_brief(c): o.cost for c, o in zip(unit.choices, each, strict=True)}
+        names = [named[described_in_full(choice)] for choice in unit.choices]
+        by_choice = {name: o.cost for name, o in zip(names, each, strict=True)}
         rows += [
             BitRow(
                 weight.name,
                 (weight.weight.shape[0], weight.weight.shape[1]),
-                in_brief(unit.choices[at]),
+                names[at],
                 own.size / numbers,
                 own.cost,
                 unit.name,
@@ -183,7 +190,20 @@ def _described(
     )
 
 
+def names_of(configs: Sequence[AOBaseConfig]) -> dict[str, str]:
+    """A name in brief for each config, by its full description: ``int3, groups of 64``.
+
+    Where this would be that of another config too, it is longer.
+    """
+    brief = {described_in_full(config): (in_brief(config), describe(config)) for config in configs}
+    count = Counter(name for name, _ in brief.values())
+    return {
+        full: name if count[name] == 1 else f"{name}, {longer}"
+        for full, (name, longer) in brief.items()
+    }
+
+
 def in_brief(config: AOBaseConfig) -> str:
-    """Bits and groups of a config: ``int3, groups of 64``."""
+    """Bits and groups of a config."""
     group = target_group_size(config)
     return f"int{code_bits(config)}, {'rows' if group is None else f'groups of {group}'}"

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchao.core.config import AOBaseConfig
 
 from magr_fx.config import MagRConfig, QuantizeOptions
-from magr_fx.errors import MagRError
+from magr_fx.errors import ModelError, brief
 from magr_fx.grams.gram import damped, row_errors, within_range
 from magr_fx.machine.ranks import UNSOLVABLE, Ranks
 from magr_fx.passes.collecting.collect_grams import CalibrationRun
@@ -68,10 +68,12 @@ def measure(
         progress: whether to show a bar.
 
     Returns:
-        By the names of those weights that a token reached and that could be solved.
+        By the names of those weights that a token reached. A weight that cannot be solved is left
+        out if it has only one choice.
 
     Raises:
         CalibrationError: an activation is NaN or Inf.
+        ModelError: a weight with several choices cannot be solved.
     """
     found: dict[str, Errors] = {}
     steps = run.collect(check=True, progress=progress)
@@ -83,9 +85,10 @@ def measure(
             except StopIteration:
                 break
             fill_up(finished)
-            for at, shared in enumerate(finished):
-                if ranks.owns(at) and int(shared.tokens) > 0:
-                    found |= _of_gram(shared, choices, config, options)
+            with ranks.failing_together():
+                for at, shared in enumerate(finished):
+                    if ranks.owns(at) and int(shared.tokens) > 0:
+                        found |= _of_gram(shared, choices, config, options)
     return {name: errors for part in ranks.gather(found) for name, errors in part.items()}
 
 
@@ -109,10 +112,17 @@ def _of_gram(
                     _quantized(weight, gram, choice, config, options)
                     for choice in choices[site.name]
                 ]
-            except (MagRError, *UNSOLVABLE):
-                continue
-            whole = weight.to(torch.float32)
-            errors = torch.stack([row_errors(one - whole, judge) for one in values]) / tokens
+                whole = weight.to(torch.float32)
+                errors = torch.stack([row_errors(one - whole, judge) for one in values]) / tokens
+                if not bool(errors.isfinite().all()):
+                    raise ModelError("its output errors are NaN or Inf")
+            except UNSOLVABLE as error:
+                if len(choices[site.name]) == 1:  # there is nothing to choose
+                    continue
+                raise ModelError(
+                    f"no bits can be planned for {site.name}: {brief(error)}. Pin it to a config "
+                    "or to None, or leave it out with filter_fn"
+                ) from error
             found[site.name] = Errors(
                 rows.cpu(),
                 errors.cpu(),
@@ -162,11 +172,12 @@ def costs_of(
         importance = gradients[name][one.rows]
         costs[name] = (one.errors @ importance) / (2 * one.share * (one.inputs or 1.0))
         relative[name] = one.errors.sum(-1) / (one.energy or 1.0)
-    known = [name for name in costs if bool(gradients[name].any())]
+    known = [n for n in costs if bool(gradients[n].isfinite().all() and gradients[n].any())]
     left = [name for name in costs if name not in known]
     if left:
         logger.warning(
-            "no gradient reaches %d weights, such as %s: they count by their relative error",
+            "no gradient reaches %d weights, or it overflows, such as %s: they count by their "
+            "relative error",
             *(len(left), left[0]),
         )
     factor = 1.0

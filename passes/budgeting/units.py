@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+from torch import nn
 from torchao.core.config import AOBaseConfig
 
 from magr_fx.errors import ConfigError
@@ -16,7 +17,7 @@ from magr_fx.passes.handover.quantizable_weight import QuantizableWeight
 from magr_fx.passes.handover.target import describe, described_in_full, target_group_size
 
 # The experts of a layer, where each is a module: `experts.3.up_proj`.
-_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+_EXPERT = re.compile(r"(?:^|(?<=\.))experts\.\d+(?=\.)")
 
 
 @dataclass
@@ -39,7 +40,7 @@ def units_of(
 
     Args:
         weights: all that can be quantized; what the budget pins to None is left out.
-        sharing: the names of the weights that share an input.
+        sharing: the names of the weights that share an input; those in one module go together.
         budget: the choices, what is pinned, and whether each weight is a unit of its own.
 
     Raises:
@@ -73,9 +74,11 @@ def _together(
         parameter, _ = parted(weight.name)  # its matrices are quantized with one config
         groups.setdefault(parameter, []).append(weight.name)
         if not apart:
-            groups.setdefault(_EXPERT.sub("*", parameter), []).append(weight.name)
-    if not apart:
-        groups |= {f"input {at}": list(names) for at, names in enumerate(sharing)}
+            groups.setdefault(_EXPERT.sub("experts.*", parameter), []).append(weight.name)
+    for at, names in enumerate(() if apart else sharing):
+        for name in names:  # engines fuse weights of one module: q, k and v, but not all layers'
+            parent = ".".join(parted(name)[0].split(".")[:-2])
+            groups.setdefault(f"input {at} {parent}", []).append(name)
     for names in groups.values():
         known = [find(name) for name in names if name in root]
         root.update(dict.fromkeys(known[1:], known[0]) if known else {})
@@ -96,15 +99,28 @@ def fits(config: AOBaseConfig, inputs: int) -> bool:
     return inputs % (target_group_size(config) or inputs) == 0
 
 
-def check_pins(weights: Iterable[str], budget: Budget) -> None:
-    """Raise :class:`ConfigError` for a pattern that fits none of the weights' names."""
+def check_pins(model: nn.Module, weights: Iterable[str], budget: Budget) -> None:
+    """Raise :class:`ConfigError` for a pattern without effect.
+
+    A config has to be for one of the weights that can be quantized; None may also be for a weight
+    that is left out anyway.
+    """
     names = [parted(name)[0] for name in weights]
     names += [name.rpartition(".")[0] for name in names]
-    for pattern in budget.pin:
-        if not any(fnmatchcase(name, pattern) for name in names):
+    every = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    every += [name for name, _ in model.named_modules(remove_duplicate=False)]
+    for pattern, config in budget.pin.items():
+        if any(fnmatchcase(name, pattern) for name in names):
+            continue
+        if not any(fnmatchcase(name, pattern) for name in every):
             raise ConfigError(
-                f"pin: {pattern!r} fits none of the {len(names) // 2} weights, such as {names[0]}; "
-                "a pattern is for the whole name of a module or parameter, as in *.down_proj"
+                f"pin: {pattern!r} fits no module or parameter of {type(model).__name__}, such as "
+                f"{names[0]}; a pattern is for the whole name, as in *.down_proj"
+            )
+        if config is not None:
+            raise ConfigError(
+                f"pin: {pattern!r} fits only what is not quantized: filter_fn leaves it out, it is "
+                "tied to an embedding, or it meets no input in a matmul"
             )
 
 

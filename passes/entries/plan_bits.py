@@ -70,7 +70,9 @@ def plan_bits(
 
     Returns:
         torchao's ``FqnToConfig`` with a config for each weight by its name, for
-        :func:`magr_fx.magr_quantize`, torchao's ``quantize_`` or transformers' ``TorchAoConfig``.
+        :func:`magr_fx.magr_quantize`; also for torchao's ``quantize_`` or transformers'
+        ``TorchAoConfig``, unless it names experts or a Conv1D (GPT-2), which have to become linears
+        first (:func:`magr_fx.as_linears`).
         The model is as it was, but for ``model.magr_bits``: a :class:`BitPlan`, how the budget was
         spent.
 
@@ -208,7 +210,7 @@ def _quantizable(
     first = OrderedDict[str, AOBaseConfig]()
     shapes = {site.name: site.shape for site in found.sites}
     names = [*shapes, *(r.name for r in found.rejections if r.reason == UNREACHED)]
-    check_pins(names, budget)
+    check_pins(model, names, budget)
     for name in names:
         choices = choices_of(name, budget)
         if choices:

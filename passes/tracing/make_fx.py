@@ -261,8 +261,9 @@ class OpsSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
-            for tensor, values in self._kept:
-                tensor.copy_(values)
+            with torch.no_grad():  # whatever the caller's mode is
+                for tensor, values in self._kept:
+                    tensor.copy_(values)
 
     def _keep(self, written: torch.Tensor) -> None:
         at = address(written)

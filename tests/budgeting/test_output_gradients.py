@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import text_calib, tiny_llama
+from tiny_models import text_calib, tiny_llama, tiny_t5, token_ids
 from torch import Tensor, nn
 from toys import WIDTH, Shapes, changed, state, vectors
 
 from magr_fx import ModelError
 from magr_fx.machine.ranks import ALONE
 from magr_fx.passes.budgeting.output_gradients import output_gradients
+from magr_fx.passes.finding.counted_tokens import Tokens
 from magr_fx.passes.finding.find_linears import Site, find_linears
 from magr_fx.passes.graphs.trace import calibration_mode
 from magr_fx.passes.inputs.calibration import Batch, read_calib
@@ -109,6 +111,8 @@ def test_everything_is_as_it_was() -> None:
     model.requires_grad_(False)
     model.lm_head.weight.requires_grad_(True)
     model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    seen: list[Tensor] = []
+    model.lm_head.weight.register_post_accumulate_grad_hook(seen.append)
     kept, before = model.lm_head.weight.grad, state(model)
     random = torch.get_rng_state()
     found = gradients(model, text_calib())
@@ -116,9 +120,122 @@ def test_everything_is_as_it_was() -> None:
     assert changed(model, before) == []
     assert [n for n, p in model.named_parameters() if p.requires_grad] == ["lm_head.weight"]
     assert model.lm_head.weight.grad is kept
+    assert bool((kept == 1).all())
+    assert seen == []  # an optimizer may step in such a hook
     assert [n for n, p in model.named_parameters() if p.grad is not None] == ["lm_head.weight"]
     assert torch.equal(torch.get_rng_state(), random)
-    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_under_inference_mode() -> None:
+    wanted = gradients(tiny_llama(), text_calib())
+    model = tiny_llama()
+    with torch.inference_mode():
+        found = gradients(model, text_calib())
+        made_inside = nn.Sequential(nn.Linear(WIDTH, 8))
+        with pytest.raises(ModelError, match=r"0\.weight was made under torch\.inference_mode"):
+            gradients(made_inside, vectors())
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_buffers_that_forward_writes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 8))
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+            self.register_buffer("scale", torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale: Any = self.scale
+            scale.mul_(0.9).add_(0.1)
+            out: Tensor = self.inner(x) * scale
+            return out
+
+    counts = Counts().eval()
+    before = state(counts)
+    found = gradients(counts, vectors(40, 24))
+    assert all(bool((each > 0).all()) for each in found.values())
+    assert changed(counts, before) == []
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_gradients_that_overflow_are_unknown(value: float) -> None:
+    class Overflows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.early, self.late = nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            bent = self.early(x)
+            bent.register_hook(lambda grad: grad * value) if bent.requires_grad else None
+            out: Tensor = bent + self.late(x)
+            return out
+
+    found = gradients(Overflows(), vectors())
+    assert bool(found["early.weight"].isnan().all())
+    assert bool((found["late.weight"] > 0).all())
+
+
+class Named(nn.Module):
+    """Returns its output in one of several forms."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.form, self.conv = form, nn.Linear(WIDTH, 5, bias=False)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x)
+        if self.form == "dataclass":
+            return Output(y)
+        if self.form == "picture":
+            return {"logits": y.view(2, -1, 4, 5).permute(0, 3, 1, 2)}
+        if self.form == "numbers":
+            return y.sum(-1)
+        return y.round().long()
+
+
+@dataclass
+class Output:
+    logits: Tensor
+
+
+def test_forms_of_outputs(caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.cat(vectors(24, 16))
+    plain = gradients(Named("dataclass"), [x])["conv.weight"]
+    picture = gradients(Named("picture"), [x])["conv.weight"]
+    torch.testing.assert_close(picture, plain)  # the same classes, drawn in the same order
+    numbers = gradients(Named("numbers"), [x])["conv.weight"]
+    assert bool((numbers > 0).all())
+    with caplog.at_level("WARNING", logger="magr_fx"):
+        whole = gradients(Named("whole"), [x])["conv.weight"]
+    assert not whole.any()
+    assert "no output of Named depends on its weights by autograd" in caplog.text
+
+
+def test_masks_by_place_and_of_decoders() -> None:
+    model, x = Classifier(), torch.stack(vectors(20, 20))
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, 5:] = 0
+    named = gradients(model, [{"x": x, "attention_mask": mask}])["head.weight"]
+    by_place = gradients(model, [(x, mask)])["head.weight"]
+    assert torch.equal(named, by_place)
+    t5 = tiny_t5()
+    ids, decoder = token_ids(4, 12), token_ids(4, 12, seed=1)
+    encoder_mask = torch.ones(4, 12, dtype=torch.long)
+    encoder_mask[:, 4:] = 0
+    batch = {"input_ids": ids, "attention_mask": encoder_mask, "decoder_input_ids": decoder}
+    batches = read_calib([batch], t5)
+    tokens = Tokens(batches, t5)
+    counted = tokens.counted(batches[0], (4, 12), "logits")
+    assert counted is not None
+    assert int(counted.sum()) == 48
+    of_encoder = tokens.counted(batches[0], (4, 12), "encoder_last_hidden_state")
+    assert of_encoder is not None
+    assert int(of_encoder.sum()) == 16
 
 
 def test_the_same_each_time() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from model_zoo import ZOO
 from targets import ASYMMETRIC, PACKED, SYMMETRIC, intx
-from tiny_models import text_calib, tiny_bert, tiny_llama
+from tiny_models import t5_calib, text_calib, tiny_bert, tiny_llama, tiny_t5
 from torch import nn
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
 from toys import changed, mlp, report_of, state, vectors
@@ -27,7 +27,9 @@ from magr_fx import (
     magr_quantize,
     plan_bits,
 )
+from magr_fx.passes.budgeting.units import units_of
 from magr_fx.passes.graphs.torchao_private import is_quantized
+from magr_fx.passes.handover.quantizable_weight import QuantizableWeight
 from magr_fx.reporting.report_files import read_report, write_report
 
 INT2, INT3, INT4, INT8 = CHOICES = tuple(intx(bits, ASYMMETRIC, 16) for bits in (2, 3, 4, 8))
@@ -107,8 +109,10 @@ def test_pins() -> None:
     assert [found[f"model.layers.{at}.self_attn.k_proj"] for at in range(2)] == [3, 3]
     assert not [key for key in found if "o_proj" in key]
     assert plan_of(model).bits <= 7.0
+    assert planned(7.0, pin={"lm_head": None}) == planned(7.0)
     for pin, message in (
-        ({"*.nothing": INT4}, "fits none of the"),
+        ({"*.nothing": INT4}, "fits no module or parameter"),
+        ({"lm_head": INT4}, "fits only what is not quantized"),
         ({"*": None}, "leaves no weight"),
         ({"*": PACKED}, "a Budget chooses among"),
     ):
@@ -280,7 +284,7 @@ def test_budgets_out_of_range() -> None:
     before = state(model)
     cases: list[tuple[Budget, str]] = [
         (Budget(bits=5, choices=CHOICES), r"smallest choices .* 6\.000 bits, .* 10\.500 bits"),
-        (Budget(size="1KB", choices=CHOICES), r"budget of 1KB .* MB"),
+        (Budget(size="1KB", choices=CHOICES), r"budget of 1KB .* [\d,]{6,} bytes"),
         (Budget(bits=6, choices=(PACKED,)), "a Budget chooses among"),
     ]
     for budget, message in cases:
@@ -307,3 +311,62 @@ def test_offloaded_models_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(ModelError, match="needs it in memory as a whole"):
         plan_bits(tiny_llama(), text_calib(), Budget(bits=8))
+
+
+def test_a_weight_that_cannot_be_measured_is_named() -> None:
+    torch.manual_seed(0)
+    first = nn.Linear(32, 32)
+    model = nn.Sequential(first, nn.ReLU(), nn.Linear(32, 32))
+    with torch.no_grad():
+        first.weight.mul_(1e18)
+    with pytest.raises(ModelError, match=r"no bits can be planned for 2\.weight: .*filter_fn"):
+        plan_bits(model, vectors(40, 24), Budget(bits=7, choices=CHOICES), progress=False)
+    pinned = Budget(bits=8, choices=CHOICES, pin={"2": INT4})
+    assert bits_of(plan_bits(model, vectors(40, 24), pinned, progress=False))["2"] == 4
+
+
+def test_choices_of_the_same_bits_have_names_of_their_own() -> None:
+    model = tiny_llama()
+    choices = [intx(b, m, 16) for b in (2, 4) for m in (ASYMMETRIC, SYMMETRIC)]
+    plan_bits(model, text_calib(), Budget(bits=6.5, choices=choices), filter_fn=no_head)
+    for row in plan_of(model).rows:
+        assert len(row.costs) == 4
+        assert row.costs[row.config] == row.cost
+    record = plan_of(model).as_dict()
+    record["rows"][0]["cost"] = -1.0
+    assert plan_of(model).rows[0].cost >= 0
+
+
+@pytest.mark.slow
+def test_a_decoders_layers_are_units_of_their_own() -> None:
+    t5 = tiny_t5()
+    plan_bits(t5, t5_calib(), Budget(bits=6.7, choices=CHOICES), progress=False)
+    units: dict[str, set[str]] = {}
+    for row in plan_of(t5).rows:
+        if "EncDecAttention.k" in row.name or "EncDecAttention.v" in row.name:
+            units.setdefault(row.unit, set()).add(row.name)
+    assert len(units) == 2
+    assert all(len(names) == 2 for names in units.values())
+
+
+def test_experts_that_are_modules() -> None:
+    def names(prefix: str) -> list[QuantizableWeight]:
+        shapes = [
+            f"{prefix}experts.{at}.{part}.weight" for at in range(3) for part in ("up", "down")
+        ]
+        return [QuantizableWeight(name, torch.zeros(32, 32), []) for name in shapes]
+
+    for prefix in ("", "layers.0.mlp."):
+        units = units_of(names(prefix), [], Budget(bits=7, choices=CHOICES))
+        assert [len(unit.weights) for unit in units] == [3, 3]
+        units = units_of(names(prefix), [], Budget(bits=7, choices=CHOICES, apart=True))
+        assert len(units) == 6
+
+
+def test_a_plan_is_not_that_of_another_run() -> None:
+    model: Any = tiny_llama()
+    planned(6.6, model)
+    budget = Budget(bits=8, choices=CHOICES)
+    magr_quantize(model, text_calib(), budget, filter_fn=no_head, progress=False)
+    assert not hasattr(model, "magr_bits")
+    assert {budget} == {budget}

@@ -58,6 +58,8 @@ def test_a_size_in_packed_files(given: tuple[Path, Path], tmp_path: Path) -> Non
     written = sum(value.nbytes for value in tensors(out).values())
     assert written <= 1.02 * size
     assert written > 0.9 * size
+    loaded: Any = AutoModelForCausalLM.from_pretrained(out)
+    assert bool(loaded(torch.arange(8)[None]).logits.isfinite().all())
     bits = {name: value.shape for name, value in tensors(out).items() if "packed" in name}
     assert len(bits) == 14
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import itertools
 import math
+import random
 from typing import Any
 
 import pytest
@@ -53,6 +54,33 @@ def test_the_scale_of_the_costs_makes_no_difference(scale: float) -> None:
     assert chosen == allocate([[Option(o.cost / scale, o.size) for o in u] for u in units],
                               limit).chosen  # fmt: skip
     assert chosen == sorted(chosen, reverse=True)  # the units with larger costs get more
+
+
+@settings(max_examples=40, deadline=None)
+@given(UNITS, st.floats(0.1, 0.9), st.sampled_from([1e-6, 1e3, 1e6]))
+def test_one_unit_of_another_size(units: list[list[Option]], share: float, factor: float) -> None:
+    units = [[Option(o.cost * factor, o.size) for o in units[0]], *units[1:]]
+    least, most = (sum(pick(o.size for o in u) for u in units) for pick in (min, max))
+    limit = int(least + share * (most - least))
+    found, wanted = allocate(units, limit), best(units, limit)
+    smallest = min(o.cost for u in units[1:] for o in u) if units[1:] else 0.0
+    assert found.cost <= wanted * (1 + 1e-5) + 1e-5 * smallest
+    assert found.bound <= wanted * (1 + 1e-5) + 1e-9
+
+
+def test_no_time_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    chance = random.Random(0)
+    units = [
+        [Option(chance.random() / size, size * chance.randint(900, 1100)) for size in (2, 3, 4)]
+        for _ in range(400)
+    ]
+    limit = int(1.3 * sum(u[0].size for u in units))
+    wanted = allocate(units, limit)
+    monkeypatch.setattr("magr_fx.costs.allocate.SECONDS", 0.0)
+    found = allocate(units, limit)
+    assert found.size <= limit
+    assert wanted.cost * (1 - 1e-9) <= found.cost <= 1.05 * wanted.cost
+    assert found.bound <= wanted.cost * (1 + 1e-9)
 
 
 def test_within_the_limit_to_the_bit() -> None:
