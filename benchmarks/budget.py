@@ -8,6 +8,7 @@ scales and zero points are the same for all. Ways to spend it:
 
 - uniform: the same for all weights.
 - by the loss: ``Budget`` as it is: output errors times the gradients of the outputs, in nats.
+- by the loss, apart: the same with ``apart=True``, a choice for each of q, k and v, gate and up.
 - by the output error: relative squared errors of the weights' outputs.
 - by trial: the divergence of the model with one unit quantized alone, on 768 tokens.
 - ends first: int4 for the first and the last blocks, in turn, until the budget is spent.
@@ -44,7 +45,7 @@ from magr_fx.machine.ranks import ALONE
 from magr_fx.passes.budgeting.make_plan import key_for
 from magr_fx.passes.budgeting.measure import costs_of
 from magr_fx.passes.budgeting.units import Unit
-from magr_fx.passes.entries.plan_bits import Tried, tried
+from magr_fx.passes.entries.plan_bits import tried
 from magr_fx.passes.inputs.calibration import read_calib
 from magr_fx.passes.offloading.execution import Execution
 from magr_fx.passes.rewriting.request import Request
@@ -54,15 +55,21 @@ BITS = (2, 3, 4)
 GROUP = 64
 TRIAL = (2, 384)  # windows and tokens of each
 LOSS, OUTPUT, TRIALS = "by the loss", "by the output error", "by trial"
-WAYS = ("uniform", LOSS, OUTPUT, TRIALS, "ends first", "at random")
+APART = "by the loss, apart"
+WAYS = ("uniform", LOSS, APART, OUTPUT, TRIALS, "ends first", "at random")
 
 
 class Planned(NamedTuple):
     """The choices, what they cost by each measure, and the seconds of the processor for that."""
 
-    units: list[Unit]
+    together: list[Unit]
+    apart: list[Unit]
     costs: dict[str, list[list[float]]]
     seconds: dict[str, float]
+
+    def units(self, way: str) -> list[Unit]:
+        """What has one choice."""
+        return self.apart if way == APART else self.together
 
 
 def plan(subject: Subject, seed: int, ways: list[str]) -> Planned:
@@ -73,24 +80,27 @@ def plan(subject: Subject, seed: int, ways: list[str]) -> Planned:
     started = time.process_time()
     found = tried(model, read_calib(calib, model), budget, request, 0.1, Execution(ALONE))
     seconds = {LOSS: time.process_time() - started}
-    seconds[OUTPUT] = seconds[LOSS]  # the gradients are a small part
+    seconds[OUTPUT] = seconds[APART] = seconds[LOSS]  # the gradients are a small part
     nothing = {name: torch.zeros_like(gradient) for name, gradient in found.gradients.items()}
+    apart = [Unit(unit.choices, [weight]) for unit in found.units for weight in unit.weights]
+    by_loss = costs_of(found.errors, found.gradients)
     costs = {
-        LOSS: _of_units(found, costs_of(found.errors, found.gradients)),
-        OUTPUT: _of_units(found, costs_of(found.errors, nothing)),
+        LOSS: _of_units(found.units, by_loss),
+        APART: _of_units(apart, by_loss),
+        OUTPUT: _of_units(found.units, costs_of(found.errors, nothing)),
     }
     if TRIALS in ways:
         started = time.process_time()
         tokens = torch.cat(calib[:4])[::8, : TRIAL[1]][: TRIAL[0]]
         costs[TRIALS] = _by_trial(model, tokens, found.units)
         seconds[TRIALS] = time.process_time() - started
-    return Planned(found.units, costs, seconds)
+    return Planned(found.units, apart, costs, seconds)
 
 
-def _of_units(found: Tried, costs: dict[str, list[float]]) -> list[list[float]]:
+def _of_units(units: list[Unit], costs: dict[str, list[float]]) -> list[list[float]]:
     return [
         [sum(costs[weight.name][at] for weight in unit.weights) for at in range(len(BITS))]
-        for unit in found.units
+        for unit in units
     ]
 
 
@@ -115,7 +125,7 @@ def _by_trial(model: nn.Module, tokens: torch.Tensor, units: list[Unit]) -> list
 
 def chosen(way: str, average: float, seed: int, planned: Planned) -> list[int]:
     """For each unit the index of its bits."""
-    units = planned.units
+    units = planned.units(way)
     numbers = [sum(weight.weight.numel() for weight in unit.weights) for unit in units]
     limit = int(average * sum(numbers))
     if way == "uniform":
@@ -146,7 +156,7 @@ def measure(subject: Subject, way: str, average: float, seed: int, planned: Plan
     target = FqnToConfig(
         OrderedDict(
             (key_for(weight.name), config(BITS[at], GROUP))
-            for unit, at in zip(planned.units, picked, strict=True)
+            for unit, at in zip(planned.units(way), picked, strict=True)
             for weight in unit.weights
         )
     )
@@ -160,7 +170,7 @@ def measure(subject: Subject, way: str, average: float, seed: int, planned: Plan
         progress=False,
     )
     seconds = time.process_time() - started
-    numbers = [sum(weight.weight.numel() for weight in unit.weights) for unit in planned.units]
+    numbers = [sum(weight.weight.numel() for weight in unit.weights) for unit in planned.units(way)]
     used = sum(BITS[at] * n for at, n in zip(picked, numbers, strict=True)) / sum(numbers)
     return {
         **subject.scores(model),
