@@ -20,9 +20,9 @@ from magr_fx.passes.inputs.tensors_only import output_tensors, own_arguments
 from magr_fx.passes.tracing.make_fx import side_effects_undone
 
 logger = logging.getLogger("magr_fx")
-# After so many outputs no further batch is run. The sums over a weight's rows then change by 10%
+# After so many outputs no further batch is run. The sums over a weight's rows then change by 13%
 # with the draw of the outputs.
-OUTPUTS = 8192
+OUTPUTS = 4096
 SAMPLED_AT_ONCE = 1 << 24  # probabilities that torch.multinomial gets at once
 
 
