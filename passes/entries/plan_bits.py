@@ -61,6 +61,8 @@ def plan_bits(
     of the original model. Its output error becomes a cost by the gradients of the model's outputs,
     from one backward pass on some batches: for logits, the divergence KL(original ‖ quantized) in
     nats for each output, to second order; for other outputs half of their squared relative error.
+    Costs alone differ more between weights than in a model that is quantized as a whole, so their
+    logarithms are drawn half way to the mean of all weights with the same config.
     The choices with the least sum of costs within the budget are found by an exact solver.
 
     Args:
