@@ -56,10 +56,9 @@ def allocate(units: Sequence[Sequence[Option]], limit: int) -> Allocation:
     least = sum(min(option.size for option in options) for options in units)
     if least > limit:
         raise ConfigError(f"the smallest choices take {least} bits together, more than {limit}")
-    most = sum(max(option.size for option in options) for options in units)
     cheapest = [min(range(len(o)), key=lambda at, o=o: (o[at].cost, o[at].size)) for o in units]  # type: ignore[misc]
-    if sum(o[at].size for o, at in zip(units, cheapest, strict=True)) <= min(limit, most):
-        return _allocation(units, cheapest, -math.inf)
+    if sum(o[at].size for o, at in zip(units, cheapest, strict=True)) <= limit:
+        return _allocation(units, cheapest, math.inf)
     chosen, bound = _solved(units, limit)
     if not chosen:  # no time was left to find any
         chosen = _greedy(units, limit)
@@ -134,6 +133,4 @@ def _solved(units: Sequence[Sequence[Option]], limit: int) -> tuple[list[int], f
 def _allocation(units: Sequence[Sequence[Option]], chosen: list[int], bound: float) -> Allocation:
     picked = [options[at] for options, at in zip(units, chosen, strict=True)]
     cost = math.fsum(option.cost for option in picked)
-    if bound == -math.inf:  # each unit has its best option
-        bound = cost
     return Allocation(chosen, cost, min(bound, cost), sum(option.size for option in picked))

@@ -11,13 +11,11 @@ import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torchao.core.config import AOBaseConfig
 from transformers import TorchAoConfig
 
 from magr_fx.api import magr_transform, quantize_apart
@@ -43,7 +41,7 @@ from magr_fx.model_files.model_class import model_class
 from magr_fx.model_files.model_directory import CONFIG, read_config, read_directory
 from magr_fx.passes.budgeting.budget import Budget
 from magr_fx.passes.finding.find_linears import FilterFn
-from magr_fx.passes.handover.mixed_target import MixedTarget
+from magr_fx.passes.handover.mixed_target import MixedTarget, config_for
 from magr_fx.passes.handover.target import Target, describe
 from magr_fx.passes.handover.to_compressed_tensors import (
     Packing,
@@ -166,9 +164,7 @@ def _quantized(model: Any, work: Prepared, rounding: str) -> tuple[Path, MagRRep
     tensors: MutableMapping[str, torch.Tensor] = {}
     shards = None
     options = QuantizeOptions(rounding, refine=job.refine, propagate=job.propagate is not False)
-    config = resolve_config(job.config, job.target, required=True, several=True)
-    if job.format == "compressed-tensors" and config.zero_point is None:
-        config = replace(config, zero_point="whole")  # it holds no others
+    config = resolve_config(job.solving, job.target, required=True, several=True)
     config, target = for_quantizing(config, job.target, options)
     if isinstance(target, MixedTarget):
         target = target.for_model(model)
@@ -219,11 +215,7 @@ def _write_quantized(
     """
     job, weights, left = work.job, offloaded_weights(model), _not_converted(model, work.job)
 
-    def config_of(name: str) -> AOBaseConfig:
-        config = target.config_of(name)
-        if config is None:
-            raise RuntimeError(f"{name} was quantized, and the target has no config for it")
-        return config
+    config_of = functools.partial(config_for, target)
 
     def value(name: str) -> torch.Tensor:
         return tensors[name] if name in tensors else quantized_copy(weights[name], config_of(name))

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import torch
 
-from magr_fx.config import MagRConfig
 from magr_fx.directories.prepare_directory import Prepared
 from magr_fx.directories.skipped import rewritable
 from magr_fx.errors import ModelError, brief
@@ -37,9 +36,6 @@ def plan_budget(work: Prepared, budget: Budget) -> tuple[Prepared, BitPlan]:
         MagRError: as :func:`magr_fx.plan_bits`.
     """
     job, kind = work.job, model_class(read_config(work.source))
-    config = job.config or MagRConfig()
-    if job.format == "compressed-tensors" and config.zero_point is None:
-        config = replace(config, zero_point="whole")  # it holds no others
     try:
         model = kind.from_pretrained(work.source, dtype="auto", trust_remote_code=False)
         model = model.eval().to(job.device)
@@ -53,7 +49,7 @@ def plan_budget(work: Prepared, budget: Budget) -> tuple[Prepared, BitPlan]:
         model,
         [batch.to(job.device) for batch in work.calib],
         budget,
-        config,
+        job.solving,
         filter_fn=rewritable(model, job.skip, head=job.head, linears_only=True),
         spill_dir=job.spill_dir,
         progress=job.progress,

@@ -10,7 +10,7 @@ import importlib.util
 import shutil
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,14 @@ class Job:
     propagate: bool | None = None
     spill_dir: Path | None = None
     progress: bool | None = None
+
+    @property
+    def solving(self) -> MagRConfig:
+        """``config``, or the default one, with whole zero points where the format has no others."""
+        config = self.config or MagRConfig()
+        if self.format == "compressed-tensors" and config.zero_point is None:
+            return replace(config, zero_point="whole")
+        return config
 
     @property
     def run(self) -> Path:

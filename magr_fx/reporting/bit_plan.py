@@ -97,7 +97,7 @@ class BitPlan:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
-        return {**vars(self), "rows": [asdict(row) for row in self.rows]}
+        return asdict(self)
 
     @classmethod
     def of_dict(cls, record: dict[str, Any]) -> BitPlan:

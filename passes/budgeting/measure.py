@@ -77,13 +77,8 @@ def measure(
     """
     found: dict[str, Errors] = {}
     steps = run.collect(check=True, progress=progress)
-    finished: list[SharedGram] | None = None
     with closing(steps):  # restores the model's buffers, also after an error
-        while True:
-            try:
-                finished = steps.send(None if finished is None else {})
-            except StopIteration:
-                break
+        for finished in steps:
             fill_up(finished)
             with ranks.failing_together():
                 for at, shared in enumerate(finished):

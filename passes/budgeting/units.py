@@ -13,8 +13,9 @@ from torchao.core.config import AOBaseConfig
 from magr_fx.errors import ConfigError
 from magr_fx.passes.budgeting.budget import Budget
 from magr_fx.passes.handover.mixed_target import parted
+from magr_fx.passes.handover.quantizable import fits
 from magr_fx.passes.handover.quantizable_weight import QuantizableWeight
-from magr_fx.passes.handover.target import describe, described_in_full, target_group_size
+from magr_fx.passes.handover.target import describe, described_in_full
 
 # The experts of a layer, where each is a module: `experts.3.up_proj`.
 _EXPERT = re.compile(r"(?:^|(?<=\.))experts\.\d+(?=\.)")
@@ -94,11 +95,6 @@ def choices_of(name: str, budget: Budget) -> list[AOBaseConfig]:
     return list(budget.choices)
 
 
-def fits(config: AOBaseConfig, inputs: int) -> bool:
-    """Whether the groups of a config divide so many inputs."""
-    return inputs % (target_group_size(config) or inputs) == 0
-
-
 def check_pins(model: nn.Module, weights: Iterable[str], budget: Budget) -> None:
     """Raise :class:`ConfigError` for a pattern without effect.
 
@@ -131,7 +127,7 @@ def _fitting(unit: Unit) -> list[AOBaseConfig]:
         ConfigError: there is none.
     """
     inputs = {weight.weight.shape[1]: weight.name for weight in unit.weights}
-    fitting = [config for config in unit.choices if all(fits(config, n) for n in inputs)]
+    fitting = [config for config in unit.choices if all(fits(n, config) for n in inputs)]
     if not fitting:
         said = ", ".join(describe(config) for config in unit.choices)
         named = ", ".join(f"{name} with {length} inputs" for length, name in inputs.items())

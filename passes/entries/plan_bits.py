@@ -22,11 +22,12 @@ from magr_fx.passes.budgeting.make_plan import accounts_of, key_for, make_plan
 from magr_fx.passes.budgeting.measure import Errors, costs_of, measure
 from magr_fx.passes.budgeting.output_gradients import output_gradients
 from magr_fx.passes.budgeting.stored_bits import code_bits
-from magr_fx.passes.budgeting.units import Unit, check_pins, choices_of, fits, units_of
+from magr_fx.passes.budgeting.units import Unit, check_pins, choices_of, units_of
 from magr_fx.passes.collecting.collect_grams import CalibrationRun
 from magr_fx.passes.entries.run import select_quantizable, try_each_kind
 from magr_fx.passes.finding.find_linears import UNREACHED, FilterFn, Found, find_linears
 from magr_fx.passes.graphs.trace import TracedBatch, calibration_mode, unwrap
+from magr_fx.passes.handover.quantizable import fits
 from magr_fx.passes.handover.quantizable_weight import QuantizableWeight
 from magr_fx.passes.inputs.calibration import Batch, read_calib
 from magr_fx.passes.offloading.execution import Execution, is_offloaded_or_sharded
@@ -216,7 +217,7 @@ def _quantizable(
     for name in names:
         choices = choices_of(name, budget)
         if choices:
-            fitting = [c for c in choices if name not in shapes or fits(c, shapes[name][1])]
+            fitting = [c for c in choices if name not in shapes or fits(shapes[name][1], c)]
             first[key_for(name)] = (fitting or choices)[0]
     if not first:
         raise ConfigError("pin leaves no weight to quantize: pin fewer to None")
@@ -233,6 +234,6 @@ def _quantizable(
     for at in range(1, max(len(choices_of(weight.name, budget)) for weight in weights)):
         others = [w for w in weights if len(choices_of(w.name, budget)) > at]
         chosen = {w.name: choices_of(w.name, budget)[at] for w in others}
-        fitting = [w for w in others if fits(chosen[w.name], w.weight.shape[1])]
+        fitting = [w for w in others if fits(w.weight.shape[1], chosen[w.name])]
         try_each_kind(fitting, chosen.__getitem__, execution, gptq=True)
     return found, weights

@@ -8,11 +8,10 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from torchao.core.config import AOBaseConfig
 
 from magr_fx.passes.finding.find_linears import Found, Site, find_linears
 from magr_fx.passes.graphs.trace import TracedBatch, calibration_mode
-from magr_fx.passes.handover.mixed_target import MixedTarget
+from magr_fx.passes.handover.mixed_target import config_for
 from magr_fx.passes.handover.quantizable import (
     keep_stacks,
     leave_out_unquantizable,
@@ -106,11 +105,11 @@ def select_quantizable(
     if request.target is None:
         return found, weights
     with report.timed("quantize"):
-        config_of = partial(_config_of, request.target)
+        config_of = partial(config_for, request.target)
         try_each_kind(candidates, config_of, execution, gptq=request.makes_tensors)
         if quantizer is not None:
             trial = Trial.of(batches, traced, execution.resident, execution.device)
-            config_of = partial(_config_of, quantizer)
+            config_of = partial(config_for, quantizer)
             found, weights = leave_out_unrunnable(found, weights, model, config_of, trial)
             if isinstance(quantizer, Target) and not quantizer.makes_tensors:
                 weights = keep_stacks(weights, model, quantizer.config, trial)
@@ -133,14 +132,6 @@ def try_each_kind(
         # ``weight`` is read only here: an offloaded one changes device when it is loaded.
         for one in kinds.values():
             try_target(one.name, one.weight, config_of(one.name), gptq=gptq)
-
-
-def _config_of(target: Target | MixedTarget, name: str) -> AOBaseConfig:
-    """The config of a weight that is quantized."""
-    config = target.config_of(name)
-    if config is None:
-        raise RuntimeError(f"{name} has no config, and should have been left out")
-    return config
 
 
 def _checkpoint(

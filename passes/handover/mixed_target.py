@@ -78,6 +78,14 @@ class MixedTarget:
         return None if config is None else self.goals[described_in_full(config)]
 
 
+def config_for(target: Target | MixedTarget, name: str) -> AOBaseConfig:
+    """The config of a weight that is quantized."""
+    config = target.config_of(name)
+    if config is None:
+        raise RuntimeError(f"{name} has no config, and should have been left out")
+    return config
+
+
 def key_of(name: str, target: FqnToConfig) -> str | None:
     """The key of FqnToConfig that a weight falls under; None if it falls under none.
 

@@ -71,7 +71,7 @@ def leave_out_unquantizable(
             parameter.dim() == 2
             and parameter.numel() > 0
             and weight.is_linear
-            and _fits(parameter.shape[1], config_of(unreached.name))
+            and fits(parameter.shape[1], config_of(unreached.name))
             and (filter_fn is None or filter_fn(unreached.owner, unreached.name.rpartition(".")[0]))
         ):
             weights.append(weight)
@@ -140,7 +140,7 @@ def _in_rebuilt_modules(
         whole = all(
             (view in sites or id(held.parameter) not in refused)
             and view not in strangers
-            and _fits(view.shape[1], config_of(name))
+            and fits(view.shape[1], config_of(name))
             for held, view, name in zip(rebuilt.weights, views, own, strict=True)
         )
         if whole and any(view in sites for view in views):
@@ -222,7 +222,7 @@ def _places(model: nn.Module) -> dict[WeightView, list[Place]]:
     return places
 
 
-def _fits(inputs: int, config: AOBaseConfig | None) -> bool:
+def fits(inputs: int, config: AOBaseConfig | None) -> bool:
     """Whether a weight with so many inputs can be quantized with the config."""
     return config is not None and inputs % (target_group_size(config) or 1) == 0
 
